@@ -1,0 +1,179 @@
+"""Drain: snapshots flow from memory to the persistent tier; training is not involved.
+
+Think of a ship that is unloaded while it is already being loaded again: the crates go first onto the quay (private memory), then, in
+their own time, into the warehouse.
+
+Contract: a snapshot of a rank seated here whose step is a multiple of `every` is copied as soon as it is seen sealed, written in the
+background, and then listed in `persisted`. `commit` writes the marker and removes old checkpoints, and is tried again while storage
+does not answer. At most two snapshots per rank are on the quay; one more is left out (the next multiple comes). Every use of storage has
+a deadline; what hangs is left behind (lane.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from resilient.checkpoint.chest import Berth, Chest
+from resilient.checkpoint.disk import KEEP_LAST, DiskTier
+from resilient.checkpoint.snapshot import Slot
+from resilient.checkpoint.tier import SnapshotKey
+from resilient.core.messages import NONE, Persisted
+from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
+from resilient_agents.copies import staged
+from resilient_agents.lane import Errands, Lane
+
+QUAY_MAX: Final = 2  # per rank: one being written, one waiting
+ANSWER_S: Final = 60.0  # for listing, a manifest, a marker, a removal
+PACE_BYTES_S: Final = 5 << 20  # slower than this, storage counts as hung
+RETRY_S: Final = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)  # the last one again and again
+STEPS_KEPT: Final = 4  # newest steps of a rank in `persisted`: some rank may lag behind
+log = logging.getLogger("resilient.vault")
+
+
+class Drain:
+    """This node's use of the checkpoint URL."""
+
+    def __init__(self, url: str, every: int, *, run: str, lane: Lane, changed: Callable[[], None]) -> None:
+        """`every`: steps between two checkpoints, 0 = none are written. `lane`: for copies in memory. Raises TierUnavailable."""
+        self.available: tuple[int, ...] | None = None
+        self.committed = NONE
+        self.tier = DiskTier(url)
+        self._every = every
+        self._run = run
+        self._copying = lane
+        self._writing = Lane("checkpoint storage (writing)", niceness=10)
+        self._reading = Lane("checkpoint storage (reading)", threads=4, niceness=0)  # somebody waits for it
+        self._changed = changed
+        self._persisted: dict[SnapshotKey, Persisted] = {}
+        self._distrusted: set[int] = set()
+        self._seen: dict[str, tuple[int, int]] = {}  # slot -> (generation, step) of its last snapshot that was looked at
+        self._quay: dict[int, int] = {}  # rank -> snapshots on it
+        self._wish: tuple[int, tuple[Persisted, ...]] = (NONE, ())
+        self._errands = Errands()
+
+    def start(self) -> None:
+        """Begin to list what is there."""
+        self._errands.start(self._list())
+
+    async def close(self) -> None:
+        """Stop; what is being written is not committed."""
+        await self._errands.close()
+        for lane in (self._writing, self._reading):
+            lane.close()
+
+    # ------------------------------------------------------------------ writing
+
+    def look(self, chest: Chest) -> None:
+        """Start to write what is due."""
+        for slot in chest.snapshots.slots if self._every and chest.snapshots is not None else ():
+            now = (slot.generation(), slot.sealed_step())
+            if now[1] <= 0 or now[1] % self._every or self._seen.get(slot.path) == now:
+                continue
+            self._seen[slot.path] = now
+            if self._quay.get(chest.rank, 0) >= QUAY_MAX:
+                log.warning("checkpoint of step %d left out for rank %d: storage is slower than training", now[1], chest.rank)
+                continue
+            self._quay[chest.rank] = self._quay.get(chest.rank, 0) + 1
+            self._errands.start(self._write(slot, chest.rank))
+
+    def pass_over(self, chest: Chest) -> None:
+        """What lies in this chest now came from the persistent tier: it need not go there again."""
+        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
+            self._seen[slot.path] = (slot.generation(), slot.sealed_step())
+
+    def persisted(self) -> tuple[Persisted, ...]:
+        """What lies there complete and waits for its commit marker."""
+        return tuple(part for _, part in sorted(self._persisted.items()))
+
+    async def _write(self, slot: Slot, rank: int) -> None:
+        try:
+            key, sealed = await staged(slot, rank, "snapshot", self._copying)
+            self._persisted.pop(key, None)
+            write = functools.partial(self.tier.write, key, sealed, again=key.step in self._distrusted)
+            self._persisted[key] = await self._writing.run(write, deadline_s=ANSWER_S + len(sealed) / PACE_BYTES_S)
+        except SnapshotMissing as error:
+            log.warning("rank %d left out of a checkpoint: %s", rank, error)
+        except CheckpointError as error:
+            log.warning("rank %d is missing in a checkpoint: %s", rank, error)
+        else:
+            kept = sorted(key.step for key in self._persisted if key.rank == rank)[-STEPS_KEPT:]
+            self._forget(key for key in self._persisted if key.rank == rank and key.step < kept[0])
+            self._changed()
+        finally:
+            self._quay[rank] -= 1
+
+    # ------------------------------------------------------------------ committing
+
+    def commit(self, step: int, manifest: tuple[Persisted, ...]) -> None:
+        """Write the marker of `step`, in the background. Another call replaces this one."""
+        if step not in (NONE, self.committed) and (step, manifest) != self._wish:
+            self._wish = (step, manifest)
+            self._errands.start(self._commit(step, manifest))
+
+    async def _commit(self, step: int, manifest: tuple[Persisted, ...]) -> None:
+        work = functools.partial(self.tier.commit, step, manifest, run=self._run)
+        for pause_s in _pauses():
+            if self._wish != (step, manifest):
+                return
+            try:
+                await self._writing.run(work, deadline_s=ANSWER_S)
+                break
+            except TierUnavailable as error:
+                log.warning("checkpoint of step %d is not committed yet: %s", step, error)
+            except CheckpointError as error:
+                log.warning("checkpoint of step %d is given up: %s", step, error)
+                return
+            await asyncio.sleep(pause_s)
+        self.committed = step
+        self.available = tuple(sorted({*(self.available or ()), step}))
+        self._distrusted.discard(step)
+        self._forget(key for key in self._persisted if key.step <= step)
+        self._changed()
+        await self._prune()
+
+    async def _prune(self) -> None:
+        try:
+            work = functools.partial(self.tier.prune, keep_last=KEEP_LAST, distrusted=frozenset(self._distrusted))
+            gone = await self._writing.run(work, deadline_s=ANSWER_S)
+        except CheckpointError as error:
+            log.warning("old checkpoints are not removed: %s", error)
+            return
+        if not set(gone).isdisjoint(self.available or ()):
+            self.available = tuple(step for step in self.available or () if step not in gone)
+            self._changed()
+
+    def _forget(self, keys: Iterable[SnapshotKey]) -> None:
+        for key in list(keys):
+            del self._persisted[key]
+
+    # ------------------------------------------------------------------ reading
+
+    async def _list(self) -> None:
+        for pause_s in _pauses():
+            try:
+                self.available = await self._reading.run(self.tier.steps, deadline_s=ANSWER_S)
+                break
+            except TierUnavailable as error:
+                log.warning("checkpoints are not listed yet: %s", error)
+            await asyncio.sleep(pause_s)
+        self._changed()
+
+    async def fetch(self, key: SnapshotKey, berth: Berth) -> None:
+        """Bring a committed snapshot into memory, verified. Raises as `Tier.get`."""
+        entry = await self._reading.run(functools.partial(self.tier.entry, key), deadline_s=ANSWER_S)
+        work = functools.partial(self.tier.get, key, berth)
+        await self._reading.run(work, deadline_s=ANSWER_S + entry.bytes / PACE_BYTES_S)
+
+    def distrust(self, step: int) -> None:
+        """Its bytes were read and found wrong: if the run comes past that step again, it is written anew."""
+        self._distrusted.add(step)
+
+
+def _pauses() -> Iterable[float]:
+    yield from RETRY_S
+    while True:
+        yield RETRY_S[-1]

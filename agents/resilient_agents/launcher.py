@@ -1,0 +1,385 @@
+"""Launcher: puts one node together, from the parsed command line to the exit code.
+
+Think of the person who unlocks the theatre in the morning and locks it at night: decides nothing about the play, forgets no light.
+
+Contract: everything that can be wrong with what the user gave is found here, before a worker is started, and is a ConfigError (exit 2).
+Whatever happens afterwards, `_close` runs: nothing of ours is left, neither process nor file. The first signal ends the run in order, the
+second at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from resilient import config
+from resilient.checkpoint import memory
+from resilient.core.machine import AgentSettings, CoordinatorSettings
+from resilient.core.messages import NONE
+from resilient.errors import ConfigError, ResilientError
+from resilient.host.journal import Journal
+from resilient.host.service import Service
+from resilient_agents import kernel, logs
+from resilient_agents.main import Host, names_us
+from resilient_agents.orders import Launch, Misused
+from resilient_agents.uplink import Uplink
+from resilient_agents.vault import Vault
+
+if TYPE_CHECKING:
+    from resilient_agents.nursery import Nursery
+
+USAGE_EXIT: Final = 2
+CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this long does without them
+FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
+ALONE_S: Final = 0.2  # there is nobody to tell
+LOOPBACK: Final = "127.0.0.1"
+log = logging.getLogger("resilient")
+
+
+def run(nursery: Nursery) -> int:
+    """Run one node; gives the exit code."""
+    kernel.adopt_orphans()
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_run(nursery))
+    except ConfigError as error:
+        sys.stderr.write(f"resilient-run: error: {error}\n")
+        return USAGE_EXIT
+    except ResilientError as error:
+        sys.stderr.write(f"resilient-run: {error}\n")
+        return 1
+    except (asyncio.CancelledError, KeyboardInterrupt):  # a signal before there was anything to end
+        return 1
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    return uvloop.new_event_loop  # type: ignore[no-any-return]
+
+
+async def _run(nursery: Nursery) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        launch = await nursery.launch()
+        if isinstance(launch, Misused):
+            (sys.stderr if launch.exit_code else sys.stdout).write(launch.text)
+            return launch.exit_code
+        options = config.resolve(launch.ours, os.environ, launch.config or None)
+        _check_program(launch)
+        meeting = _meeting(launch, options)
+        return await _Node(nursery, launch, options, meeting).run()
+    finally:
+        await nursery.close()
+
+
+# --------------------------------------------------------------------------- what the user gave
+
+
+def _check_program(launch: Launch) -> None:
+    """The script must be there, before anything is started for it."""
+    program = launch.program
+    if program.kind in {"script", "run_path"} and not os.path.exists(program.target):
+        text = f"the training script {program.target!r} does not exist (in {os.getcwd()})"
+        raise ConfigError(text)
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """Where the nodes of the run meet, and whether this one holds the place."""
+
+    run_id: str
+    token: str
+    host: str  # where the coordinator is reached
+    port: int
+    listener: socket.socket | None  # bound, if this node hosts
+    alone: bool  # no other node can come
+    local: bool  # all nodes are on this machine
+
+
+def _meeting(launch: Launch, options: config.Options) -> _Meeting:
+    alone = launch.nodes_max == 1
+    run_id = launch.run_id
+    if launch.standalone or (alone and run_id in {"", "none"}):
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    local = launch.standalone or _is_loopback(launch.host)
+    token = _token(options, run_id, alone=alone, local=local)
+    if launch.standalone:
+        listener = _bind(LOOPBACK, 0)
+        return _Meeting(run_id, token, LOOPBACK, listener.getsockname()[1], listener, alone=True, local=True)
+    if launch.port == 0 and not alone:
+        text = "--rdzv-endpoint: a port that all nodes know expected, 0 found"
+        raise ConfigError(text)
+    entitled, must = _entitled(launch)
+    listener = None
+    if entitled:
+        try:
+            listener = _bind(LOOPBACK if local else "", launch.port)
+        except OSError as error:
+            if must or alone:
+                text = f"--rdzv-endpoint {launch.host}:{launch.port}: cannot listen there ({error.strerror})"
+                raise ConfigError(text) from error
+    port = launch.port if listener is None else listener.getsockname()[1]
+    host = LOOPBACK if local else launch.host
+    return _Meeting(run_id, token, host, port, listener, alone=alone, local=local)
+
+
+def _entitled(launch: Launch) -> tuple[bool, bool]:
+    """Whether this node may host the coordinator, and whether it must (torchrun's rules)."""
+    if launch.backend == "static":
+        return launch.node_rank == 0, launch.node_rank == 0
+    said = launch.endpoint_conf.get("is_host")
+    if said is not None:
+        yes = said.lower() in {"1", "true", "t", "yes", "y"}
+        return yes, yes
+    return launch.is_here, False
+
+
+def _token(options: config.Options, run_id: str, *, alone: bool, local: bool) -> str:
+    given = os.environ.get("RESILIENT_TOKEN", "")
+    if options.token_file:
+        try:
+            given = Path(options.token_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            text = f"--token-file {options.token_file}: cannot be read ({error.strerror})"
+            raise ConfigError(text) from error
+    if given:
+        return given
+    if alone:
+        return secrets.token_hex(16)
+    if local:  # whoever can connect is on this machine already
+        return hashlib.sha256(f"resilient run {run_id}".encode()).hexdigest()
+    text = (
+        "several nodes need a secret that all of them know: make one with "
+        "`python -c 'import secrets; print(secrets.token_hex(16))' > token`, and give it to every node with --token-file token "
+        "or in RESILIENT_TOKEN"
+    )
+    raise ConfigError(text)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if host:
+        return socket.create_server((host, port), backlog=2048)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048)
+    return socket.create_server(("", port), backlog=2048)
+
+
+def _address(launch: Launch, meeting: _Meeting) -> str:
+    """How other nodes reach this one."""
+    if launch.local_addr:
+        return launch.local_addr
+    if meeting.local:
+        return LOOPBACK
+    if meeting.listener is not None:
+        return meeting.host
+    family, kind, _, _, there = socket.getaddrinfo(meeting.host, meeting.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(there)  # sends nothing: asks the routing table which of our addresses leads there
+        return str(probe.getsockname()[0])
+
+
+# --------------------------------------------------------------------------- one node
+
+
+class _Node:
+    """All that runs on this node."""
+
+    def __init__(self, nursery: Nursery, launch: Launch, options: config.Options, meeting: _Meeting) -> None:
+        self._nursery = nursery
+        self._launch = launch
+        self._options = options
+        self._meeting = meeting
+        self._signals = 0
+
+    async def run(self) -> int:
+        launch, options, meeting = self._launch, self._options, self._meeting
+        run_dir = Path(options.run_dir or Path("runs", meeting.run_id)).absolute()
+        try:
+            memory.clean_stale(options.memory_dir)
+            journal = Journal(run_dir)
+            archive = logs.Archive(launch.log_dir or str(run_dir / "logs"), meeting.run_id)
+        except OSError as error:
+            text = f"{error.filename}: cannot be used ({error.strerror})"
+            raise ConfigError(text) from error
+        self._console = console = logs.Console(launch, archive)
+        console.start()
+        _log_to(console, options.log_level)
+        for warning in launch.warnings:
+            console.say(warning)
+        try:
+            return await self._run(journal, archive, console)
+        finally:
+            journal.close()
+            await asyncio.to_thread(console.close, CONSOLE_S)
+
+    async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console) -> int:
+        launch, options, meeting = self._launch, self._options, self._meeting
+        node = self._name()
+        service = None
+        if meeting.listener is not None:
+            service = Service(self._coordinator_settings(node), meeting.token, journal, console.say)
+            await service.start(meeting.listener)
+        key = memory.new_key()
+        vault = Vault(
+            run=meeting.run_id,
+            directory=options.memory_dir,
+            key=key,
+            checkpoint_url=options.checkpoint,
+            checkpoint_every=options.checkpoint_every,
+            token=meeting.token,
+            node=node,
+        )
+        data_port = await vault.start()
+        self._host = host = Host(
+            launch=launch,
+            settings=self._agent_settings(node, data_port, hosts=service is not None),
+            key=key,
+            memory_dir=options.memory_dir,
+            token=meeting.token,
+            nursery=self._nursery,
+            vault=vault,
+            uplink=Uplink(meeting.host, meeting.port, token=meeting.token, run=meeting.run_id, node=node),
+            journal=journal,
+            archive=archive,
+            console=console,
+            store_bind=LOOPBACK if meeting.local or meeting.alone else "",
+        )
+        self._listen_to_signals()
+        try:
+            return await self._both(host, service, console)
+        finally:
+            await host.close()
+            if service is not None:
+                await service.close()
+
+    async def _both(self, host: Host, service: Service | None, console: logs.Console) -> int:
+        """The agent, and the coordinator where it is here. The agent's end is this node's end."""
+        coordinating = None if service is None else asyncio.create_task(service.run())
+        acting = asyncio.create_task(host.run())
+        tasks = {acting} | ({coordinating} if coordinating is not None else set())
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if coordinating is not None and coordinating.done() and coordinating.exception() is not None:
+            host.abort(1, f"internal error in the coordinator: {coordinating.exception()!r}")
+            log.error("a fault of ours ends the run", exc_info=coordinating.exception())
+        finished = await acting
+        if finished.message:
+            console.say(finished.message)
+        await host.hang_up()
+        if coordinating is not None and not coordinating.done() and self._signals < 2:  # noqa: PLR2004
+            await asyncio.wait({coordinating}, timeout=ALONE_S if self._meeting.alone else FAREWELL_S)
+        if coordinating is not None and not coordinating.done():
+            coordinating.cancel()
+            await asyncio.gather(coordinating, return_exceptions=True)
+        return finished.exit_code
+
+    def _name(self) -> str:
+        if self._meeting.alone:
+            return "n0"
+        if self._launch.backend == "static":
+            return f"n{self._launch.node_rank}"
+        return f"{socket.gethostname().split('.')[0][:24]}-{secrets.token_hex(2)}"
+
+    def _coordinator_settings(self, node: str) -> CoordinatorSettings:
+        conf = self._launch.endpoint_conf
+        return CoordinatorSettings(
+            run=self._meeting.run_id,
+            leader=node,
+            nodes_min=self._launch.nodes_min,
+            nodes_max=self._launch.nodes_max,
+            max_restarts=self._launch.max_restarts,
+            last_call_s=_seconds(conf, "last_call_timeout", 30.0),
+            join_timeout_s=_seconds(conf, "join_timeout", 600.0),
+            lease_s=self._options.lease_s,
+        )
+
+    def _agent_settings(self, node: str, data_port: int, *, hosts: bool) -> AgentSettings:
+        launch, options = self._launch, self._options
+        static = launch.backend == "static" and not self._meeting.alone
+        return AgentSettings(
+            run=self._meeting.run_id,
+            node=node,
+            boot=1 if self._meeting.alone else int(time.time()),
+            slots=launch.slots,
+            standbys=launch.slots if options.shadows == "all" else options.standbys,
+            host=_address(launch, self._meeting),
+            data_port=data_port,
+            node_rank=launch.node_rank if static else NONE,
+            hosts_store=hosts,
+            managed=launch.program.kind in {"script", "run_path"} and names_us(launch.program.target),
+            first_step_timeout_s=options.first_step_timeout_s,
+            shutdown_timeout_s=launch.shutdown_timeout_s,
+            join_timeout_s=_seconds(launch.endpoint_conf, "join_timeout", 600.0),
+            orphan_s=3 * options.lease_s,
+        )
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in self._launch.signals:
+            number = getattr(signal, name, None)
+            if number is None:
+                self._console.say(f"--signals-to-handle: {name!r} is no signal of this system")
+            else:
+                loop.add_signal_handler(number, self._signalled, int(number))
+
+    def _signalled(self, number: int) -> None:
+        self._signals += 1
+        name = signal.Signals(number).name
+        if self._signals == 1:
+            self._console.say(f"{name}: ending the workers (a second signal kills them at once)")
+            self._host.stop(number)
+        else:
+            self._host.abort(1, f"{name} again: killed")
+
+
+def _seconds(conf: dict[str, str], key: str, default: float) -> float:
+    """One of --rdzv-conf's timeouts."""
+    try:
+        return float(conf.get(key, default))
+    except ValueError:
+        text = f"--rdzv-conf {key}: seconds expected, {conf[key]!r} found"
+        raise ConfigError(text) from None
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines go the way of all lines: a stopped terminal must not stop the agent."""
+
+    def __init__(self, console: logs.Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(self.format(record))
+
+
+def _log_to(console: logs.Console, level: str) -> None:
+    handler = _ConsoleHandler(console)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("resilient")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False

@@ -1,0 +1,339 @@
+"""Vault: the agent's keeper of all copies of state. It owns the memory tier, serves peers, and drains to the persistent tier.
+
+Think of a bank's strong-room: customers put things into their own boxes whenever they like and never wait for the staff; the staff walk
+by, see what is new, and carry duplicates to a branch in another town and, now and then, to the archive.
+
+Contract: used from one event loop; nothing here blocks it except `allocate`, which is called from a thread. `all_seals` is cheap and is
+called at every look; it also notices what is new and starts the copying (`poke`). `do` says what should be, and may be repeated.
+Results come as `known()`, and `watch` tells when that has changed. When the vault is closed with `unlink`, no file of it is left.
+A fault of a copy or of storage is never an exception here: it becomes `Refused`, or a warning and another try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from resilient.checkpoint import memory
+from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.peer import Notes, PeerServer
+from resilient.checkpoint.ring import own_slot_bytes
+from resilient.checkpoint.tier import SnapshotKey
+from resilient.core.machine import Seals, Vaulted, VaultDo
+from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
+from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
+from resilient_agents.drain import Drain
+from resilient_agents.lane import Errands, Lane
+
+HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
+FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest, which has deadlines of its own
+FETCH_TRIES: Final = 4  # while a peer or storage does not answer; then the coordinator decides anew
+FETCH_PAUSE_S: Final = 0.5
+REFUSED_MAX: Final = 256
+log = logging.getLogger("resilient.vault")
+
+
+class Vault:
+    """All copies that one node keeps."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        directory: Path | str,
+        key: str,
+        checkpoint_url: str | None,
+        checkpoint_every: int,
+        token: str,
+        node: str,
+        host: str = "127.0.0.1",
+        bind: str = "127.0.0.1",
+    ) -> None:
+        """`directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
+
+        Raises TierUnavailable if the URL is of a kind that cannot be opened.
+        """
+        self._directory, self._key, self._host, self._bind = directory, key, host, bind
+        self._memory = MemoryTier(directory, key)
+        self._notes = Notes()
+        self._lane = Lane("memory", threads=2)
+        self._server = PeerServer(self._memory, self._notes, token=token, run=run)
+        self._server.changed = self._changed
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node)
+        self._drain: Drain | None = None
+        if checkpoint_url:
+            self._drain = Drain(checkpoint_url, checkpoint_every, run=run, lane=self._lane, changed=self._changed)
+        self._claim: memory.Claim | None = None
+        self._address = ""
+        self._ranks: frozenset[int] = frozenset()
+        self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
+        self._refused: dict[tuple[str, int, int], Refused] = {}
+        self._hashing = False
+        self._hash_again_at = 0.0
+        self._errands = Errands()
+        self._told = Vaulted()
+        self._on_change: Callable[[], None] = lambda: None
+        self._on_note: Callable[[Recorded], None] = lambda _: None
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> int:
+        """Clear away what dead runs left, listen for peers, begin to list checkpoints. The data port."""
+        for path in memory.clean_stale(self._directory):
+            log.info("removed %s: its owner is gone", path)
+        self._claim = memory.Claim(self._directory, self._key)
+        port = await self._server.start(self._bind)
+        self._address = f"{self._host}:{port}"
+        if self._drain is not None:
+            self._drain.start()
+        return port
+
+    async def close(self, *, unlink: bool = True) -> None:
+        """Stop everything; with `unlink` remove the files."""
+        await self._server.close()
+        await self._errands.close()
+        await self._copies.close()
+        if self._drain is not None:
+            await self._drain.close()
+        self._lane.close()
+        if unlink:
+            self._memory.unlink()
+            if self._claim is not None:
+                self._claim.release()
+
+    def watch(self, changed: Callable[[], None], note: Callable[[Recorded], None] | None = None) -> None:
+        """`changed` is called whenever `known()` has changed; `note` with each Recorded that came with a fetched rank."""
+        self._on_change = changed
+        self._on_note = note or self._on_note
+
+    # ------------------------------------------------------------------ what the host asks
+
+    def allocate(self, layout: Layout) -> Segments:
+        """Make the segments of a chair, or take those that it has. Blocks (0.3 s per GB): call it from a thread."""
+        chest = self._memory.chest(layout.rank)
+        if not chest.filling.acquire(timeout=FILLING_S):
+            return _no_segments(layout, "a copy that is being brought in did not arrive")
+        try:
+            chest.seated = True
+            chest.replicated = layout.replicated
+            own = chest.grow_own(own_slot_bytes(layout.own_bytes))
+            ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
+        except TierUnavailable as error:
+            return _no_segments(layout, str(error))
+        except OSError as error:
+            return _no_segments(layout, f"memory tier: {error}")
+        finally:
+            chest.filling.release()
+        return Segments(
+            rank=layout.rank,
+            own=chest.own_path,
+            own_bytes=own.own_bytes,
+            slots=tuple(slot.path for slot in ring.slots) if ring is not None else (),
+            snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
+        )
+
+    def all_seals(self) -> dict[int, Seals]:
+        """What every chest holds, by rank; and start to copy what is new."""
+        self.poke()
+        return {rank: _seals(chest) for rank, chest in self._memory.chests.items()}
+
+    def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
+        """(newest start, gate, snapshot steps) of one rank."""
+        found = _seals(self._memory.chests[rank]) if rank in self._memory.chests else Seals()
+        return max(found.own_steps, default=NONE), found.gate_step, tuple(found.snapshots)
+
+    def snapshot_path(self, rank: int, step: int) -> str:
+        """The file with that snapshot, "" if it is not here."""
+        chest = self._memory.chests.get(rank)
+        return chest.sealed("snapshot")[step].path if chest is not None and step in chest.sealed("snapshot") else ""
+
+    def own_segment(self, rank: int) -> tuple[str, int]:
+        """(path, bytes of one slot) of a rank's own state, ("", 0) if there is none."""
+        chest = self._memory.chests.get(rank)
+        return (chest.own_path, chest.own.own_bytes) if chest is not None and chest.own is not None else ("", 0)
+
+    def known(self) -> Vaulted:
+        """All results, as the agent's machine takes them."""
+        drain = self._drain
+        return Vaulted(
+            holdings=tuple(
+                holding
+                for rank, chest in sorted(self._memory.chests.items())
+                if not chest.seated and (holding := _holding(rank, chest)) is not None
+            ),
+            persisted=drain.persisted() if drain is not None else (),
+            refused=tuple(self._refused.values()),
+            available=drain.available if drain is not None else (),
+            fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
+            committed=drain.committed if drain is not None else NONE,
+        )
+
+    # ------------------------------------------------------------------ what the host says
+
+    def do(self, wish: VaultDo) -> None:
+        """All that should be; a later one replaces an earlier one."""
+        self._ranks = frozenset(wish.ranks)
+        for rank, chest in self._memory.chests.items():
+            chest.seated = rank in self._ranks
+        self.set_peers(wish.peers)
+        if self._drain is not None and wish.world_size:
+            self._drain.tier.world_size = wish.world_size
+        self._fetches = {fetch: here for fetch, here in self._fetches.items() if fetch in wish.fetch}
+        for fetch in wish.fetch:
+            self.fetch(fetch)
+        self.commit(wish.commit, wish.manifest)
+        self._changed()
+
+    def set_peers(self, addresses: tuple[str, ...]) -> None:
+        """Vaults that copies from here go to."""
+        self._copies.set_peers(tuple(address for address in addresses if address != self._address))
+
+    def keep(self, note: Recorded) -> None:
+        """Copy this to the peers, beside the rank's own state."""
+        self._copies.keep(note)
+
+    def commit(self, step: int, manifest: tuple[Persisted, ...]) -> None:
+        """Write the commit marker of `step`."""
+        if self._drain is not None:
+            self._drain.commit(step, manifest)
+
+    def fetch(self, wanted: Fetch) -> None:
+        """Bring that copy here, unless it is here or on its way. Shows in `known().fetched`, or in `.refused`."""
+        if wanted not in self._fetches:
+            self._fetches[wanted] = False
+            self._memory.chest(wanted.rank).seated = wanted.rank in self._ranks
+            self._errands.start(self._fetch(wanted))
+
+    def poke(self) -> None:
+        """A look happened: start to copy, to hash, to write what is new."""
+        for chest in self._memory.chests.values():
+            if not chest.seated:
+                continue
+            self._copies.look(chest)
+            if self._drain is not None:
+                self._drain.look(chest)
+            self._hash_now_and_then(chest)
+            _drop_outdated(chest)
+
+    # ------------------------------------------------------------------ bringing copies here
+
+    async def _fetch(self, wanted: Fetch) -> None:
+        for left in reversed(range(FETCH_TRIES)):
+            try:
+                await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted))
+                break
+            except CheckpointError as error:
+                if left and isinstance(error, TierUnavailable):
+                    await asyncio.sleep(FETCH_PAUSE_S)
+                    continue
+                self._refuse(wanted, error)
+                return
+        for note in self._notes.of(wanted.rank):
+            self._on_note(note)
+        if wanted in self._fetches:
+            self._fetches[wanted] = True
+        self._changed()
+
+    async def _fetch_persistent(self, wanted: Fetch) -> None:
+        if self._drain is None:
+            raise SnapshotMissing("no checkpoint URL was given")
+        key = SnapshotKey(wanted.rank, wanted.step)
+        with self._memory.berth(key) as berth:
+            await self._drain.fetch(key, berth)
+        self._drain.pass_over(self._memory.chest(wanted.rank))
+
+    async def _fetch_peer(self, wanted: Fetch) -> None:
+        rank = wanted.rank
+        if wanted.source != self._address:
+            peer = self._copies.peer(wanted.source)
+            try:
+                for key in await peer.list():  # ascending by step, so that the newest start comes last
+                    if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
+                        with self._memory.berth(key) as berth:
+                            await peer.get(key, berth)
+                for note in await peer.notes(rank):
+                    self._notes.add(note)
+            finally:
+                peer.close()
+        chest = self._memory.chest(rank)
+        starts = chest.sealed("start")
+        repeats = wanted.step - 1 in starts and wanted.step in chest.sealed("gate")
+        if not (wanted.step in chest.sealed("snapshot") or wanted.step in starts or repeats):
+            raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
+
+    def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
+        log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
+        if self._drain is not None and wanted.tier == "persistent" and isinstance(error, SnapshotCorrupt):
+            self._drain.distrust(wanted.step)
+        if len(self._refused) < REFUSED_MAX:
+            refused = Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error))
+            self._refused[wanted.tier, wanted.step, wanted.rank] = refused
+        self._changed()
+
+    # ------------------------------------------------------------------ hashing, telling
+
+    def _hash_now_and_then(self, chest: Chest) -> None:
+        """Hash a snapshot for its own sake: damage in memory is then seen before it is restored. Within HASH_SHARE."""
+        slot = chest.snapshots.newest() if chest.snapshots is not None else None
+        if slot is None or slot.is_stamped() or self._hashing or time.monotonic() < self._hash_again_at:
+            return
+        self._hashing = True
+        deadline_s = COPY_S + slot.sealed_bytes() / COPY_BYTES_S
+        self._errands.start(self._hash(functools.partial(slot.stamp_payload), deadline_s))
+
+    async def _hash(self, work: Callable[[], bytes], deadline_s: float) -> None:
+        begin = time.monotonic()
+        try:
+            await self._lane.run(work, deadline_s=deadline_s)
+        except CheckpointError:
+            pass  # overwritten meanwhile, or damaged: whoever wants to read it will be told
+        finally:
+            self._hashing = False
+            now = time.monotonic()
+            self._hash_again_at = now + (now - begin) / HASH_SHARE
+
+    def _changed(self) -> None:
+        now = self.known()
+        if now != self._told:
+            self._told = now
+            self._on_change()
+
+
+def _seals(chest: Chest) -> Seals:
+    return Seals(
+        own=chest.own_path,
+        own_bytes=chest.own.own_bytes if chest.own is not None else 0,
+        own_steps=tuple(chest.sealed("start")),
+        gate_step=max(chest.sealed("gate"), default=NONE),
+        snapshots={step: slot.path for step, slot in chest.sealed("snapshot").items()},
+    )
+
+
+def _holding(rank: int, chest: Chest) -> Holding | None:
+    seals = _seals(chest)
+    if not seals.own_steps and not seals.snapshots:
+        return None
+    return Holding(
+        rank=rank,
+        own_step=chest.own.start_step() if chest.own is not None else NONE,
+        gate_step=seals.gate_step,
+        snapshots=tuple(seals.snapshots),
+        own_steps=seals.own_steps,
+    )
+
+
+def _drop_outdated(chest: Chest) -> None:
+    """A fetched snapshot has done its work when the worker has begun the step after the next."""
+    step = chest.fetched.newest_step() if chest.fetched is not None else NONE
+    if step != NONE and chest.own is not None and chest.own.start_step() > step + 1:
+        chest.drop_fetched()
+
+
+def _no_segments(layout: Layout, error: str) -> Segments:
+    return Segments(rank=layout.rank, own="", own_bytes=0, slots=(), snapshot_bytes=0, error=error)

@@ -1,0 +1,58 @@
+"""Train the same GPT with FSDP2: every rank holds a part of each weight, so no neighbour has a lost rank's part.
+
+    resilient-run --standalone --nproc-per-node 2 --standbys 1 examples/train_fsdp.py
+
+At every step each rank seals its part in memory that belongs to its agent; whoever takes an emptied chair finds it there.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+from gpt import Text, arguments, build, warm_up, write_digest
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import resilient
+
+
+def main() -> None:
+    """The whole training."""
+    args = arguments("Train a byte-level GPT with FSDP2.")
+    run = resilient.init()
+    text = Text(args.data)
+    model = build(args).to(run.device)
+    torch.manual_seed(args.seed + 1 + run.rank)  # dropout: every rank its own
+    mesh = init_device_mesh(run.device.type, (run.world_size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+
+    began = time.monotonic()
+
+    def show(step: int, loss: torch.Tensor) -> None:
+        if run.rank == 0 and (step + 1) % args.show_every == 0:
+            print(f"step {step + 1:5d}   loss {loss.item():.3f}   {time.monotonic() - began:6.1f} s", flush=True)
+
+    for step in run.steps(args.steps):
+        inputs, targets = text.batch(args.seed, step, run.rank, size=args.batch, context=args.context)
+        loss = model(inputs.to(run.device), targets.to(run.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.log(loss=loss)
+        run.on_commit(partial(show, step, loss.detach()))
+
+    if args.digest:  # no rank holds all of it: one file each
+        write_digest(f"{args.digest}.{run.rank}", model, optimizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Chests: all that one node keeps in memory for one rank, and the memory tier made of them.
+
+Think of a chest with the rank's number on it: inside lie its own segment (start a, start b, gate) and two snapshot slots. It does not
+matter whether the rank sits on this node or on another that sent copies here: when a chair moves to this node, its chest is already
+right, and nothing has to be unpacked.
+
+Contract: sizes only grow; when they do, what is sealed is carried over into new files of the same names. They grow only on behalf of
+the one who writes: the chair's worker (`seated`), or who sends copies (not `seated`); for a worker that has files mapped would go on
+writing into the old ones. What is fetched for a seated rank and does not fit therefore gets a file of its own, until it is outdated.
+    resilient.<key>.rank-<rank>.own       three slots
+    resilient.<key>.rank-<rank>.slot-<i>  one snapshot each
+    resilient.<key>.rank-<rank>.fetched   one snapshot
+Thread-safety: whoever changes a chest holds its `filling` lock; reading seals needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self
+
+from resilient.checkpoint.memory import create, remove, segment_path
+from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, Slot, announced_bytes
+from resilient.checkpoint.tier import KINDS, Kind, Landing, SnapshotKey, check, landing
+from resilient.core.messages import NONE
+from resilient.errors import SnapshotMissing, TierUnavailable
+
+SLOT_COUNT: Final = 2  # one is being filled while the other is whole
+
+
+class Chest:
+    """One rank's segments on this node."""
+
+    def __init__(self, directory: Path | str, key: str, rank: int) -> None:
+        """Nothing is allocated yet."""
+        self.rank = rank
+        self.seated = False  # the rank sits on this node: its worker writes here, no peer
+        self.replicated = False  # its shared state lies on every other rank as well
+        self.filling = threading.Lock()
+        self.own: OwnSegment | None = None
+        self.snapshots: Ring | None = None
+        self.fetched: Ring | None = None  # of one slot
+        self._own_path = segment_path(directory, key, f"rank-{rank}.own")
+        self._slot_paths = tuple(segment_path(directory, key, f"rank-{rank}.slot-{i}") for i in range(SLOT_COUNT))
+        self._fetched_path = segment_path(directory, key, f"rank-{rank}.fetched")
+
+    # ------------------------------------------------------------------ room
+
+    def grow_own(self, own_bytes: int) -> OwnSegment:
+        """Room for three own states whose slots have `own_bytes`. Raises TierUnavailable."""
+        old = self.own
+        if old is not None and old.own_bytes >= own_bytes:
+            return old
+        spare = create(self._own_path + ".new", 3 * own_bytes)
+        new = OwnSegment(spare, own_bytes)
+        if old is not None:
+            for source, target in ((old.starts, new.starts), (old.gate, new.gate)):
+                _carry_over(source, target)
+        os.replace(spare, self._own_path)
+        self.own = new
+        return new
+
+    def grow_snapshots(self, num_bytes: int) -> Ring:
+        """Room for two snapshots of up to `num_bytes`. Raises TierUnavailable, with the old ones untouched."""
+        old = self.snapshots
+        if old is not None and old.slots[0].num_bytes >= num_bytes:
+            return old
+        spares: list[str] = []
+        try:
+            spares.extend(create(f"{path}.new", num_bytes) for path in self._slot_paths)
+            new = Ring.open(spares)
+            if old is not None:
+                _carry_over(old, new)
+        finally:
+            if len(spares) < len(self._slot_paths):
+                for spare in spares:
+                    remove(spare)
+        for spare, path in zip(spares, self._slot_paths, strict=True):
+            os.replace(spare, path)
+        self.snapshots = new
+        return new
+
+    def room(self, key: SnapshotKey, num_bytes: int) -> Ring:
+        """The ring for a copy of `key` that comes in, `num_bytes` long. Raises TierUnavailable."""
+        if key.kind != "snapshot":
+            fits = self.own is not None and (self.seated or self.own.own_bytes >= num_bytes)
+            own = self.own if self.own is not None and fits else self.grow_own(own_slot_bytes(2 * num_bytes))
+            return own.starts if key.kind == "start" else own.gate
+        if self.snapshots is not None and self.snapshots.slots[0].num_bytes >= num_bytes:
+            return self.snapshots
+        if not self.seated:
+            return self.grow_snapshots(num_bytes)
+        self.drop_fetched()
+        self.fetched = Ring.open([create(self._fetched_path, num_bytes)])
+        return self.fetched
+
+    def drop_fetched(self) -> None:
+        """The fetched snapshot is no longer needed."""
+        self.fetched = None
+        remove(self._fetched_path)
+
+    def unlink(self) -> None:
+        """Remove the files; what is mapped goes when the last thread that reads it lets go."""
+        self.own = self.snapshots = self.fetched = None
+        for path in (self._own_path, *self._slot_paths, self._fetched_path):
+            remove(path)
+
+    # ------------------------------------------------------------------ contents
+
+    @property
+    def own_path(self) -> str:
+        """Path of the own segment, "" before there is one."""
+        return self._own_path if self.own is not None else ""
+
+    @property
+    def slot_paths(self) -> tuple[str, ...]:
+        """Paths of the snapshot slots, none before there are any."""
+        return self._slot_paths if self.snapshots is not None else ()
+
+    def slots(self, kind: Kind) -> tuple[Slot, ...]:
+        """Where snapshots of this kind lie, sealed or not."""
+        if kind == "snapshot":
+            rings = (self.snapshots, self.fetched)
+        else:
+            rings = (None if self.own is None else self.own.starts if kind == "start" else self.own.gate, None)
+        return tuple(slot for ring in rings if ring is not None for slot in ring.slots)
+
+    def sealed(self, kind: Kind) -> dict[int, Slot]:
+        """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
+        found = sorted((slot.sealed_step(), slot.generation(), slot.path, slot) for slot in self.slots(kind))
+        return {step: slot for step, _, _, slot in found if step != NONE}
+
+
+def _carry_over(source: Ring, target: Ring) -> None:
+    """Copy what is sealed, oldest first, so that the order of writing stays as it was."""
+    for slot in sorted(source.slots, key=Slot.generation):
+        if slot.sealed_step() != NONE:
+            spare = memoryview(bytearray(slot.sealed_bytes()))
+            slot.stage(spare)
+            target.receive(bytes(spare[:HEADER_BYTES]))[:] = spare[HEADER_BYTES:]
+            target.accept()
+
+
+class Berth:
+    """A place in a chest for one copy that comes in: makes room when it hears the size. A Landing, and a context."""
+
+    def __init__(self, chest: Chest, key: SnapshotKey) -> None:
+        """Nothing is touched before `receive`."""
+        self._chest = chest
+        self._key = key
+        self._ring: Ring | None = None
+
+    def __enter__(self) -> Self:
+        """Take the chest's lock. Raises TierUnavailable if another copy of the rank is on its way."""
+        if not self._chest.filling.acquire(blocking=False):
+            raise TierUnavailable(f"{self._key}: another copy of that rank is just coming in")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever happened, the next one may come."""
+        self._chest.filling.release()
+
+    def receive(self, header: bytes) -> memoryview:
+        """As `Landing.receive`; allocates (0.3 s per GB) where there is no room yet."""
+        self._ring = self._chest.room(self._key, announced_bytes(header, f"{self._key} coming in"))
+        return self._ring.receive(header)
+
+    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+        """As `Landing.accept`."""
+        assert self._ring is not None, "accept() without receive()"
+        return self._ring.accept(rank=rank, step=step)
+
+
+class MemoryTier:
+    """This node's chests as a tier."""
+
+    name = "memory"
+
+    def __init__(self, directory: Path | str, key: str) -> None:
+        """`key`: whose files they are (memory.new_key). Nothing is allocated yet."""
+        self.chests: dict[int, Chest] = {}
+        self._directory = directory
+        self._key = key
+
+    def chest(self, rank: int) -> Chest:
+        """The chest of `rank`, made if there is none."""
+        return self.chests.setdefault(rank, Chest(self._directory, self._key, rank))  # atomic
+
+    def berth(self, key: SnapshotKey) -> Berth:
+        """Where a copy of `key` may land."""
+        return Berth(self.chest(key.rank), key)
+
+    def put(self, key: SnapshotKey, sealed: Buffer) -> None:
+        """As `Tier.put`."""
+        data = check(key, sealed)
+        with self.berth(key) as berth:
+            berth.receive(bytes(data[:HEADER_BYTES]))[:] = data[HEADER_BYTES:]
+            berth.accept(rank=key.rank, step=key.step)
+
+    def get(self, key: SnapshotKey, into: Buffer | Landing) -> int:
+        """As `Tier.get`."""
+        slot = self.slot(key)
+        if not slot.is_stamped():
+            slot.stamp_payload()
+        target, header, generation = landing(into), slot.header(), slot.generation()
+        target.receive(header)[:] = slot.body()
+        if slot.generation() != generation:
+            raise SnapshotMissing(f"{key}: overwritten while it was being read")
+        target.accept(rank=key.rank, step=key.step)
+        return announced_bytes(header)
+
+    def list(self) -> Iterator[SnapshotKey]:
+        """As `Tier.list`."""
+        for rank, chest in sorted(self.chests.items()):
+            yield from sorted(SnapshotKey(rank, step, kind) for kind in KINDS for step in chest.sealed(kind))
+
+    def drop(self, key: SnapshotKey) -> None:
+        """As `Tier.drop`: breaks the seals; the memory is used again."""
+        chest = self.chests.get(key.rank)
+        for slot in chest.slots(key.kind) if chest is not None else ():
+            if slot.sealed_step() == key.step:
+                slot.unseal()
+
+    def slot(self, key: SnapshotKey) -> Slot:
+        """The slot that holds `key`, or SnapshotMissing."""
+        chest = self.chests.get(key.rank)
+        held = chest.sealed(key.kind) if chest is not None else {}
+        if key.step not in held:
+            steps = ", ".join(map(str, held)) or "none"
+            raise SnapshotMissing(f"{key}: not in this node's memory (steps there: {steps})")
+        return held[key.step]
+
+    def unlink(self) -> None:
+        """Unmap and remove everything."""
+        for chest in self.chests.values():
+            chest.unlink()
+        self.chests.clear()

@@ -1,0 +1,149 @@
+"""Memory: the files in /dev/shm that hold a run's state, and who may remove them.
+
+Think of a cloakroom: every coat has a tag with its owner's name. The attendant who opens in the morning looks through the coats left
+from yesterday; those whose owner is no longer in the building are cleared away, the others are left alone.
+
+Contract: a segment is `resilient.<key>.<what>` with key = "<agent pid>-<its start time in clock ticks>-<4 hex digits>", mode 0600, all
+of its bytes really there (`posix_fallocate`: a sparse file on a full tmpfs would be a SIGBUS in the training process, later).
+`clean_stale` removes the files of owners that are gone: no process of that pid, or one that started at another time. Where the run
+directory is shared between containers, pids say nothing: so an owner also holds a lock on `resilient.<key>.lock`, and who holds it lives.
+Rejected: memfd only (dies with the agent, cannot be adopted); POSIX shared memory's Python module (its tracker unlinks behind our back).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Final
+
+from resilient.errors import TierUnavailable
+
+PREFIX: Final = "resilient."
+_NAME: Final = re.compile(r"resilient\.(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{4}\.(?P<what>.+)")
+_LOCK: Final = "lock"
+_ROOM_LEFT: Final = 1 << 20  # of the memory file system: others (torch's store, gloo, NCCL) live there too
+
+
+def new_key() -> str:
+    """A key for the segments of this process: no other process, living or dead, has the same."""
+    pid = os.getpid()
+    return f"{pid}-{_start_ticks(pid)}-{secrets.token_hex(2)}"
+
+
+def segment_path(directory: Path | str, key: str, what: str) -> str:
+    """Where the segment `what` of the owner `key` lies."""
+    return str(Path(directory) / f"{PREFIX}{key}.{what}")
+
+
+def create(path: str, num_bytes: int) -> str:
+    """Make a file of `num_bytes` zeros, every page allocated. Returns `path`.
+
+    Raises TierUnavailable if there is no room (nothing is left behind), FileExistsError if the name is taken.
+    """
+    directory = os.path.dirname(path)
+    free = free_bytes(directory)
+    if num_bytes + _ROOM_LEFT > free:  # ask first: an allocation that fails half-way takes the room from others meanwhile
+        raise _no_room(path, num_bytes, free)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        os.unlink(path)
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+            raise _no_room(path, num_bytes, free_bytes(directory)) from None
+        raise
+    finally:
+        os.close(fd)
+    return path
+
+
+def free_bytes(directory: Path | str) -> int:
+    """Bytes that files in `directory` may still take."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def remove(path: str) -> None:
+    """Unlink; mapped memory stays valid for those who have it. Nothing happens if it is gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_all(directory: Path | str, key: str) -> None:
+    """Remove every file of the owner `key`."""
+    for found in sorted(Path(directory).glob(f"{PREFIX}{key}.*")):
+        remove(str(found))
+
+
+class Claim:
+    """As long as this is held, and this process lives, the files of `key` are not stale."""
+
+    def __init__(self, directory: Path | str, key: str) -> None:
+        """Make and lock `resilient.<key>.lock`."""
+        self.path = segment_path(directory, key, _LOCK)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self) -> None:
+        """Give it up and remove the lock file. May be called again."""
+        if self._fd >= 0:
+            remove(self.path)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def clean_stale(directory: Path | str) -> list[str]:
+    """Remove the segments of owners that are gone; the paths removed. Files of other users are left to them."""
+    removed: list[str] = []
+    alive: dict[str, bool] = {}
+    for found in sorted(Path(directory).glob(f"{PREFIX}*"), key=lambda path: (path.suffix == f".{_LOCK}", path.name)):
+        match = _NAME.fullmatch(found.name)
+        if match is None:
+            continue
+        key = found.name.removeprefix(PREFIX).removesuffix(f".{match['what']}")
+        if key not in alive:
+            alive[key] = _start_ticks(int(match["pid"])) == int(match["start"]) or _locked(segment_path(directory, key, _LOCK))
+        if not alive[key]:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                found.unlink()
+                removed.append(str(found))
+    return removed
+
+
+def _start_ticks(pid: int) -> int:
+    """When the process started, in clock ticks since boot; -1 if there is none, or only its remains."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    fields = stat.rpartition(b")")[2].split()  # the name before it may hold anything, also ")" and blanks
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _locked(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True  # another user's: not ours to judge
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _no_room(path: str, wanted: int, free: int) -> TierUnavailable:
+    directory = os.path.dirname(path)
+    return TierUnavailable(
+        f"memory tier: {wanted} bytes wanted, {free} free in {directory} (for {os.path.basename(path)}); "
+        f"enlarge it (mount -o remount,size=... {directory}) or name another place with --memory-dir DIR"
+    )

@@ -1,0 +1,131 @@
+"""Cli: the console script `resilient`: looks at a run from outside, and tidies up after dead ones.
+
+    resilient status RUN_DIR              who sits where, and how far they are
+    resilient events RUN_DIR [--follow]   what happened, one line each
+    resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
+
+Contract: reads the run directory's files (host/journal.py) and nothing else; never imports torch; changes nothing but in `clean`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from resilient.checkpoint import memory
+from resilient.config import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+FOLLOW_S: Final = 0.2
+STALE_S: Final = 5.0  # status.json is written each second
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        exit_code: int = args.command(args)
+    except FileNotFoundError as error:
+        sys.stderr.write(f"resilient: {error.filename}: no such file (is this a run directory?)\n")
+        return 2
+    except BrokenPipeError:  # `| head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resilient", description="Look at a run of resilient-run, and tidy up after dead ones.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    status = commands.add_parser("status", help="who sits where, and how far they are")
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="print status.json as it is")
+    status.set_defaults(command=_status)
+    events = commands.add_parser("events", help="what happened, one line each")
+    events.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    events.add_argument("-f", "--follow", action="store_true", help="go on until the run has finished")
+    events.add_argument("--json", action="store_true", help="print the lines of events.jsonl as they are")
+    events.set_defaults(command=_events)
+    clean = commands.add_parser("clean", help="remove shared memory that dead runs left")
+    clean.add_argument("--memory-dir", default=Options().memory_dir, metavar="DIR")
+    clean.set_defaults(command=_clean)
+    return parser
+
+
+def _status(args: argparse.Namespace) -> int:
+    text = (args.run_dir / "status.json").read_text(encoding="utf-8")
+    if args.json:
+        sys.stdout.write(text)
+        return 0
+    status = json.loads(text)
+    age = time.time() - status["updated_at"]
+    note = f", not written for {age:.0f} s: is resilient-run alive?" if status["state"] in {"forming", "running"} and age > STALE_S else ""
+    print(f"run {status['run_id']}: {status['state']}, round {status['round']}, {status['world_size']} ranks{note}")
+    for rank in status["ranks"]:
+        print(f"  rank {rank['rank']:<4} {rank['node']}/{rank['local_rank']:<3} pid {rank['pid']:<8} step {rank['step']}")
+    for standby in status["standbys"]:
+        ready = "ready" if standby["ready"] else "warming up"
+        print(f"  standby for rank {standby['shadow']:<4} {standby['node']} pid {standby['pid']:<8} {ready}")
+    return 0
+
+
+def _events(args: argparse.Namespace) -> int:
+    first: float | None = None
+    for line in _lines(args.run_dir / "events.jsonl", follow=args.follow):
+        if args.json:
+            print(line, flush=args.follow)
+            continue
+        event = json.loads(line)
+        t, name = event.pop("t"), event.pop("event")
+        first = t if first is None else first
+        print(f"{t - first:9.3f} s  {name:<22} {_words(event)}", flush=args.follow)
+    return 0
+
+
+def _words(event: dict[str, Any]) -> str:
+    shown = {key: value for key, value in event.items() if value not in (None, "", [], {})}
+    return "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).strip().rpartition("\n")[2]  # of a traceback: its last line
+
+
+def _lines(path: Path, *, follow: bool) -> Iterator[str]:
+    """Whole lines; with `follow`, until the run's last one."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        rest = ""
+        while True:
+            piece = file.readline()
+            rest += piece
+            if rest.endswith("\n"):
+                yield rest.rstrip("\n")
+                if follow and '"event":"run_finished"' in rest:
+                    return
+                rest = ""
+            elif not follow:
+                return
+            else:
+                time.sleep(FOLLOW_S)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    removed = memory.clean_stale(args.memory_dir)
+    for path in removed:
+        print(f"removed {path}")
+    print(f"{len(removed)} stale segment(s) in {args.memory_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Configuration: our own options, from flags, environment, a file, and defaults.
+
+Think of four transparent sheets laid on top of each other: flags on RESILIENT_* variables on the TOML file on the defaults. You read
+the topmost ink. A word on any sheet that is not on the form is an error that names the nearest word that is.
+
+Contract: `Options` is the only list of options: flags, variables, keys, types, defaults and help all come from it. `resolve` is
+pure; whoever calls it reads the files and the environment. torchrun's own flags are not here: they keep torchrun's meaning and
+torchrun's variables (PET_*).
+Used by the launcher alone: it is read once, and what others need is handed to them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from resilient.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+PREFIX: Final = "RESILIENT_"
+# set for workers, not by users: seen when resilient-run is started by a script that is itself a worker
+NOT_OURS: Final = frozenset(
+    {"TOKEN", "SOCKET", "WORKER", "ROLE", "PAGE", "RUN_ID", "STACKS", "CONFIG", "CACHE"},
+)
+
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be set, beside torchrun's own flags."""
+
+    standbys: NonNegative = 0
+    shadows: Literal["none", "all"] = "none"
+    run_dir: str = ""
+    checkpoint: str = ""
+    checkpoint_every: NonNegative = 100
+    memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
+    token_file: str = ""
+    lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
+    first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+HELP: Final[dict[str, str]] = {
+    "standbys": "Warm standby workers to keep on this node; each shadows one of its ranks.",
+    "shadows": "'all' keeps one parked standby for every rank of this node (wins over --standbys).",
+    "run_dir": "Directory of status.json, events.jsonl, logs and evidence (default: runs/<run id>).",
+    "checkpoint": "URL or directory of the persistent checkpoints (anything fsspec opens); without it none are written.",
+    "checkpoint_every": "Steps between two persistent checkpoints.",
+    "memory_dir": "Directory of the shared-memory segments.",
+    "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
+    "lease_s": "Seconds of silence after which a node counts as lost.",
+    "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
+    "log_level": "How much resilient-run itself says on stderr.",
+}
+
+
+def flags_of(name: str) -> tuple[str, ...]:
+    """The spellings of one option: with dashes, with underscores, and without the unit."""
+    dashed = "--" + name.replace("_", "-")
+    spellings = [dashed, "--" + name]
+    if name.endswith("_s"):
+        spellings.append(dashed[:-2])
+    return tuple(dict.fromkeys(spellings))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per option, and --config. A flag that is not given does not appear in the namespace's `ours` values (None)."""
+    group = parser.add_argument_group("resilience options", "also RESILIENT_<NAME> in the environment, or <name> in the --config file")
+    group.add_argument("--config", default=None, metavar="FILE", help="TOML file with any of the options below.")
+    for field in msgspec.structs.fields(Options):
+        default = f" (default: {field.default})" if field.default not in {"", None} else ""
+        choices = get_args(_bare(field.type)) if get_origin(_bare(field.type)) is Literal else None
+        group.add_argument(
+            *flags_of(field.name),
+            dest=f"ours_{field.name}",
+            default=None,
+            choices=choices,
+            metavar=None if choices else field.name.upper(),
+            help=HELP[field.name] + default,
+        )
+
+
+def given_flags(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """Our flags that were given, by option name."""
+    pairs = ((name.removeprefix("ours_"), value) for name, value in namespace.items() if name.startswith("ours_"))
+    return {name: value for name, value in pairs if value is not None}
+
+
+def resolve(flags: Mapping[str, str], environment: Mapping[str, str], file: str | None) -> Options:
+    """Lay the sheets on top of each other. Raises ConfigError that names the key, the value and where it stands."""
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None:
+        layers.append((f"in {file}", _read_toml(file)))
+    layers.append(("in the environment", _from_environment(environment)))
+    layers.append(("on the command line", flags))
+    for where, layer in layers:
+        for key, value in layer.items():
+            values[_known(key, where)] = value
+            source[key] = where
+    hints = get_type_hints(Options, include_extras=True)
+    clean = {key: _typed(key, value, hints[key], source[key]) for key, value in values.items()}
+    return Options(**clean)
+
+
+def _read_toml(file: str) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        text = f"config file {file}: cannot be read ({error.strerror})"
+        raise ConfigError(text) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = f"config file {file}: TOML expected ({error})"
+        raise ConfigError(text) from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    names = (name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX))
+    return {name.lower(): environment[PREFIX + name] for name in names if name not in NOT_OURS}
+
+
+def _known(key: str, where: str) -> str:
+    fields = [field.name for field in msgspec.structs.fields(Options)]
+    if key in fields:
+        return key
+    near = nearest(key, fields)
+    shown = PREFIX + key.upper() if where == "in the environment" else key
+    shown_near = PREFIX + near.upper() if where == "in the environment" else near
+    text = f"unknown option {shown!r} {where}; the nearest valid one is {shown_near!r}"
+    raise ConfigError(text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that looks most like `word`; always one."""
+    return max(sorted(known), key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
+
+
+def _typed(key: str, value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401
+    lax = isinstance(value, str) and _bare(kind) is not str  # text from a flag or variable is read as a number
+    try:
+        return msgspec.convert(value, kind, strict=not lax)
+    except msgspec.ValidationError as error:
+        text = f"option {key!r} {where}: {error}, found {value!r}"
+        raise ConfigError(text) from None
+
+
+def _bare(kind: Any) -> Any:  # noqa: ANN401
+    """The type without its Annotated wrapper."""
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[0]
+    assert get_origin(kind) not in (Union, types.UnionType), kind
+    return kind

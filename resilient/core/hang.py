@@ -1,0 +1,138 @@
+"""Hang: who does not move, and who is to blame for it.
+
+Think of a night watchman with a notebook. For every worker he has written down the longest pause it ever made; a pause three times as
+long makes him look again, and only when he has seen the same thing twice does he call. He never calls because of a pause that was
+announced (`run.section`), of a worker in a debugger, or after he himself had fallen asleep.
+
+Contract: `Watch.look` is called with every look at one worker and answers None, or once per pause with what was seen. It calls before
+the bound is over: stopped within max(1 s, 1.5 steps); no movement within max(5 s, 3 x the longest pause), or `first_step_timeout_s`
+until the first step of a round is done (a compile, a neighbour that is still warming up).
+`blame` says, of all ranks that stand still, which ones keep the others waiting: the rank that did not arrive, not the one that shouts.
+Rejected: a fixed timeout (10 to 60 minutes elsewhere); one look (a loaded machine makes everybody pause).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from resilient.core.messages import Chair, Msg, Record
+
+STOPPED_MIN_S: Final = 1.0
+STOPPED_STEPS: Final = 1.5
+STALLED_MIN_S: Final = 5.0
+STALLED_GAPS: Final = 3.0
+EARLY: Final = 0.85  # the bounds are promises to the user: we decide at this part of them, the rest is for looks and reports
+WITNESS_S: Final = 0.25  # between the two looks at a process that does not move
+ASLEEP_S: Final = 1.0  # a watchman who did not look for this long begins anew
+BUSY: Final = 0.1  # part of one CPU from which on a process counts as running
+
+
+class Seen(Msg):
+    """What a watch has to tell."""
+
+    kind: Literal["stopped", "stalled"]
+    since: float  # when it began, by the watchman's clock
+    text: str
+
+
+@dataclass(slots=True)
+class Watch:
+    """The notebook page of one worker."""
+
+    first_step_timeout_s: float
+    step_s: float = 0.0  # running mean of the time between two steps
+    gap_s: float = 0.0  # the longest pause learned
+    _mark: tuple[int, int, int, str] | None = None  # what moves: step, entered, completed, phase
+    _beat: float = 0.0  # when the page last moved
+    _step_at: float | None = None  # when the last step was completed
+    _stopped_at: float | None = None
+    _looked_at: float | None = None
+    _witness: list[tuple[float, float, str]] = field(default_factory=list)  # (when, cpu_s, busy | blocked)
+    _settled: bool = False  # at the last look: past the round's first step, in no section, not stopped
+    _told: bool = False  # of this pause, once
+
+    def look(self, record: Record, os_state: str, cpu_s: float, now: float, *, neighbours_run: bool) -> Seen | None:
+        """One look. `neighbours_run`: not all of this node are stopped (that would be an operator, or a frozen machine)."""
+        asleep = self._looked_at is not None and now - self._looked_at > ASLEEP_S
+        self._looked_at = now
+        if asleep:
+            self._beat, self._stopped_at, self._step_at, self._witness = now, None, None, []
+        moved = self._learn(record, now)
+        if os_state == "t" or asleep:
+            self._stopped_at, self._beat = None, now
+            return None
+        if os_state == "T":
+            return self._stopped(now, neighbours_run=neighbours_run)
+        if self._stopped_at is not None:  # it goes on: the pause was not its own
+            self._stopped_at, self._beat, self._step_at, self._told = None, now, None, False
+        if moved or record.section or record.phase in ("setup", "done"):
+            self._witness = []
+            return None
+        return self._stalled(record, cpu_s, now)
+
+    def _learn(self, record: Record, now: float) -> bool:
+        mark = (record.step, record.entered, record.completed, record.phase)
+        beat = max(self._beat, now - record.idle_s)
+        moved = mark != self._mark or beat > self._beat + 1e-3
+        if not moved:
+            return False
+        before, self._settled = self._settled, record.committed_s > 0 and not record.section and self._stopped_at is None
+        usual = before and self._settled
+        if usual:
+            self.gap_s = max(self.gap_s, beat - self._beat)
+        if self._mark is None or record.step != self._mark[0]:
+            if usual and self._step_at is not None and self._mark is not None and record.step > self._mark[0]:
+                took = (now - self._step_at) / (record.step - self._mark[0])
+                self.step_s = took if self.step_s == 0 else 0.8 * self.step_s + 0.2 * took
+            self._step_at = now
+        self._mark, self._beat, self._told = mark, beat, False
+        return True
+
+    def _stopped(self, now: float, *, neighbours_run: bool) -> Seen | None:
+        if self._stopped_at is None:
+            self._stopped_at, self._told = now, False
+        bound = max(STOPPED_MIN_S, STOPPED_STEPS * self.step_s)
+        if self._told or not neighbours_run or now - self._stopped_at < EARLY * bound:
+            return None
+        self._told = True
+        return Seen(kind="stopped", since=self._stopped_at, text=f"stopped for {now - self._stopped_at:.2f} s")
+
+    def _stalled(self, record: Record, cpu_s: float, now: float) -> Seen | None:
+        bound = max(STALLED_MIN_S, STALLED_GAPS * self.gap_s) if record.committed_s > 0 else self.first_step_timeout_s
+        pause = now - self._beat
+        if self._told or pause < EARLY * bound - 2 * WITNESS_S:
+            return None
+        if not self._witness:
+            self._witness.append((now, cpu_s, ""))
+        at, used, _ = self._witness[-1]
+        if now - at < WITNESS_S:
+            return None
+        does = "busy" if cpu_s - used > BUSY * (now - at) else "blocked"
+        self._witness.append((now, cpu_s, does))
+        if len(self._witness) < 3 or self._witness[-2][2] != does:
+            return None
+        self._told = True
+        where = "inside a collective" if record.entered > record.completed else f"outside any collective, phase {record.phase}"
+        return Seen(kind="stalled", since=self._beat, text=f"no movement for {pause:.2f} s, {does}, {where}")
+
+
+class Blame(Msg):
+    """Why nothing moves."""
+
+    ranks: tuple[int, ...] = ()  # they keep the others waiting
+    why: str = ""
+    wait: bool = False  # nobody can be named yet, and there may be a good reason
+
+
+def blame(chairs: Iterable[Chair], stalled: frozenset[int]) -> Blame:
+    """Who is to blame when the ranks `stalled` do not move. Stalled ranks inside a collective are victims."""
+    active = [c for c in chairs if c.state == "active" and c.record is not None]
+    outside = tuple(c.rank for c in active if c.rank in stalled and c.record and c.record.entered == c.record.completed)
+    if outside:
+        return Blame(ranks=outside, why="did not arrive in the collective that the others wait in")
+    sections = [c.rank for c in active if c.record and c.record.section]
+    if sections:
+        return Blame(wait=True, why=f"rank {sections[0]} is in a section, the others wait for it")
+    return Blame(why="all that stand still wait inside a collective")

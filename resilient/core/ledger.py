@@ -1,0 +1,161 @@
+"""Ledger: from where everybody's state comes, given what every rank's record and copies say.
+
+Think of a choir whose singers know how many pages they have turned. Somebody fell out; the others compare: most stand at the same page,
+some have a finger under the leaf and wait for a nod. The farthest page that anybody has turned is where all go on, if everyone can be
+brought there; else the last page that everyone has a copy of.
+
+Contract: `choose` is pure. What it picks, in this order:
+1. `live`: all state is replicated, and each newcomer's own state of that step lies somewhere. Nothing is lost.
+2. `memory` at the same step: each rank that needs state has a sealed snapshot of exactly that step. Nothing is lost.
+3. `memory` or `persistent`, whichever is newer: a step of which every rank has a copy. All go back to it.
+4. nothing was ever committed: the script starts again. (If all committed checkpoints are refused, that is an error, not a start.)
+I2 all ranks begin the round at the same step. I3 no rank is given state that nobody holds, or that was refused.
+I5 nothing is lost while a sound copy of it exists.
+
+By the vote (train/step.py) the survivors' claims differ by at most one, and those behind wait in their gate: a plan at the higher step
+tells them to run their optimizer, one at the lower step to replay. They need no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+from resilient.core.messages import NONE, Msg, Plan, Record, TierName
+
+SOURCES_MAX: Final = 64  # a plan names at most this many of the ranks that could give live state
+
+Poison = tuple[TierName, int, int]  # (tier, step, rank) of a Refused
+
+
+class Copy(Msg):
+    """What one node's memory holds of one rank."""
+
+    node: str
+    seated: bool = False  # in the segments of the rank's own chair, where a worker finds it; else it must be fetched first
+    own_steps: tuple[int, ...] = ()
+    gate_step: int = NONE
+    snapshots: tuple[int, ...] = ()
+
+
+class Account(Msg):
+    """What is known of one rank after the fence."""
+
+    rank: int
+    record: Record | None = None  # of the worker that keeps the chair; None: the chair gets a newcomer
+    replicated: bool = False
+    finished: bool = False  # exited after the loop; needs nothing, unless all go back
+    copies: tuple[Copy, ...] = ()  # on living nodes
+
+
+class Choice(Msg):
+    """A plan, or the reason why there is none."""
+
+    plan: Plan = Plan()
+    lost: int = 0  # steps completed by somebody that must be done again
+    fresh: bool = False  # the script starts again on every rank
+    why: str = ""
+    error: str = ""
+
+
+def claim(record: Record) -> int:
+    """The step that this rank holds, or will hold when told to commit what it has begun."""
+    return record.step + 1 if record.phase == "committing" else record.step
+
+
+def choose(accounts: Sequence[Account], committed: Collection[int], poison: Collection[Poison] = ()) -> Choice:
+    """The plan for the next round. committed: steps with a commit marker on the persistent tier."""
+    accounts = [_sound(a, poison) for a in accounts] if poison else accounts
+    records = [(a, a.record) for a in accounts if a.record is not None and a.record.phase != "setup"]
+    if not records:
+        reached = max((s for a in accounts for c in a.copies for s in (*c.own_steps, *c.snapshots)), default=NONE)
+        return _back(accounts, reached, committed, poison)
+    step = max(claim(r) for _, r in records)
+    survivors = {a.rank: r for a, r in records if not a.finished}
+    seated = [a for a in accounts if not a.finished]
+    able = {rank for rank, r in survivors.items() if claim(r) == step or (r.phase == "voted" and r.step == step - 1)}
+    newcomers = [a for a in seated if a.rank not in able]
+    torn = {rank for rank in able if survivors[rank].torn}
+    receivers = tuple(sorted(torn | {a.rank for a in newcomers}))
+    if not receivers:
+        return Choice(plan=Plan(step=step), why=f"all ranks hold step {step}")
+    sources = [r for r in sorted(able - torn) if claim(survivors[r]) == step] or sorted(able - torn)
+    if sources and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
+        repeat = tuple(a.rank for a in newcomers if not _owns(a, step))
+        if all(_repeats(a, step) for a in newcomers if a.rank in repeat):
+            plan = Plan(step=step, tier="live", receivers=receivers, sources=tuple(sources[:SOURCES_MAX]), repeat=repeat)
+            return Choice(plan=plan, why=f"{len(sources)} ranks hold step {step} live, own states are in memory")
+    needy = frozenset(receivers)
+    if all(step in _snapshots(a) for a in seated if a.rank in needy):
+        return Choice(plan=Plan(step=step, tier="memory", receivers=receivers), why=f"snapshots of step {step} are in memory")
+    return _back(accounts, step, committed, poison)
+
+
+def _back(accounts: Sequence[Account], reached: int, committed: Collection[int], poison: Collection[Poison]) -> Choice:
+    """Everybody goes back to the newest step of which every rank has a copy."""
+    everyone = tuple(a.rank for a in accounts)
+    memory = max((s for s in _common(accounts) if s <= reached), default=NONE)
+    refused = {s for t, s, _ in poison if t == "persistent"}
+    persistent = max((s for s in committed if s not in refused), default=NONE)
+    step, tier = (memory, "memory") if memory >= persistent else (persistent, "persistent")
+    lost = max(0, reached - max(step, 0))
+    if step != NONE:
+        plan = Plan(step=step, tier=tier, receivers=everyone)  # type: ignore[arg-type]
+        return Choice(plan=plan, lost=lost, why=f"step {step} is the newest of which every rank has a copy ({tier})")
+    if committed:
+        steps = ", ".join(str(s) for s in sorted(refused & set(committed)))
+        return Choice(lost=lost, error=f"every committed checkpoint was refused (steps {steps}); remove them, or give another URL, to start from nothing")
+    return Choice(lost=lost, fresh=True, why="no copy of any step exists for every rank: the script starts again")
+
+
+def _common(accounts: Iterable[Account]) -> set[int]:
+    common: set[int] | None = None
+    for account in accounts:
+        held = _snapshots(account)
+        common = held if common is None else common & held
+        if not common:
+            return set()
+    return common or set()
+
+
+def _snapshots(account: Account) -> set[int]:
+    return {s for c in account.copies for s in c.snapshots}
+
+
+def _owns(account: Account, step: int) -> bool:
+    return any(step in c.own_steps for c in account.copies)
+
+
+def _repeats(account: Account, step: int) -> bool:
+    return any(step - 1 in c.own_steps and c.gate_step == step for c in account.copies)
+
+
+def _sound(account: Account, poison: Collection[Poison]) -> Account:
+    """The account without what was refused: a copy that is bad in one memory is trusted in none."""
+    bad = {s for t, s, r in poison if r == account.rank and t in ("memory", "peer")}
+    if not bad:
+        return account
+    copies = tuple(
+        Copy(
+            node=c.node,
+            seated=c.seated,
+            own_steps=tuple(s for s in c.own_steps if s not in bad),
+            gate_step=NONE if c.gate_step in bad else c.gate_step,
+            snapshots=tuple(s for s in c.snapshots if s not in bad),
+        )
+        for c in account.copies
+    )
+    return Account(rank=account.rank, record=account.record, replicated=account.replicated, finished=account.finished, copies=copies)
+
+
+def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
+    """The copy that serves `plan`: the one in its chair's own segments, else one on the node `near`, else the first."""
+    step = plan.step
+
+    def serves(copy: Copy) -> bool:
+        if plan.tier == "memory":
+            return step in copy.snapshots
+        return step in copy.own_steps or (account.rank in plan.repeat and copy.gate_step == step and step - 1 in copy.own_steps)
+
+    able = [c for c in account.copies if serves(c)]
+    return min(able, key=lambda c: (not c.seated, c.node != near, c.node), default=None)

@@ -1,0 +1,164 @@
+"""What the world outside is told: the lines of events.jsonl and the content of status.json.
+
+Think of a ship's log and the board on the bridge: the log is only ever appended to, the board shows now. Tools that are not ours read
+both, so names and meanings here are promises: fields are added, never renamed.
+
+Contract: a line is a struct whose tag is its "event"; the host adds "t" (unix seconds), and "updated_at" to the status. All durations
+are seconds, steps are steps completed, -1 means "not known" or "none".
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from resilient.core.messages import NONE, RunState, TierName, VerdictName
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_snake):
+    """One line of events.jsonl; the host adds "t", unix seconds."""
+
+
+class RunStarted(Line):
+    """All nodes that are needed are there."""
+
+    run_id: str
+    world_size: int
+    nodes: tuple[str, ...]
+
+
+class WorkerStarted(Line):
+    """A process was forked."""
+
+    worker: str
+    role: str  # "rank" | "standby"
+    pid: int
+    rank: int  # its chair, or the one it shadows
+    node: str
+
+
+class StandbyReady(Line):
+    """A standby has finished its warm-up."""
+
+    worker: str
+    pid: int
+    shadow: int
+    node: str
+
+
+class FindingLine(Line, tag="finding"):
+    """A fact that somebody saw."""
+
+    kind: str
+    node: str
+    rank: int = NONE
+    worker: str = ""
+    pid: int = 0
+    step: int = NONE
+    round: int = 0
+    exit_code: int | None = None
+    text: str = ""
+
+
+class VerdictLine(Line, tag="verdict"):
+    """What the policy makes of it."""
+
+    verdict: VerdictName
+    kind: str
+    node: str
+    rank: int
+    worker: str
+    why: str
+
+
+class RoundStarted(Line):
+    """A seating plan is out."""
+
+    round: int
+    reason: str
+    step: int = NONE
+    tier: TierName = "none"
+    receivers: int = 0  # how many ranks are given state
+    emptied: tuple[int, ...] = ()  # chairs that get another worker (at most 64 are listed)
+    why: tuple[str, ...] = ()  # plan and placement, in words (at most 64 lines)
+
+
+class CheckpointCommitted(Line):
+    """The commit marker of this step is written."""
+
+    step: int
+    tier: TierName = "persistent"
+
+
+class IncidentClosed(Line):
+    """Every rank has committed a step again. All times in seconds."""
+
+    incident: int  # the round that broke
+    cause: str
+    rank: int
+    node: str
+    pid: int
+    verdict: VerdictName
+    restored_from: TierName
+    steps_lost: int  # -1 = not known (a group that does not use this library)
+    downtime_s: float  # the sum of the phases
+    detect: float  # from the fault until its node had seen it
+    decide: float  # until the round that held was sent out; broken attempts in between count here
+    regroup: float  # until the last rank had its groups
+    restore: float  # until the last rank had its state
+    replay: float  # until the last rank had committed a step
+
+
+class RunFinished(Line):
+    """The last line."""
+
+    exit_code: int
+    message: str = ""
+
+
+EventLine: TypeAlias = (
+    RunStarted
+    | WorkerStarted
+    | StandbyReady
+    | FindingLine
+    | VerdictLine
+    | RoundStarted
+    | CheckpointCommitted
+    | IncidentClosed
+    | RunFinished
+)
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """One element of status.json's `ranks`."""
+
+    rank: int
+    node: str
+    local_rank: int
+    pid: int
+    step: int
+
+
+class StandbyStatus(msgspec.Struct, frozen=True):
+    """One element of status.json's `standbys`."""
+
+    node: str
+    pid: int
+    shadow: int
+    ready: bool
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """status.json without `updated_at`, which the host adds."""
+
+    run_id: str
+    state: RunState
+    round: int
+    world_size: int
+    ranks: tuple[RankStatus, ...]
+    standbys: tuple[StandbyStatus, ...]

@@ -1,0 +1,405 @@
+"""What goes into the two machines and what comes out: every event, every action, and the settings of both.
+
+Think of two chess players who move only when spoken to. The host tells one what happened (an event) and what time it is; the answer
+is a list of things to do (actions). The player has no clock, no hands and no luck: the same game always gets the same moves.
+
+Contract (the whole of it): `step(event, now) -> [action]`; the host performs the actions in list order, and hands the result of each,
+where it has one, back as an event; `deadline()` says when to `step(Tick(), now)` if nothing else happens, None = never.
+`now` is CLOCK_MONOTONIC of the machine's own node in seconds and never goes back; clocks of two nodes are never compared.
+
+Events and actions never leave their process: what is sent to another one is in messages.py. A host that is new here should read
+`AgentSettings`, then the agent's events and actions in the order of this file; the docstring of each says what the host must do.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from resilient.core.lines import EventLine
+from resilient.core.messages import (
+    NONE,
+    Assignment,
+    Fetch,
+    Holding,
+    Layout,
+    Marked,
+    Msg,
+    Persisted,
+    Record,
+    Recorded,
+    Refused,
+    Report,
+    Segments,
+    WorkerDown,
+    WorkerUp,
+)
+
+# --------------------------------------------------------------------------- both machines
+
+
+class Tick(Msg):
+    """`deadline()` is reached. Harmless at any other time."""
+
+
+class Stop(Msg):
+    """This process got SIGTERM or SIGINT (agent), or is to end the run in order (coordinator)."""
+
+    signal: int = 15
+
+
+# --------------------------------------------------------------------------- agent: settings
+
+
+class AgentSettings(Msg):
+    """What an agent is told once, at its start."""
+
+    run: str
+    node: str  # name, unique in the run, such as "n0"
+    boot: int = 1  # counts starts of this agent on this node
+    slots: int = 1  # --nproc-per-node
+    standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
+    host: str = "127.0.0.1"  # address at which other nodes reach this one
+    data_port: int = 0  # the vault's port for peers
+    node_rank: int = NONE  # --node-rank if given
+    hosts_store: bool = False  # this node runs the store process
+    managed: bool = False  # the script's source names `resilient`; otherwise the first Join tells
+    first_step_timeout_s: float = 600.0  # --first-step-timeout; a compile takes minutes
+    shutdown_timeout_s: float = 30.0  # torchrun's --shutdown-timeout: SIGTERM, this long, SIGKILL
+    join_timeout_s: float = 600.0  # without any Assignment at the start: torchrun's rendezvous timeout
+    orphan_s: float = 30.0  # without any Assignment later: three leases; then the coordinator is gone for good
+
+
+# --------------------------------------------------------------------------- agent: events
+
+
+class Look(Msg):
+    """One worker, as seen through its page and /proc."""
+
+    record: Record
+    parked: bool = False
+    os_state: str = "R"  # third field of /proc/<pid>/stat: R S T t D Z
+    cpu_s: float = 0.0  # user + system time it has used
+
+
+class Seals(Msg):
+    """What one chair's segments on this node hold, read from their headers."""
+
+    own: str = ""  # path of the own segment, "" before there is one
+    own_bytes: int = 0
+    own_steps: tuple[int, ...] = ()  # own states sealed at the start of a step, ascending
+    gate_step: int = NONE  # own state sealed at the gate of the step that would make it `gate_step`
+    snapshots: dict[int, str] = {}  # sealed step -> path of the slot
+
+
+class Looked(Msg):
+    """The host looked at all pages: every `Agent.look_every_s()` seconds, and at once after `Fence`.
+
+    `workers` has every worker whose page exists, the dead ones (whose pages are kept until `Forget`) included.
+    `seals` has every rank with segments here.
+    """
+
+    workers: dict[str, Look]
+    seals: dict[int, Seals] = {}
+    fence: int = 0  # the answer to Fence(round=fence): everything here was read after all fences were set. 0 = just a look
+
+
+class Forked(Msg):
+    """`Fork` worked. Comes before anything else of this worker."""
+
+    worker: str
+    pid: int
+
+
+class ForkFailed(Msg):
+    """`Fork` did not work (no page, no pid ...). Not for a zygote that died: that is ZygoteDown."""
+
+    worker: str
+    reason: str
+
+
+class Exited(Msg):
+    """The worker is gone and reaped. Its last `Said` comes before."""
+
+    worker: str
+    exit_code: int  # Python's convention: -9 = killed by signal 9
+    text: str = ""  # what its error file says, if it left one
+    record: Record | None = None  # its page's last word, read after its death
+
+
+class Said(Msg):
+    """A frame from a worker's socket whose token was right. `worker=""`: the vault brings a Recorded back with a Fetch."""
+
+    worker: str
+    message: WorkerUp | Refused
+
+
+class Assigned(Msg):
+    """The coordinator's word for this node."""
+
+    assignment: Assignment
+
+
+class LinkUp(Msg):
+    """The connection to the coordinator stands (again). Answered by a report."""
+
+
+class LinkDown(Msg):
+    """The connection to the coordinator broke; the host goes on trying."""
+
+    reason: str = ""
+
+
+class Allocated(Msg):
+    """`Allocate` is done; `segments.error` tells if it failed."""
+
+    worker: str
+    segments: Segments
+
+
+class Vaulted(Msg):
+    """All that the vault knows besides `Seals`. Given whole, at every change, the first time at start."""
+
+    holdings: tuple[Holding, ...] = ()  # copies kept here for ranks seated elsewhere
+    persisted: tuple[Persisted, ...] = ()  # complete on the persistent tier, not yet in a committed checkpoint
+    refused: tuple[Refused, ...] = ()  # copies that were read and found wrong
+    available: tuple[int, ...] | None = None  # committed steps at the checkpoint URL; () if there is no URL; None = not listed yet
+    fetched: tuple[Fetch, ...] = ()  # those of `VaultDo.fetch` that lie verified in this node's memory tier
+    committed: int = NONE  # newest step whose commit marker this node wrote
+
+
+class StoreUp(Msg):
+    """The store process listens."""
+
+    addr: str  # "host:port" as other nodes reach it
+
+
+class StoreDown(Msg):
+    """The store process died, or could not be started. Answered by `StartStore`."""
+
+    reason: str = ""
+
+
+class ZygoteUp(Msg):
+    """The zygote can fork. Nothing is forked before."""
+
+
+class ZygoteDown(Msg):
+    """The zygote died; the host starts another by itself. `Fork`s without `Forked` are void."""
+
+    reason: str = ""
+
+
+AgentEvent: TypeAlias = (
+    Looked
+    | Forked
+    | ForkFailed
+    | Exited
+    | Said
+    | Assigned
+    | LinkUp
+    | LinkDown
+    | Allocated
+    | Vaulted
+    | StoreUp
+    | StoreDown
+    | ZygoteUp
+    | ZygoteDown
+    | Stop
+    | Tick
+)
+
+# --------------------------------------------------------------------------- agent: actions
+
+
+class Fork(Msg):
+    """Make the worker's page and socket entry, then have the zygote fork it; answer Forked or ForkFailed.
+
+    role "rank" blocks in `resilient.init()` until it is seated; role "standby" goes on in loopback as `rank`. All that torchrun's
+    environment variables need is here: GROUP_RANK = node_rank, GROUP_WORLD_SIZE = nodes, MASTER_ADDR:PORT = store,
+    TORCHELASTIC_RESTART_COUNT = restart.
+    """
+
+    worker: str
+    role: str  # "rank" | "standby"
+    rank: int  # the chair it takes, or the one it shadows
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    node_rank: int
+    nodes: int
+    store: str
+    restart: int  # how many times the whole group was started again
+    round: int
+
+
+class Kill(Msg):
+    """Send a signal. Unknown and dead workers are no error."""
+
+    worker: str
+    signal: int
+
+
+class Forget(Msg):
+    """This dead worker's page is needed no more: unmap and unlink it."""
+
+    worker: str
+
+
+class Evidence(Msg):
+    """Have these workers write their stacks (SIGUSR2) and save them and all pages under evidence/<incident>/.
+
+    Do not wait for it: only the signals have to be sent before the next action.
+    """
+
+    incident: int
+    workers: tuple[str, ...]
+    why: str
+
+
+class Fence(Msg):
+    """Set this fence in every page, then at once, before any other event, hand back Looked(fence=round).
+
+    If the vault knows more than the last Vaulted said, a Vaulted comes before that Looked: the next plan is made of both.
+    """
+
+    round: int
+
+
+class Tell(Msg):
+    """Send one frame to a worker. One that has no connection (any more) is no error."""
+
+    worker: str
+    message: WorkerDown
+
+
+class SendReport(Msg):
+    """Send this to the coordinator; drop it if there is no connection."""
+
+    report: Report
+
+
+class StartStore(Msg):
+    """Start (another) store process; answer StoreUp or StoreDown."""
+
+
+class Allocate(Msg):
+    """Allocate the segments of this chair for real, or take those that it has; answer Allocated."""
+
+    worker: str
+    layout: Layout
+
+
+class Keep(Msg):
+    """The vault copies this to the peers, beside the rank's own state; a peer Fetch of the rank brings it back (see Said)."""
+
+    recorded: Recorded
+
+
+class VaultDo(Msg):
+    """All that the vault should be doing; a later one replaces an earlier one whole."""
+
+    peers: tuple[str, ...] = ()  # "host:port" of the vaults that copies from here go to
+    fetch: tuple[Fetch, ...] = ()  # bring these into this node's memory tier; say so in Vaulted.fetched or .refused
+    commit: int = NONE  # write the commit marker of this step
+    manifest: tuple[Persisted, ...] = ()  # what that marker lists
+    world_size: int = 0
+    ranks: tuple[int, ...] = ()  # chairs of this node: segments of others may be dropped
+
+
+class Log(Msg):
+    """Something a worker wants in events.jsonl."""
+
+    rank: int
+    message: Marked
+
+
+class Finished(Msg):
+    """All workers are gone and the last report is out: clean up and exit. The last action ever."""
+
+    exit_code: int
+    message: str = ""
+
+
+AgentAction: TypeAlias = (
+    Fork
+    | Kill
+    | Forget
+    | Evidence
+    | Fence
+    | Tell
+    | SendReport
+    | StartStore
+    | Allocate
+    | Keep
+    | VaultDo
+    | Log
+    | Finished
+)
+
+# --------------------------------------------------------------------------- coordinator: settings and events
+
+
+class CoordinatorSettings(Msg):
+    """What the coordinator is told once, at its start."""
+
+    run: str
+    leader: str  # the node that hosts it: there the commit markers are written
+    nodes_min: int = 1  # --nnodes MIN:MAX
+    nodes_max: int = 1
+    max_restarts: int = 0  # torchrun's: user failures of an unmanaged group
+    last_call_s: float = 30.0  # with MIN nodes there, wait this long for MAX (torchrun's last_call_timeout)
+    join_timeout_s: float = 600.0  # wait this long for MIN nodes, or for room for an emptied chair
+    lease_s: float = 10.0  # ten missed reports
+    link_grace_s: float = 1.0  # a reset connection may come back this long
+    settle_s: float = 0.005  # faults this close together make one round: two SIGKILLs sent together are seen 1 to 3 ms apart
+    suspect_s: float = 0.2  # a survivor complains and nobody is dead: the death report may be on its way
+    culprit_s: float = 5.0  # all stalled ranks wait in a collective: a culprit's report may be on its way
+    fruitless_max: int = 10  # rounds without a committed step before giving up
+    farewell_s: float = 5.0  # at the end: wait this long for the agents to have heard it
+
+
+class NodeUp(Msg):
+    """A connection of this node stands (again)."""
+
+    node: str
+
+
+class NodeLost(Msg):
+    """The connection of this node was reset."""
+
+    node: str
+
+
+CoordinatorEvent: TypeAlias = Report | NodeUp | NodeLost | Stop | Tick
+
+# --------------------------------------------------------------------------- coordinator: actions (lines.py has what is announced)
+
+
+class Assign(Msg):
+    """Send this to the node; drop it if there is no connection (it is sent again when the node reports)."""
+
+    node: str
+    assignment: Assignment
+
+
+class Announce(Msg):
+    """Append this line to events.jsonl."""
+
+    line: EventLine
+
+
+class StatusDue(Msg):
+    """Write `Coordinator.status()` to status.json; comes at every change and each second.
+
+    A query and not the status itself: with 100k ranks it is worth its second only where somebody writes it.
+    """
+
+
+class Finish(Msg):
+    """The run is over and the agents know, or had their time to. The last action ever."""
+
+    exit_code: int
+    message: str = ""
+
+
+CoordinatorAction: TypeAlias = Assign | Announce | StatusDue | Finish

@@ -1,0 +1,333 @@
+"""Messages: what the processes of a run tell each other.
+
+Think of a theatre's pinboard: each house pins up all it knows (`Report`), the director pins up the whole seating plan
+(`Assignment`). Nobody sends changes, so a lost sheet costs one interval and never correctness.
+
+Contract: one frozen msgspec struct is wire form, log form and value. New fields go last, with a default; golden bytes in
+tests/golden notice a broken format. Every message carries what fences it: a round, or the worker's id.
+Words (rank, chair, round, step, snapshot ...) have the one meaning given in docs/glossary.md.
+
+`step` is always the number of optimizer steps *completed*: a rank whose record says step=7 has done steps 0..6 and works on, or is
+about to begin, the step that `run.steps` yields as 7. `NONE` (-1) means "no such step".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+NONE = -1  # "no step", "no rank": never a valid value of either
+
+Phase = Literal["setup", "clean", "running", "voted", "committing", "done"]
+# setup       before the loop's first step is known: holds no state that anybody could use
+# clean       between steps, or parked at the boundary: holds exactly `step`
+# running     inside the body of step `step`, nothing tracked has been changed yet
+# voted       at the first gate; every collective before it has completed on this rank; waits for the others' votes
+# committing  the vote passed: optimizers may have run; ends at the boundary, where `step` grows by one
+# done        the loop is over and every rank is known to be clean at the last step
+
+ChairState = Literal["empty", "starting", "joined", "active", "finished", "dead"]
+# empty: no process yet; starting: forked; joined: called resilient.init(); active: inside run.steps, restored and running;
+# finished: exited 0 after the loop; dead: gone in any other way (its record and its seals stay readable)
+
+StandbyState = Literal["starting", "joined", "parked", "dead"]
+
+TierName = Literal["none", "live", "memory", "peer", "persistent"]
+VerdictName = Literal["ignore", "watch", "restart", "replace", "halt"]
+RunState = Literal["forming", "running", "finished", "failed"]
+
+
+class Msg(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of everything on a wire: frozen, tagged with its class name, compared by value."""
+
+
+# --------------------------------------------------------------------------- agent -> coordinator
+
+
+class Record(Msg):
+    """The ledger record of one worker's page, as its agent read it (see wire/page.py)."""
+
+    round: int = 0  # the round whose groups this worker uses; 0 = none yet
+    step: int = NONE  # steps completed
+    phase: Phase = "setup"
+    torn: bool = False  # tracked shared state changed outside a gate: this rank must be restored
+    section: bool = False  # inside `run.section(...)`: not a hang
+    entered: int = 0  # collectives entered since start, all groups
+    completed: int = 0  # collectives completed since start, all groups
+    idle_s: float = 0.0  # seconds since the page last moved, by the agent's clock
+    broken_s: float = 0.0  # CLOCK_MONOTONIC seconds of this worker's node, 0 = not yet in this round:
+    regrouped_s: float = 0.0  # groups of `round` were built
+    restored_s: float = 0.0  # state was in place
+    committed_s: float = 0.0  # first step completed in `round`
+
+
+class Chair(Msg):
+    """One rank of this node: who sits there, what its page says, what its segments hold."""
+
+    rank: int
+    local_rank: int
+    state: ChairState = "empty"
+    worker: str = ""  # "" while empty
+    pid: int = 0
+    exit_code: int | None = None  # Python's convention: -9 = killed by signal 9
+    record: Record | None = None
+    replicated: bool = False  # its shared state is equal on every rank (DDP); False: a shard of its own
+    layout: str = ""  # digest of names, dtypes, shapes, offsets of its shared state; "" before it is known
+    own_step: int = NONE  # newest own state sealed at the start of a step
+    gate_step: int = NONE  # own state sealed at the gate of the step that would make it `gate_step`
+    snapshots: tuple[int, ...] = ()  # steps sealed in this node's memory tier for this rank, ascending
+    own_steps: tuple[int, ...] = ()  # all own states sealed at the start of a step (two slots), ascending
+
+
+class Standby(Msg):
+    """A warm worker without a chair."""
+
+    worker: str
+    pid: int
+    shadow: int  # the rank it ran the script as
+    state: StandbyState = "starting"
+    any_rank: bool = False
+
+
+class Finding(Msg):
+    """A fact that a probe, or a worker itself, saw. Repeated in every report until `Assignment.seen` covers it."""
+
+    seq: int  # per agent boot, from 1
+    kind: str  # "exit", "stopped", "stalled", "exception", "suspect", "store_lost", "zygote_lost", ...
+    rank: int = NONE
+    worker: str = ""
+    pid: int = 0
+    t: float = 0.0  # agent's CLOCK_MONOTONIC, seconds, of the fault itself where known
+    age_s: float = 0.0  # how long before this report that was (clocks of two nodes are never compared)
+    step: int = NONE
+    round: int = 0
+    text: str = ""  # one line for people; a traceback for kind="exception" (at most 16 KiB)
+    fingerprint: str = ""  # kind="exception": type, message with numbers removed, innermost user frame
+    consequence: bool = False  # kind="exception": it left a broken step, so it is nobody's fault
+    exit_code: int | None = None
+
+
+class Holding(Msg):
+    """A copy that this node keeps for a rank seated elsewhere (peer tier)."""
+
+    rank: int
+    own_step: int = NONE
+    gate_step: int = NONE
+    snapshots: tuple[int, ...] = ()
+    own_steps: tuple[int, ...] = ()  # as in Chair
+
+
+class Persisted(Msg):
+    """One rank's snapshot that lies complete on the persistent tier; not yet a checkpoint."""
+
+    rank: int
+    step: int
+    num_bytes: int
+    digest: str  # xxh3_128 of the whole file, hex
+
+
+class Refused(Msg):
+    """A copy that was read and found wrong: poisoned for all ranks."""
+
+    tier: TierName
+    step: int
+    rank: int
+    reason: str
+
+
+class Report(Msg):
+    """Everything one node knows. Sent every second, and at once on any change."""
+
+    run: str
+    node: str
+    boot: int  # counts starts of this agent
+    seq: int  # counts reports of this boot; an older one is ignored
+    host: str = ""  # address at which other nodes reach this one
+    data_port: int = 0  # vault's port for peers
+    store: str = ""  # "host:port" of the store process, on the node that hosts it
+    slots: int = 0  # nproc-per-node: chairs at the start
+    spares: int = 0  # further workers this node has room for (--standbys)
+    node_rank: int = NONE  # --node-rank if given
+    round: int = 0  # newest round this agent has acted on
+    fenced: int = 0  # every page here says that rounds <= fenced are broken
+    chairs: tuple[Chair, ...] = ()
+    standbys: tuple[Standby, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    persisted: tuple[Persisted, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    available: tuple[int, ...] | None = None  # committed steps at the checkpoint URL; None = not listed yet
+    fetched: tuple[int, ...] = ()  # ranks whose `Assignment.fetch` is in the local memory tier, verified
+    committed: int = NONE  # newest step whose commit marker this node wrote
+    leaving: bool = False  # SIGTERM/SIGINT arrived here
+    assigned: int = 0  # seq of the newest Assignment that arrived here
+    acted_s: float = 0.0  # CLOCK_MONOTONIC of this node when it acted on `round`; to be compared with its records' marks only
+    managed: bool = False  # known here that the script uses this library (it joined, or its source names it)
+
+
+# --------------------------------------------------------------------------- coordinator -> agent
+
+
+class Seat(Msg):
+    """One chair of the round in force, on the node that gets this."""
+
+    rank: int
+    local_rank: int
+    fresh: bool = False  # True: the group (re)starts; False: a newcomer warms up in loopback, then takes the chair
+
+
+class Plan(Msg):
+    """Where everybody's state comes from at the start of a round."""
+
+    step: int = NONE  # what every rank holds when the round's first step begins; NONE = the script's own initial state
+    tier: TierName = "none"  # where those who need it get their shared state
+    receivers: tuple[int, ...] = ()  # ranks that must be given shared state; everybody else keeps its own
+    sources: tuple[int, ...] = ()  # tier="live": ranks that hold `step`
+    repeat: tuple[int, ...] = ()  # receivers whose own state is one step old: they repeat it with the gate shut
+    absent: tuple[int, ...] = ()  # ranks that finished their loop and exited: they take no part in this round's groups
+    over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
+
+
+class Fetch(Msg):
+    """A copy that must be brought into this node's memory tier before `rank` can be seated here."""
+
+    rank: int
+    step: int
+    tier: TierName  # "peer" or "persistent"
+    source: str = ""  # "host:port" of the vault that holds it
+
+
+class Assignment(Msg):
+    """Everything one node should be. A later one replaces an earlier one whole."""
+
+    run: str
+    node: str
+    seq: int  # grows with every change of anything below
+    state: RunState = "forming"
+    fence: int = 0  # rounds <= fence are broken
+    round: int = 0  # the round in force; == fence while a new one is being decided
+    world_size: int = 0
+    node_rank: int = 0
+    nodes: int = 0
+    seats: tuple[Seat, ...] = ()
+    plan: Plan = Plan()
+    store: str = ""  # "host:port"
+    put_down: tuple[str, ...] = ()  # workers to be killed, after their evidence is saved
+    incident: int = 0  # number of the open incident, 0 = none: evidence goes under it
+    peers: tuple[str, ...] = ()  # "host:port" of the vaults that copy from here goes to
+    fetch: tuple[Fetch, ...] = ()
+    commit: int = NONE  # leader only: write the commit marker of this step
+    manifest: tuple[Persisted, ...] = ()  # leader only: what that marker lists
+    seen: int = 0  # findings up to this seq were taken in
+    exit_code: int = 0  # state finished/failed: what resilient-run exits with
+    message: str = ""  # state failed: the reason, for people
+    restart: int = 0  # how many times the whole group was started again (TORCHELASTIC_RESTART_COUNT)
+    evidence: int = 0  # incident whose stacks every node saves before it fences; 0 = none
+
+
+# --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
+
+
+class Join(Msg):
+    """worker -> agent: first message; `resilient.init` was called."""
+
+    worker: str
+    pid: int
+    token: str
+    any_rank: bool = False
+
+
+class Layout(Msg):
+    """worker -> agent: sizes of what this chair will seal. Answered by `Segments`."""
+
+    rank: int
+    digest: str
+    replicated: bool
+    own_bytes: int  # room for one own state
+    snapshot_bytes: int  # room for one snapshot; 0 = this rank takes none
+
+
+class Recorded(Msg):
+    """worker -> agent, and back to a newcomer of the same rank: result of a small collective made before the first step."""
+
+    rank: int
+    index: int
+    key: str  # group, operation, shapes: a newcomer that asks for something else gets a clear error
+    payload: bytes
+
+
+class Recall(Msg):
+    """worker (newcomer) -> agent: send `Recorded(rank, index)`, now or as soon as it exists."""
+
+    rank: int
+    index: int
+
+
+class Suspect(Msg):
+    """worker -> agent: a collective of this round failed here."""
+
+    round: int
+    text: str
+
+
+class Raised(Msg):
+    """worker -> agent: an uncaught exception is about to end this process."""
+
+    step: int
+    round: int
+    fingerprint: str
+    text: str
+    consequence: bool
+    torn_down: bool = False  # it left because it could not be put back (see train/step.py), not by an error
+
+
+class Marked(Msg):
+    """worker -> agent: something for events.jsonl (`run.log` values after their commit)."""
+
+    step: int
+    scalars: dict[str, float]
+
+
+class Segments(Msg):
+    """agent -> worker: the shared-memory files of its chair, allocated and pre-faulted."""
+
+    rank: int
+    own: str  # path; holds three slots of own_bytes: start a, start b, gate (checkpoint/snapshot.py)
+    own_bytes: int
+    slots: tuple[str, ...]  # paths of the snapshot slots
+    snapshot_bytes: int
+    error: str = ""  # not empty: could not be had; says the bytes wanted, the bytes free, and which setting helps
+
+
+class Seated(Msg):
+    """agent -> worker: the chair it holds in the round in force. A later one replaces an earlier one."""
+
+    round: int
+    rank: int
+    local_rank: int
+    world_size: int
+    node_rank: int
+    nodes: int
+    local_world_size: int
+    store: str
+    plan: Plan
+    snapshot: str = ""  # path of a sealed snapshot of `plan.step` for this rank (tier memory, peer, persistent)
+    own: str = ""  # path of this chair's own segment, "" before there is one
+    own_bytes: int = 0
+
+
+class Fenced(Msg):
+    """agent -> worker: rounds up to this one are broken (the page's fence already says so): unblock everything."""
+
+    round: int
+
+
+class Leave(Msg):
+    """agent -> worker: the run is over or this worker is not wanted: end quietly."""
+
+    reason: str = ""
+
+
+WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked
+WorkerDown = Segments | Seated | Recorded | Fenced | Leave

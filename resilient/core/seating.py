@@ -1,0 +1,204 @@
+"""Seating: who sits where in the next round, decided from what all living nodes reported after the fence.
+
+Think of the minute before the curtain rises again: the director looks at every chair once, sends home who must go, says who plays with
+which score, and writes it all on one sheet.
+
+Contract: `seat` is a pure function from reports to a `Seating`; the coordinator calls it once per round, also for the first one.
+There are two ways to go on:
+- **replace**: emptied chairs get newcomers, everybody else keeps process and state. The usual way.
+- **again**: the whole group is started again, with the newest state that all ranks have a copy of. For a group that does not use this
+  library, for a fault before every rank had finished its set-up (nobody has done a step then), and where a newcomer could not repeat
+  the set-up alone. Workers that wait in `init` for their first seat have nothing to undo and keep their process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
+
+import msgspec
+
+from resilient.core.ledger import Account, Choice, Copy, Poison, best_copy, choose
+from resilient.core.messages import NONE, Chair, Fetch, Holding, Msg, Plan, Report
+from resilient.core.placement import Place, Room, seat_emptied
+
+WHY_MAX = 64  # lines of reasons kept per round
+
+
+class Seating(Msg):
+    """One sheet: everything that the assignments of a round are made of."""
+
+    places: dict[int, Place]
+    plan: Plan = Plan()
+    again: bool = False  # the whole group starts again
+    emptied: tuple[int, ...] = ()
+    put_down: dict[str, tuple[str, ...]] = {}  # node -> workers
+    fetch: dict[str, tuple[Fetch, ...]] = {}  # node -> copies to bring
+    homeless: tuple[int, ...] = ()  # ranks for which no node has room: there is no round then
+    lost: int = 0  # steps
+    why: tuple[str, ...] = ()
+    error: str = ""  # there is no way to go on
+
+
+class Hall(Msg):
+    """What `seat` looks at."""
+
+    places: dict[int, Place]  # of the last round
+    reports: dict[str, Report]  # of living nodes
+    joined: dict[str, int]  # node -> order of arrival
+    condemned: AbstractSet[str] = frozenset()  # workers that a verdict removed
+    activated: AbstractSet[int] = frozenset()  # ranks that finished the set-up since the group was last started
+    managed: bool = False
+    again: bool = False  # somebody asked for a restart of the whole group
+    committed: AbstractSet[int] = frozenset()
+    poison: AbstractSet[Poison] = frozenset()
+
+
+def seat(hall: Hall) -> Seating:
+    """The next round."""
+    chairs = {rank: chair for rank, place in hall.places.items() if (chair := _chair(hall, rank, place)) is not None}
+    over = {r for r, c in chairs.items() if c.state == "finished" and (not hall.managed or (c.record is not None and c.record.phase == "done"))}
+    gone = {r for r in hall.places if r not in over and not _sits(chairs.get(r), hall.condemned)}
+    copies = _copies(hall)
+    places, moved, homeless, why = _places(hall, gone | over, copies)
+    if homeless:
+        return Seating(places=hall.places, homeless=homeless)
+    starting = not hall.activated.issuperset(hall.places)
+    stranded = sorted(r for r in moved if not copies.get(r) and r not in over)
+    again = hall.again or not hall.managed or starting or bool(stranded)
+    if stranded and hall.managed and not starting:
+        why.append(f"rank {stranded[0]} moved and nobody has minutes of its set-up: the group starts again")
+    choice = choose([_account(r, chairs, copies, gone, over, again=again) for r in sorted(places)], hall.committed, hall.poison)
+    if choice.error:
+        return Seating(places=places, error=choice.error)
+    again = again or choice.fresh
+    if again:
+        kept = {r for r in places if starting and hall.managed and r not in gone and r not in moved and _unseated(chairs[r])}
+        emptied = set(places) - kept
+    else:
+        emptied = gone | (over & set(choice.plan.receivers))
+    put_down: dict[str, tuple[str, ...]] = {}
+    for rank in sorted(emptied):
+        if rank in chairs and chairs[rank].worker and rank not in moved:
+            node = places[rank].node
+            put_down[node] = (*put_down.get(node, ()), chairs[rank].worker)
+    fetch = _fetches(hall, choice, places, chairs, emptied, copies)
+    plan = msgspec.structs.replace(choice.plan, absent=tuple(sorted(over - emptied)))
+    if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
+        plan = msgspec.structs.replace(plan, tier="peer")
+    return Seating(
+        places=places,
+        plan=plan,
+        again=again,
+        emptied=tuple(sorted(emptied)),
+        put_down=put_down,
+        fetch=fetch,
+        lost=choice.lost,
+        why=(choice.why, *why)[:WHY_MAX],
+    )
+
+
+def _chair(hall: Hall, rank: int, place: Place) -> Chair | None:
+    report = hall.reports.get(place.node)
+    return next((c for c in report.chairs if c.rank == rank), None) if report else None
+
+
+def _sits(chair: Chair | None, condemned: AbstractSet[str]) -> bool:
+    """Whether somebody holds the chair who can go on, or is on the way to it."""
+    return chair is not None and chair.state in ("starting", "joined", "active") and chair.worker not in condemned
+
+
+def _unseated(chair: Chair) -> bool:
+    return chair.state in ("starting", "joined") and (chair.record is None or chair.record.round == 0)
+
+
+def _copies(hall: Hall) -> dict[int, tuple[Copy, ...]]:
+    """Everything that living nodes' memories hold, by rank."""
+    found: dict[int, list[Copy]] = {}
+    for node, report in hall.reports.items():
+        for chair in report.chairs:
+            if chair.rank in hall.places and hall.places[chair.rank].node == node:
+                found.setdefault(chair.rank, []).append(_copy(node, chair, seated=True))
+        for held in report.holdings:
+            found.setdefault(held.rank, []).append(_copy(node, held, seated=False))
+    return {rank: tuple(c for c in cs if c.own_steps or c.snapshots) for rank, cs in found.items()}
+
+
+def _copy(node: str, held: Chair | Holding, *, seated: bool) -> Copy:
+    own = held.own_steps or ((held.own_step,) if held.own_step != NONE else ())
+    return Copy(node=node, seated=seated, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
+
+
+def _places(
+    hall: Hall, emptied: Collection[int], copies: Mapping[int, tuple[Copy, ...]]
+) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
+    """(all places, ranks that moved, ranks without room, reasons)."""
+    lost = {rank: place for rank, place in hall.places.items() if place.node not in hall.reports}
+    if not lost:
+        return hall.places, set(), (), []
+    taken: dict[str, set[int]] = {}
+    for place in hall.places.values():
+        taken.setdefault(place.node, set()).add(place.local_rank)
+    held: dict[str, set[int]] = {}
+    for rank in lost:
+        for copy in copies.get(rank, ()):
+            held.setdefault(copy.node, set()).add(rank)
+    rooms = [
+        Room(
+            node=node,
+            slots=report.slots,
+            spares=report.spares,
+            joined=hall.joined.get(node, 0),
+            taken=frozenset(taken.get(node, ())),
+            copies=frozenset(held.get(node, ())),
+            shadows=frozenset(s.shadow for s in report.standbys if s.state != "dead"),
+        )
+        for node, report in hall.reports.items()
+    ]
+    found, homeless = seat_emptied(lost, rooms)
+    why = [f"rank {rank} to {place.node}: {place.why}" for rank, place in sorted(found.items())]
+    return {**hall.places, **found}, set(found), homeless, why
+
+
+def _account(
+    rank: int, chairs: Mapping[int, Chair], copies: Mapping[int, tuple[Copy, ...]], gone: AbstractSet[int], over: AbstractSet[int], *, again: bool
+) -> Account:
+    chair = chairs.get(rank)
+    keeps = chair is not None and rank not in gone and not again
+    return Account(
+        rank=rank,
+        record=chair.record if chair is not None and keeps else None,
+        replicated=chair.replicated if chair is not None and chair.layout else _any_replicated(chairs),
+        finished=rank in over and not again,
+        copies=copies.get(rank, ()),
+    )
+
+
+def _any_replicated(chairs: Mapping[int, Chair]) -> bool:
+    """Whether shared state is replicated, as the living ranks say: it is the same for all."""
+    return next((c.replicated for c in chairs.values() if c.layout), False)
+
+
+def _fetches(
+    hall: Hall,
+    choice: Choice,
+    places: Mapping[int, Place],
+    chairs: Mapping[int, Chair],
+    emptied: AbstractSet[int],
+    copies: Mapping[int, tuple[Copy, ...]],
+) -> dict[str, tuple[Fetch, ...]]:
+    """What each node has to bring into its memory before its ranks can be seated."""
+    plan = choice.plan
+    fetch: dict[str, list[Fetch]] = {}
+    for rank in plan.receivers:
+        node, chair = places[rank].node, chairs.get(rank)
+        if plan.tier == "persistent":
+            fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="persistent"))
+            continue
+        torn_only = plan.tier == "live" and rank not in emptied and chair is not None and chair.state == "active"
+        copy = best_copy(Account(rank=rank, copies=copies.get(rank, ())), plan, node)
+        if torn_only or copy is None or copy.seated:
+            continue
+        source = hall.reports[copy.node]
+        fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="peer", source=f"{source.host}:{source.data_port}"))
+    return {node: tuple(items) for node, items in fetch.items()}

@@ -1,0 +1,68 @@
+"""Invariants: what must hold after every step of the simulated fleet, whatever happens to it.
+
+Contract: each method looks at what just changed and calls `world.check`. They are independent of the machines' own reasoning: they
+count commits and look at seats, not at plans.
+I1 a step is committed in a round by all of its ranks or, of the last one before a fence, by some; never two steps at once.
+I4 rounds only grow, on the coordinator and on every agent.
+I5 no rank is held by two unfenced workers.
+I7 a step that was completed by all ranks is lost only if a plan said so, and only to the newest copy that all have.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resilient.core.lines import EventLine, IncidentClosed, RoundStarted
+
+if TYPE_CHECKING:
+    from resilient.core.coordinator import Coordinator
+    from resilient.sim.script import Script
+    from resilient.sim.world import Host, World
+
+
+class Invariants:
+    """One per world."""
+
+    def __init__(self, world: World) -> None:
+        """Nothing has happened yet."""
+        self._world = world
+        self._round = self._fence = 0
+        self._acted: dict[tuple[str, int], int] = {}
+        self._commits: dict[tuple[int, int], set[int]] = {}  # (round, step completed) -> ranks
+        self._last: dict[int, tuple[int, int]] = {}  # rank -> (round, step)
+        self.closed: list[IncidentClosed] = []
+        self.rounds: list[RoundStarted] = []
+
+    def line(self, line: EventLine) -> None:
+        """Something was announced."""
+        if isinstance(line, IncidentClosed):
+            self.closed.append(line)
+            self._world.check(line.downtime_s >= 0 and min(line.detect, line.decide, line.regroup, line.restore, line.replay) >= 0, f"negative time: {line}")
+        if isinstance(line, RoundStarted):
+            self.rounds.append(line)
+
+    def coordinator(self, it: Coordinator) -> None:
+        """After each of its steps."""
+        self._world.check(it.round >= self._round and it.fence >= self._fence, "I4: a round went back")
+        self._world.check(it.fence <= it.round <= it.fence + 1, f"round {it.round} and fence {it.fence}")
+        self._round, self._fence = it.round, it.fence
+
+    def agent(self, host: Host) -> None:
+        """After each of its steps."""
+        key = (host.name, host.boot)
+        self._world.check(host.agent.acted >= self._acted.get(key, 0), f"I4: {host.name} went back to round {host.agent.acted}")
+        self._acted[key] = host.agent.acted
+
+    def committed(self, script: Script) -> None:
+        """A rank completed a step."""
+        ranks = self._commits.setdefault((script.round, script.step), set())
+        self._world.check(script.rank not in ranks, f"I5: rank {script.rank} completed step {script.step} twice in round {script.round}")
+        ranks.add(script.rank)
+        before = self._commits.get((script.round, script.step - 1))
+        whole = before is None or len(before) == len(self._world.ranks)
+        self._world.check(whole, f"I1: step {script.step} of round {script.round} was completed before all had completed the one before")
+        round_, step = self._last.get(script.rank, (0, 0))
+        self._world.check(script.round >= round_, f"I4: rank {script.rank} went back from round {round_} to {script.round}")
+        if script.round == round_:
+            self._world.check(script.step == step + 1, f"I1: rank {script.rank} went from step {step} to {script.step}")
+        self._last[script.rank] = (script.round, script.step)

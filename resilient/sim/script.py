@@ -1,0 +1,283 @@
+"""Script: a training process of the simulated fleet, as far as its agent can tell.
+
+Think of an understudy who only mimes: it keeps a page, joins, sets up, votes and commits as train/ does, but its whole state is the
+number of the step. What would be a wrong weight there is a wrong number here, and the checks at the bottom of `_take_plan` find it.
+
+Contract: everything happens through `world.after`, so a seed decides all. A collective (`Barrier`) completes on each rank at its own
+moment: a kill may come after it completed on one rank and before it does on another, which is the hard case of the vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from resilient.core.messages import NONE, Fenced, Join, Layout, Leave, Phase, Raised, Recall, Record, Recorded, Seated, Suspect, WorkerDown
+
+if TYPE_CHECKING:
+    from resilient.sim.world import Host
+
+SETUP_COLLECTIVES = 2
+
+
+@dataclass(slots=True)
+class Segment:
+    """One chair's copies in its node's memory."""
+
+    own: list[int] = field(default_factory=list)  # two slots
+    gate: int = NONE
+    snapshots: list[int] = field(default_factory=list)  # two slots
+
+    def seal_own(self, step: int) -> None:
+        """Sealing a step ends every future."""
+        self.own = [*[s for s in self.own if s < step][-1:], step]
+        self.gate = NONE if self.gate > step else self.gate
+
+    def seal_snapshot(self, step: int) -> None:
+        """The same for the snapshot of a whole rank."""
+        self.snapshots = [*[s for s in self.snapshots if s < step][-1:], step]
+
+
+class Script:
+    """One process."""
+
+    def __init__(self, host: Host, name: str, role: str, rank: int, pid: int) -> None:
+        """Forked just now."""
+        self.host, self.world, self.name, self.role, self.rank, self.pid = host, host.world, name, role, rank, pid
+        self.alive, self.os_state, self.parked, self.fence = True, "R", False, 0
+        self.round, self.step, self.entered, self.completed = 0, NONE, 0, 0
+        self.phase: Phase = "setup"
+        self.torn = self.section = False
+        self.marks = [0.0, 0.0, 0.0, 0.0]  # broken, regrouped, restored, committed
+        self.beat = self.started = self.world.now
+        self.seated: Seated | None = None
+        self.recalled = 0
+        self._set_up = role == "standby"
+        self._act = 0  # a newer act voids everything scheduled before
+        self._late: list[Callable[[], None]] = []  # what came due while the process was stopped
+        self._then(self.world.spec.boot_s, self._join)
+
+    # ------------------------------------------------------------------ seen from outside
+
+    def record(self) -> Record:
+        """The page."""
+        names = ("broken_s", "regrouped_s", "restored_s", "committed_s")
+        return Record(
+            round=self.round,
+            step=self.step,
+            phase=self.phase,
+            torn=self.torn,
+            section=self.section,
+            entered=self.entered,
+            completed=self.completed,
+            idle_s=self.world.now - self.beat,
+            **dict(zip(names, self.marks, strict=True)),
+        )
+
+    def cpu_s(self) -> float:
+        """A running process uses its CPU."""
+        return self.world.now - self.started if self.os_state == "R" else 0.0
+
+    def hear(self, message: WorkerDown) -> None:
+        """A frame from the agent; the control thread takes it also while the script works."""
+        if not self.alive:
+            return
+        if self.os_state == "T":
+            self._late.append(lambda: self.hear(message))
+            return
+        match message:
+            case Seated():
+                if self.seated is None or message.round > self.seated.round:
+                    self.seated = message
+                    if self.role == "rank" or self.parked:
+                        self._take_chair()
+            case Fenced():
+                if self.round and self.round <= message.round and self.phase in ("running", "voted", "clean"):
+                    self._act += 1  # waits for its next seat where it is
+                    self.completed = self.entered
+            case Recorded():
+                self.recalled += 1
+                self._recall()
+            case Leave():
+                self._then(0.001, lambda: self.exit(0))
+            case _:
+                pass
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self.os_state = "T"
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.os_state = "R"
+        late, self._late = self._late, []
+        for act in late:
+            act()
+
+    def spin(self) -> None:
+        """An endless loop outside every collective."""
+        self._act += 1
+        self.role = "spinning"
+
+    def throw(self, fingerprint: str, text: str) -> None:
+        """An uncaught exception."""
+        if not self.alive:
+            return
+        self._act += 1
+        consequence = self.fence >= self.round > 0
+        self.host.said(self, Raised(step=self.step, round=self.round, fingerprint=fingerprint, text=text, consequence=consequence))
+        self.world.after(0.002, lambda: self.exit(1))
+
+    def exit(self, code: int) -> None:
+        """The process is gone; its agent sees it a moment later."""
+        if self.alive:
+            self.alive = False
+            self._act += 1
+            self.world.died(self)
+            self.world.after(0.001, lambda: self.host.exited(self, code))
+
+    # ------------------------------------------------------------------ the life of a rank
+
+    def _then(self, seconds: float, act: Callable[[], None]) -> None:
+        number = self._act
+
+        def due() -> None:
+            if not self.alive or number != self._act:
+                return
+            if self.os_state == "T":
+                self._late.append(due)
+            else:
+                self.beat = self.world.now
+                act()
+
+        self.world.after(seconds, due)
+
+    def _meet(self, key: str, act: Callable[[], None]) -> None:
+        """A collective of this round."""
+        assert self.seated is not None
+        self.entered += 1
+        self.beat = self.world.now
+
+        def done() -> None:
+            self.completed += 1
+            act()
+
+        self.world.meet((self.seated.round, key), self, len(self.world.ranks) - len(self.seated.plan.absent), lambda seconds: self._then(seconds, done))
+
+    def broken(self) -> None:
+        """A neighbour in this worker's collective died and its sockets were reset."""
+        if self.alive and self.seated is not None and self.os_state == "R" and self.role != "spinning":
+            self.completed = self.entered
+            self.host.said(self, Suspect(round=self.seated.round, text="connection closed by peer"))
+
+    def _join(self) -> None:
+        self.host.said(self, Join(worker=self.name, pid=self.pid, token=""))
+        if self.role == "standby":
+            self._then(self.world.spec.setup_s, self._recall)
+
+    def _recall(self) -> None:
+        if self.recalled < SETUP_COLLECTIVES:
+            self.host.said(self, Recall(rank=self.rank, index=self.recalled))
+        elif not self.parked:
+            self.host.said(self, self._layout())
+            self.parked = True
+            if self.seated is not None:
+                self._take_chair()
+
+    def _layout(self) -> Layout:
+        spec = self.world.spec
+        return Layout(rank=self.rank, digest="net", replicated=spec.replicated, own_bytes=1, snapshot_bytes=int(spec.snapshots))
+
+    def _take_chair(self) -> None:
+        assert self.seated is not None
+        self._act += 1
+        if self.role == "spinning":
+            return
+        self.completed = self.entered
+        if self.seated.store != self.world.store:
+            self.world.after(0.01, self.broken)
+            return
+        self.marks = [self.world.now if self.round else 0.0, 0.0, 0.0, 0.0]
+        self._meet("group", self._grouped)
+
+    def _grouped(self) -> None:
+        assert self.seated is not None
+        self.round = self.seated.round
+        self.marks[1] = self.world.now
+        if self._set_up:
+            self._restore()
+        else:
+            self._then(self.world.spec.setup_s, lambda: self._meet("setup 0", lambda: self._recorded(0)))
+
+    def _recorded(self, index: int) -> None:
+        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=b"x"))
+        if index + 1 < SETUP_COLLECTIVES:
+            self._meet(f"setup {index + 1}", lambda: self._recorded(index + 1))
+        else:
+            self._set_up = True
+            self.host.said(self, self._layout())
+            self._restore()
+
+    def _restore(self) -> None:
+        self._then(self.world.spec.restore_s, lambda: self._meet("restore", self._take_plan))
+
+    def _take_plan(self) -> None:
+        """Have what the plan says, or find out that it cannot be had."""
+        assert self.seated is not None
+        plan, copies = self.seated.plan, self.host.segment(self.rank)
+        want = max(plan.step, 0)
+        if self.rank not in plan.receivers:
+            held = {self.step, self.step + 1} if self.phase in ("voted", "committing") else {self.step, NONE if self.phase != "setup" else 0}
+            self.world.check(want in held, f"{self.name} (rank {self.rank}) holds {self.step} {self.phase} and is no receiver of {plan}")
+            self.world.check(not self.torn, f"{self.name} is torn and no receiver")
+        elif plan.tier == "live":
+            own = want in copies.own or (self.rank in plan.repeat and want - 1 in copies.own and copies.gate == want) or self.phase != "setup"
+            self.world.check(own, f"rank {self.rank} has no own state of {want}: {copies}")
+            self.world.check(bool(plan.sources), "live, and no source")
+        elif plan.tier != "none":
+            self.world.check(want in copies.snapshots and bool(self.seated.snapshot), f"rank {self.rank} has no snapshot of {want}: {copies}")
+        self.step, self.phase, self.torn = want, "clean", False
+        self.marks[2] = self.world.now
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self.seated is not None
+        if self.step >= self.world.spec.steps:
+            if self.seated.plan.absent:
+                self._finish()
+            else:
+                self._meet("end", self._finish)
+            return
+        if self.fence >= self.round:
+            return
+        self.host.segment(self.rank).seal_own(self.step)
+        self.host.sealed(self.rank)
+        self.phase = "running"
+        self._then(self.world.spec.step_s * self.world.random.uniform(0.8, 1.2), self._vote)
+
+    def _vote(self) -> None:
+        self.host.segment(self.rank).gate = self.step + 1
+        self.phase = "voted"
+        if self.fence < self.round:
+            self._meet(f"vote {self.step}", self._voted)
+
+    def _voted(self) -> None:
+        if self.fence < self.round:
+            self.phase = "committing"
+            self._then(self.world.spec.commit_s, self._commit)
+
+    def _commit(self) -> None:
+        self.step, self.phase = self.step + 1, "clean"
+        self.marks[3] = self.marks[3] or self.world.now
+        self.world.committed(self)
+        if self.world.spec.snapshots:
+            self.host.segment(self.rank).seal_snapshot(self.step)
+            self.host.sealed(self.rank)
+        self._begin()
+
+    def _finish(self) -> None:
+        self.phase = "done"
+        self.host.segment(self.rank).seal_snapshot(self.step)
+        self.host.sealed(self.rank)
+        self._then(0.02, lambda: self.exit(0))

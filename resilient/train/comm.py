@@ -1,0 +1,364 @@
+"""Comm: all process groups of this process, and the round they are in.
+
+Think of a telephone exchange. Lines are pulled out the moment the exchange hears that a round broke (`fence`); a new set is plugged
+together in a back room (`prepare`, a builder's thread) while the callers still finish their sentence in loopback; they are switched over
+together when they come to the desk (`join`, the training thread at a step's boundary).
+
+Modes:  alone   a standby: every collective in loopback; before its first step small ones are recalled from the rank it shadows
+        live    inner groups of `round` are in use
+        broken  the inner groups are cut; loopback where the scope allows it, else RoundAborted
+
+Contract: `run`, `join`, `add` belong to the training thread (autograd's threads may call `run`); `fence` and `prepare` to any thread.
+A failure of an older round's operation never breaks a newer one. Every round has its own store client and prefix; a newer round shuts
+the older client's socket, so a builder never waits for somebody who will not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch.distributed as dist
+
+from resilient.errors import RoundAborted
+from resilient.train.group import _ECHO, Group, Held, Operation
+from resilient.train.inner import Inner, tcp_sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from resilient.core.messages import Seated
+    from resilient.train.recorder import Recorder
+    from resilient.train.scope import Scope
+    from resilient.wire.page import Page
+
+ARRIVE_TIMEOUT: Final = timedelta(hours=2)  # a newcomer's set-up may be long; a newer round ends the wait at once
+CONNECT_TIMEOUT: Final = timedelta(seconds=30)  # everybody has arrived: only connections are still to be made
+PAGE_SLOTS: Final = 128  # counters in the page; the last one is shared by all further groups
+
+
+class Build(threading.Thread):
+    """Makes the inner groups of one round in the background."""
+
+    def __init__(self, seated: Seated, groups: Sequence[Group], timeout: timedelta) -> None:
+        """Starts at once."""
+        super().__init__(name=f"resilient-build-{seated.round}", daemon=True)
+        self.round = seated.round
+        self.inners: dict[str, Inner] = {}
+        self.error: str = ""
+        self.ready = threading.Event()
+        self.store: Any = None
+        self._seated, self._groups, self._timeout = seated, list(groups), timeout
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._line: list[socket.socket] = []
+        self.start()
+
+    def run(self) -> None:
+        """The thread."""
+        try:
+            self._build()
+        except RuntimeError as error:  # DistStoreError, DistNetworkError and gloo's own are RuntimeErrors
+            self.error = str(error) or type(error).__name__
+        finally:
+            self.ready.set()
+
+    def _build(self) -> None:
+        store = self._connect()
+        world = self._seated.world_size
+        if store.add("arrived", 1) == world:
+            store.set("complete", b"1")
+        store.wait(["complete"], ARRIVE_TIMEOUT)
+        for group in self._groups:
+            inner = self.make(group)
+            with self._lock:
+                self.inners[group.key] = inner
+                if self._cancelled:
+                    inner.cut()
+                    return
+
+    def make(self, group: Group) -> Inner:
+        """The inner group for `group` in this round; also for groups that the script makes later on."""
+        store = dist.PrefixStore(f"{group.key}/", self.store)
+        inner = Inner(group.kind, store, group.rank(), group.size(), CONNECT_TIMEOUT)
+        inner.patience(self._timeout)
+        return inner
+
+    def _connect(self) -> Any:
+        host, _, port = self._seated.store.rpartition(":")
+        before = tcp_sockets()
+        client = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
+        line = [sock for sock in _duplicates(tcp_sockets() - before) if _peer_port(sock) == int(port)]
+        with self._lock:
+            self._line = line
+            if self._cancelled:
+                self._shut()
+        self.store = dist.PrefixStore(f"round/{self.round}/", client)
+        return self.store
+
+    def cancel(self) -> None:
+        """Give up: whatever the thread waits for fails at once. Thread-safe, idempotent."""
+        with self._lock:
+            self._cancelled = True
+            self._shut()
+            for inner in self.inners.values():
+                inner.cut()
+
+    def _shut(self) -> None:
+        for sock in self._line:
+            with contextlib.suppress(OSError):  # the store is gone already
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._line = []
+
+
+class Comm:
+    """See the module's text."""
+
+    def __init__(  # noqa: PLR0913  each is one fact about this process
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        kind: str,
+        scope: Scope,
+        recorder: Recorder,
+        page: Page | None = None,
+        on_suspect: Callable[[int, str], None] = lambda _round, _text: None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        """kind: "gloo" or "nccl". on_suspect(round, text): called once per round when a collective fails here first."""
+        self.rank, self.world_size, self.kind = rank, world_size, kind
+        self.mode: Literal["alone", "live", "broken"] = "alone"
+        self.solo = False  # a step is being repeated alone, whatever the round does meanwhile
+        self.round = 0
+        self.recorder = recorder
+        self.broken_ns = 0
+        self.groups: list[Group] = []
+        self._scope, self._page, self._on_suspect, self._timeout = scope, page, on_suspect, timeout
+        self._lock = threading.RLock()
+        self._counts: dict[tuple[int, ...], int] = {}
+        self._build: Build | None = None  # of the round in use
+        self._next: Build | None = None  # being made
+        # Votes and state go over a group of their own: a rank that votes while another is in the script's collective must make both wait
+        # (a hang has a culprit), not meet it (gloo ends the process when sizes differ).
+        everybody = tuple(range(world_size))
+        self.control = Group(self, rank, everybody, "control", PAGE_SLOTS - 1, "gloo")
+        self.groups.append(self.control)
+
+    # ------------------------------------------------------------------ groups
+
+    def add(self, group_rank: int, ranks: tuple[int, ...]) -> Group:
+        """Make the outer group of these global ranks; its inner group too, if a round is in force. Blocks like torch's new_group."""
+        count = self._counts.get(ranks, 0)
+        self._counts[ranks] = count + 1
+        key = f"{'-'.join(map(str, ranks))}#{count}" if len(ranks) < self.world_size else f"world#{count}"
+        slot = min(len(self.groups) - 1, PAGE_SLOTS - 1)
+        group = Group(self, group_rank, ranks, key, slot, self.kind)
+        self.groups.append(group)
+        if self._page is not None:
+            self._page.name_group(slot, hash(key) & (2**62 - 1) | 1)
+        if self.mode == "live" and len(ranks) > 1 and self._build is not None:
+            try:
+                group.inner = self._build.make(group)
+            except RuntimeError as error:
+                self._suspect(self.round, str(error))
+                raise self._aborted(f"new_group {key}") from error
+        return group
+
+    # ------------------------------------------------------------------ operations
+
+    def run(self, group: Group, op: Operation) -> Held:
+        """Launch one operation, in whatever way the round allows."""
+        if self._page is not None:
+            self._page.enter(group.slot)
+        if group.size() == 1:
+            op.fill()
+            return self._done(group, op)
+        op.looped = self._scope.may_loop(echo=op.kind == _ECHO)
+        if self.solo or self.mode == "alone":
+            if not self.recorder.recall(op):
+                op.fill()
+        elif self.mode == "live":
+            op.index = self.recorder.number()
+            inner = group.inner
+            assert inner is not None, f"group {group.key} has no inner group in live round {self.round}"
+            try:
+                work = op.launch(inner.group)
+            except RuntimeError as error:  # gloo refuses at once when a pair is already broken
+                aborted = self.failed(op, inner, error)
+                if aborted is not None:
+                    raise aborted from error
+                return self._done(group, op)
+            return Held(group, op, inner, work)
+        elif op.looped:
+            op.fill()
+        else:
+            self._leave(group)
+            raise self._aborted(op.key)
+        return self._done(group, op)
+
+    def failed(self, op: Operation, inner: Inner | None, error: RuntimeError) -> BaseException | None:
+        """An operation ended with `error`. Fills it in loopback and returns None where that is allowed, else what to raise.
+
+        Whoever gets an error drops its own inner groups, so that a neighbour who waits for *us* comes free too.
+        """
+        with self._lock:
+            current = any(group.inner is inner for group in self.groups)
+            round_ = self.round
+        if current and self.mode == "live":
+            self._suspect(round_, f"{op.key}: {str(error).splitlines()[0][:300]}")
+        if not op.looped:
+            return self._aborted(op.key)
+        op.fill()
+        return None
+
+    def vote(self, tensor: Any) -> None:
+        """In-place maximum of `tensor` over all ranks, on the control group. Raises RoundAborted."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX
+        self.direct("vote", lambda inner: inner.allreduce([tensor], options).wait())
+
+    def direct(self, what: str, use: Callable[[Any], Any]) -> None:
+        """`use` the control group's inner group; never in loopback. Raises RoundAborted if the round is, or gets, broken."""
+        group = self.control
+        if group.size() == 1:
+            return
+        inner = group.inner
+        if self.mode != "live" or inner is None:
+            raise self._aborted(what)
+        if self._page is not None:
+            self._page.enter(group.slot)
+        try:
+            use(inner.group)
+        except RuntimeError as error:  # gloo's only way to say that a peer is gone
+            if group.inner is inner:
+                self._suspect(self.round, f"{what}: {str(error).splitlines()[0][:300]}")
+            raise self._aborted(what) from error
+        finally:
+            self._leave(group)
+
+    def left(self, group: Group) -> None:
+        """An operation ended, well or not."""
+        self._leave(group)
+
+    def _leave(self, group: Group) -> None:
+        if self._page is not None:
+            self._page.leave(group.slot)
+
+    def _done(self, group: Group, op: Operation) -> Held:
+        self._leave(group)
+        return Held(group, op, None, None)
+
+    def _aborted(self, what: str) -> RoundAborted:
+        return RoundAborted(f"round {self.round} broke; {what} cannot be completed here")
+
+    # ------------------------------------------------------------------ rounds
+
+    def _suspect(self, round_: int, text: str) -> None:
+        if self.fence(round_):
+            self._on_suspect(round_, text)
+
+    def fence(self, round_: int) -> bool:
+        """Rounds up to `round_` are broken: cut every inner group. Returns whether that was news. Any thread."""
+        with self._lock:
+            if self._next is not None and self._next.round <= round_:
+                self._next.cancel()
+                self._next = None
+            if self.mode != "live" or self.round > round_:
+                return False
+            self.mode = "broken"
+            self.broken_ns = time.monotonic_ns()
+            inners = [group.inner for group in self.groups if group.inner is not None]
+        for inner in inners:
+            inner.cut()
+        return True
+
+    def prepare(self, seated: Seated) -> None:
+        """Begin to make the groups of a newer round. Any thread."""
+        with self._lock:
+            newest = max(self.round, self._next.round if self._next else 0)
+            if seated.round <= newest:
+                return
+        self.fence(seated.round - 1)
+        with self._lock:
+            self._next = Build(seated, [g for g in self.groups if g.size() > 1], self._timeout)
+
+    def join(self, seated: Seated, superseded: Callable[[], bool]) -> bool:
+        """Switch over to the groups of `seated.round`; False if `superseded()` became true, or the build failed, before that.
+
+        A failed build is reported as a suspicion about that round. Polls `superseded` every 20 ms besides being woken by the builder.
+        """
+        self.prepare(seated)
+        with self._lock:
+            build = self._next
+        if build is None or build.round != seated.round:
+            return False
+        while not build.ready.wait(0.02):
+            if superseded():
+                return False
+        if build.error or superseded():
+            if build.error:
+                self._on_suspect(seated.round, f"groups of round {seated.round}: {build.error.splitlines()[0][:300]}")
+            return False
+        with self._lock:
+            if self._next is not build:  # fenced in between
+                return False
+            old = [group.inner for group in self.groups if group.inner is not None]
+            for group in self.groups:
+                group.inner = build.inners.get(group.key)
+            previous, self._build, self._next = self._build, build, None
+            self.round = seated.round
+            self._sit(seated.rank)
+            self.mode = "live"
+        if previous is not None:
+            previous.cancel()
+        # gloo's destructor joins its threads: off the training thread, and never on gloo's own
+        threading.Thread(target=old.clear, name="resilient-drop", daemon=True).start()
+        return True
+
+
+
+    def _sit(self, rank: int) -> None:
+        """Take the seat of `rank`: another than the one the script ran as only where it knows nothing of its rank (any_rank)."""
+        if rank != self.rank:
+            assert all(group.size() == self.world_size for group in self.groups), "another chair, but groups that depend on the rank"
+            for group in self.groups:
+                group.sit(rank)
+            self.rank = rank
+
+    def close(self) -> None:
+        """The process ends: cut and drop the inner groups while the interpreter still stands (gloo's threads must be joined)."""
+        with self._lock:
+            self.mode = "broken"
+            inners = [group.inner for group in self.groups if group.inner is not None]
+            builds = [build for build in (self._build, self._next) if build is not None]
+        for inner in inners:
+            inner.cut()
+        for build in builds:
+            build.cancel()
+            build.join(timeout=5.0)
+            build.inners.clear()
+        for group in self.groups:
+            group.inner = None
+        inners.clear()
+
+
+def _duplicates(names: set[tuple[int, str]]) -> list[socket.socket]:
+    found = []
+    for fd, _ in names:
+        with contextlib.suppress(OSError):  # closed in between
+            found.append(socket.socket(fileno=os.dup(fd)))
+    return found
+
+
+def _peer_port(sock: socket.socket) -> int:
+    try:
+        return int(sock.getpeername()[1])
+    except (OSError, IndexError):  # not connected, or not TCP
+        return -1

@@ -1,0 +1,407 @@
+"""The loop: begins steps, gates what changes state, commits or replays, recovers.
+
+Think of a mountain rope team. Nobody pulls up until everybody has a grip (the vote at the gate); then all pull (the optimizer), and
+only at the ledge (the boundary) is the new height written down. If the rope goes slack anywhere before the vote, everyone climbs
+back to the last ledge and does the same pitch again, with whoever has taken the missing place.
+
+A step's life: begin -> body in forward and backward -> gate: own state sealed, vote -> optimizers -> boundary: commit -> begin ...
+A **vote** is one all-reduce over a group of our own, once per step, at the first gate, or at the boundary if no gate was reached (a step
+that GradScaler skipped). That it passed says that every rank has had all collectives before its gate. So of survivors either
+all are before the vote, and replay; or some are past it, and those who voted and did not hear run their optimizer too when told.
+A newcomer whose own state is one step old **repeats** that step alone, in loopback with the gate shut: at its gate it is given the own
+state that its predecessor sealed there, so that only what comes after the gate (scheduler, scaler) is really executed.
+
+Contract: the training thread's. Leaves the process only where said: `leave` ends a worker that cannot be put back, so that it is replaced.
+Used in two forms: `run.steps` (train/run.py) and `@resilient.step` (train/step.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import torch
+
+from resilient.checkpoint.snapshot import Slot
+from resilient.core.messages import NONE, Marked, Plan, Raised, Seated, Suspect
+from resilient.errors import CheckpointError, RoundAborted, UsageError
+from resilient.train import restore, wrappers
+from resilient.train.gates import Gates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilient.train.comm import Comm
+    from resilient.train.desk import Desk
+    from resilient.train.ledger import Ledger
+    from resilient.train.scope import Scope
+    from resilient.train.state import Tracked
+    from resilient.train.tier0 import Tier0
+    from resilient.wire.page import Page
+
+WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
+LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
+SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
+
+
+class Loop:
+    """See the module's text."""
+
+    def __init__(  # noqa: PLR0913  the parts of one worker, made in train/run.py
+        self,
+        *,
+        comm: Comm,
+        scope: Scope,
+        desk: Desk,
+        page: Page,
+        ledger: Ledger,
+        tracked: Tracked,
+        tier0: Tier0,
+        checkpoint_every: int,
+    ) -> None:
+        """checkpoint_every: every rank seals a snapshot when this many further steps are done; 0 = no persistent tier."""
+        self.comm, self.scope, self.desk, self.page, self.ledger, self.tracked = comm, scope, desk, page, ledger, tracked
+        self.tier0, self.checkpoint_every = tier0, checkpoint_every
+        self.opened = False
+        self.over = False  # the loop's end was reached together
+        self.repeating = False  # the step under way advances own state only
+        self.warming = WARMUP_STEPS if desk.standby else 0
+        self.warmed = desk.standby
+        self.pending: dict[str, float] = {}  # run.log
+        self.effects: list[Callable[[], Any]] = []  # run.on_commit
+        self.committers: list[Callable[[], None]] = []  # replayable iterators
+        self.gates = Gates(self)
+        self._own = b""
+        self._versions: list[int] = []
+        self._had_grads: list[bool] = []
+
+    @property
+    def sound(self) -> bool:
+        """Whether what this step computes will count, as far as is known here."""
+        return not (self.warming or self.repeating or self.broken)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the round of the step under way is broken."""
+        return self.comm.mode == "broken" or self.ledger.fenced()
+
+    # ------------------------------------------------------------------ opening
+
+    def seat(self) -> None:
+        """Wait for the first seat of a rank, and for its groups."""
+        tried = 0
+        while True:
+            seated = self.desk.seat_after(tried)
+            tried = seated.round
+            if self.comm.join(seated, lambda r=tried: self.desk.newest > r):
+                self.ledger.regrouped(seated.round, 0)
+                return
+
+    def open(self) -> None:
+        """Before the first step: everything is tracked; a rank takes its seat, a standby begins to warm up."""
+        if self.opened:
+            return
+        if not self.tracked.modules and not self.tracked.optimizers:
+            msg = "run.steps before run.track: call run.track(model=..., optimizer=..., ...) first, so that a broken step can be put back"
+            raise UsageError(msg)
+        self.opened = True
+        self.comm.recorder.close()
+        for module in self.tracked.modules.values():
+            self.scope.watch(module)
+        self.gates.close_over(self.tracked)
+        if not self.warming:
+            self._start()
+
+    def _start(self) -> None:
+        """A rank of a group that starts: from the script's own initial state, or from a checkpoint."""
+        try:
+            if self.broken or self.desk.newest > self.ledger.round:
+                raise RoundAborted("the round broke during start-up")
+            self._settle(self.desk.latest())
+        except RoundAborted:
+            self.recover()
+        if self.tracked.undo_needed and not self.tier0.sealed(self.ledger.step):
+            self.tier0.snapshot(self.ledger.step, self.ledger.round, self.tracked.own())
+
+    # ------------------------------------------------------------------ one step
+
+    def next_step(self, total: int | None) -> int | None:
+        """Begin the next step and return its number; None when `total` steps are done on every rank."""
+        if self.warming:
+            self._begin(max(self.ledger.step, 0))
+            return max(self.ledger.step, 0)
+        while not self.over and total is not None and self.ledger.step >= total and not self.repeating:
+            self.finish()
+        if self.over:
+            return None
+        self._begin(self.ledger.step)
+        return self.ledger.step
+
+    def _begin(self, step: int) -> None:
+        self.scope.enter()
+        self.page.beat()
+        if self.warming or self.repeating:
+            return
+        self._versions = self.tracked.versions()
+        self._had_grads = [param.grad is not None for param in self.tracked.parameters()]
+        self._own = self.tracked.own()
+        self.tier0.own_start(step, self.ledger.round, self._own)
+        self.ledger.write("running")
+
+    def end_step(self) -> bool:
+        """The body ended. True: the step is committed; False: it will be done again (or was not a real one)."""
+        if self.warming:
+            self.scope.leave()
+            self.warming -= 1
+            if not self.warming:
+                self._park()
+            return False
+        if not self.scope.gated:
+            self.scope.open = self.gate()
+        self.scope.leave()
+        if self.repeating:
+            self._repeated()
+            return False
+        if self.scope.open:
+            self._commit()
+            return True
+        self._undo()
+        return False
+
+    def excuse(self, error: BaseException) -> bool:
+        """The body was left by `error`. True: a consequence of the broken round, `end_step` will replay; False: let it go up."""
+        if self.warming or not (self.broken or self.repeating or isinstance(error, RoundAborted)):
+            return False
+        if self.scope.open:  # changed already, and its end is missing: what comes after the gate cannot be made up for here
+            self.leave(f"step {self.ledger.step}: the round broke between the optimizer and the end of the step")
+        if self.repeating:
+            self.leave(f"step {self.ledger.step}: it could not be repeated alone")
+        self.scope.gated = True  # no vote at the boundary: the step is lost
+        return True
+
+    def left(self) -> None:
+        """The loop was left by break, return or an exception. Out of a broken step nothing may come: this worker is replaced."""
+        if self.scope.active and self.broken and not self.scope.open and not self.warming:
+            self.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
+
+    # ------------------------------------------------------------------ gate and vote
+
+    def gate(self) -> bool:
+        """The first gate of the step: whether the optimizers may run. Blocks for the vote, or for the coordinator's word."""
+        self.scope.gated = True
+        if self.warming:
+            return True
+        if self.repeating:
+            self.tracked.load_own(restore.own_gate(self.desk.latest(), self.ledger.step + 1))
+            return False
+        if self.broken:
+            return False
+        if self.comm.kind == "nccl":
+            torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
+        step, round_ = self.ledger.step, self.ledger.round
+        self.tier0.own_gate(step + 1, round_, self.tracked.own())
+        self.ledger.write("voted")
+        wish = torch.tensor([int(self._wants_snapshot())], dtype=torch.int32)
+        try:
+            self.comm.vote(wish)
+        except RoundAborted:
+            return self._decided(step, round_)
+        self.ledger.write("committing")
+        if self.ledger.fenced():
+            return self._decided(step, round_)
+        self.scope.snapshot = bool(wish.item())
+        return True
+
+    def _decided(self, step: int, round_: int) -> bool:
+        """Voted, and the round broke: wait for the coordinator to say whether the step counts.
+
+        I1 holds for the answer as well: if that newer round is fenced before `committing` can be seen, the next answer counts.
+        """
+        while True:
+            seated = self.desk.seat_after(round_)
+            if seated.plan.step != step + 1:
+                return False
+            self.ledger.write("committing")
+            if self.page.fence() < seated.round:
+                return True
+            round_ = seated.round
+
+    def _wants_snapshot(self) -> bool:
+        if self.tracked.undo_needed:
+            return True
+        return self.comm.rank == 0 and time.monotonic() - self.tier0.taken_s > self.tier0.cost_s / SNAPSHOT_SHARE
+
+    # ------------------------------------------------------------------ boundary
+
+    def _commit(self) -> None:
+        step = self.ledger.step + 1
+        due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        if self.scope.snapshot or due or self.tracked.undo_needed:
+            self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
+        self.ledger.committed(step)
+        self._publish()
+        if self.broken:
+            self.recover()
+
+    def _publish(self) -> None:
+        """Effects that were held back until the commit."""
+        for commit in self.committers:
+            commit()
+        if self.pending:
+            scalars, self.pending = {name: float(value) for name, value in self.pending.items()}, {}
+            self.desk.send(Marked(step=self.ledger.step, scalars=scalars))
+        effects, self.effects = self.effects, []
+        for effect in effects:
+            effect()
+
+    def _undo(self) -> None:
+        """Back to the start of the step: own state, gradients; whoever finds shared state changed is torn. Then into the next round."""
+        if not wrappers.settled(self.tracked):
+            self.leave(f"step {self.ledger.step}: FSDP's modules cannot be reset after a forward without backward")
+        self.pending, self.effects = {}, []
+        self.tracked.load_own(self._own)
+        for param, had in zip(self.tracked.parameters(), self._had_grads, strict=True):
+            if not had:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
+        if self.tracked.versions() != self._versions:
+            self.ledger.write("running", torn=True)
+        self.recover()
+
+    def _repeated(self) -> None:
+        self.repeating = False
+        self.comm.solo = False
+        self.pending, self.effects = {}, []
+        for param in self.tracked.parameters():
+            param.grad = None
+        self.ledger.step += 1
+        self._own = self.tracked.own()
+        self.tier0.own_start(self.ledger.step, self.ledger.round, self._own)
+        self.ledger.restored()
+        if self.tracked.undo_needed:
+            self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
+        if self.broken:
+            self.recover()
+
+    # ------------------------------------------------------------------ rounds
+
+    def _park(self) -> None:
+        """A standby is warm: wait for a chair, and take it."""
+        self.page.park(parked=True)
+        self.desk.eager = True
+        self.desk.seat_after(0)
+        self.page.park(parked=False)
+        self.desk.standby = False
+        self.recover()
+
+    def recover(self) -> None:
+        """Be in place in a sound round: join the newest one, be given or give state; again whenever it breaks meanwhile."""
+        tried = self.ledger.round
+        while True:
+            seated = self.desk.seat_after(tried)
+            tried = seated.round
+            broken_ns = self.comm.broken_ns
+            if not seated.plan.over and not self.comm.join(seated, lambda r=tried: self.desk.newest > r):
+                continue
+            self.ledger.regrouped(seated.round, broken_ns)
+            try:
+                if self.ledger.torn and self.comm.rank not in seated.plan.receivers:
+                    self._ask_again(seated, "tracked state was changed in a broken step, outside a gate")
+                self._settle(seated)
+            except RoundAborted:
+                continue
+            return
+
+    def _ask_again(self, seated: Seated, text: str) -> NoReturn:
+        """This rank cannot go on with that plan: a newer round, made from what the records say now, will help."""
+        self.desk.send(Suspect(round=seated.round, text=text))
+        self.comm.fence(seated.round)
+        raise RoundAborted(text)
+
+    def _settle(self, seated: Seated) -> None:
+        """Do this rank's part of the plan."""
+        plan = seated.plan
+        if self.ledger.phase == "setup":
+            if plan.step == NONE and self.warmed:
+                self.leave("the run starts again from nothing, and this standby has made steps")
+            self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
+        if plan.tier == "live":
+            restore.give(self.comm, self.tracked, plan)
+        if self.comm.rank in plan.receivers:
+            self._receive(seated, plan)
+        elif plan.step not in (NONE, self.ledger.step) and self.ledger.step != NONE:
+            self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
+        if self.ledger.step == NONE:
+            self.ledger.step = max(plan.step, 0)
+        if not self.repeating:
+            self.ledger.restored()
+
+    def _receive(self, seated: Seated, plan: Plan) -> None:
+        newcomer = self.ledger.phase == "setup"
+        if not newcomer:
+            self.ledger.write("running", torn=True)
+        try:
+            if plan.tier == "live":
+                restore.take(self.comm, self.tracked, plan)
+                if newcomer:
+                    again = self.comm.rank in plan.repeat
+                    self.tracked.load_own(restore.own_start(seated, plan.step - again))
+                    self.ledger.step = plan.step - again
+                    self.repeating = self.comm.solo = again
+            else:
+                self._load(seated, plan)
+                self.ledger.step = plan.step
+        except CheckpointError as error:
+            self.desk.send(restore.refusal(plan, self.comm.rank, error))
+            self._ask_again(seated, str(error))
+
+    def _load(self, seated: Seated, plan: Plan) -> None:
+        slot = Slot(seated.snapshot, writable=False)
+        try:
+            found = slot.read(rank=self.comm.rank, step=plan.step)
+            restore.load(self.tracked, found, seated.snapshot)
+        finally:
+            slot.close()
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """All steps are done here: seal them, and wait until they are on every rank; a fault meanwhile is recovered from."""
+        step = self.ledger.step
+        own = self.tracked.own()
+        self.tier0.own_start(step, self.ledger.round, own)
+        if not self.tier0.sealed(step):
+            self.tier0.snapshot(step, self.ledger.round, own)
+        try:
+            if self.broken:
+                raise RoundAborted("the round broke at the end of the loop")
+            if not self.desk.latest().plan.over:
+                self.comm.vote(torch.zeros(1, dtype=torch.int32))
+        except RoundAborted:
+            self.recover()
+            return
+        self.over = True
+        self.ledger.write("done")
+
+    def end(self) -> None:
+        """The script is at its end: whoever left the loop early, or owns its counter, waits here for the others."""
+        if self.warming:
+            self.leave("a standby's script ended before its warm-up did")
+        if self.scope.active and not self.over:
+            self.left()
+            self.scope.leave()
+            if self.scope.open:
+                self._commit()
+        while not self.over:
+            self.finish()
+
+    def leave(self, why: str) -> NoReturn:
+        """End this process, for a reason that is nobody's fault; a newcomer takes its chair."""
+        sys.stderr.write(f"resilient: rank {self.comm.rank} gives up its chair: {why}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.desk.send(Raised(step=self.ledger.step, round=self.ledger.round, fingerprint="", text=why, consequence=True, torn_down=True))
+        os._exit(LEAVE_CODE)

@@ -1,0 +1,161 @@
+"""Restore: state from a live replica, from this chair's own segment, from a snapshot.
+
+Think of a player who comes in late: the printed part is copied from the neighbour's desk, what was pencilled in is in the predecessor's
+own folder, and never in the neighbour's.
+
+Contract: `give` and `take` pair by the plan alone (receiver i gets from source i mod n), over the control group; before any tensor the
+giver sends its step and layout, so that nothing is received into memory that does not fit. They raise RoundAborted when the
+round breaks meanwhile: the receiver is then torn until a later plan. Bytes: the state once per receiver over the link; tensors below 1 MiB
+travel packed together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from resilient.checkpoint import capture
+from resilient.checkpoint.ring import OwnSegment
+from resilient.core.messages import Plan, Refused
+from resilient.errors import SnapshotMismatch, SnapshotMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from resilient.checkpoint.snapshot import Snapshot
+    from resilient.core.messages import Seated
+    from resilient.errors import CheckpointError
+    from resilient.train.comm import Comm
+    from resilient.train.state import Item, Tracked
+
+PACK_BYTES: Final = 1 << 20
+_TAG: Final = 7
+
+
+def give(comm: Comm, tracked: Tracked, plan: Plan) -> None:
+    """Send shared state to the receivers that fall to this rank, if any."""
+    if comm.rank not in plan.sources or comm.rank in plan.receivers:
+        return
+    mine = [to for i, to in enumerate(plan.receivers) if plan.sources[i % len(plan.sources)] == comm.rank]
+    if not mine:
+        return
+    layout, _ = tracked.layout()
+    for to in mine:
+        head = torch.tensor([plan.step, len(layout)], dtype=torch.int64)
+        _send(comm, head, to)
+        _send(comm, torch.frombuffer(bytearray(layout), dtype=torch.uint8), to)
+        for items in _batches(tracked.shared()):
+            _send(comm, _packed(items), to)
+
+
+def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
+    """Receive shared state of `plan.step`. Raises SnapshotMismatch if the source's layout is not ours."""
+    source = plan.sources[plan.receivers.index(comm.rank) % len(plan.sources)]
+    head = torch.zeros(2, dtype=torch.int64)
+    _recv(comm, head, source)
+    step, length = head.tolist()
+    if step != plan.step:
+        msg = f"live state of rank {source}: step {plan.step} expected, {step} found"
+        raise SnapshotMismatch(msg)
+    layout = torch.zeros(length, dtype=torch.uint8)
+    _recv(comm, layout, source)
+    tracked.shape_like(layout.numpy().tobytes(), f"live state of rank {source}")
+    for items in _batches(tracked.shared()):
+        flat = _packed(items) if _whole(items) else torch.empty(sum(i.num_bytes for i in items), dtype=torch.uint8)
+        _recv(comm, flat, source)
+        _unpack(flat, items)
+
+
+def own_start(seated: Seated, step: int) -> bytes:
+    """The own state with which this chair began step `step`."""
+    segment = _own(seated)
+    try:
+        return segment.read_start(step)
+    finally:
+        segment.close()
+
+
+def own_gate(seated: Seated, step: int) -> bytes:
+    """The own state at the gate of the step that made it `step` steps."""
+    segment = _own(seated)
+    try:
+        return segment.read_gate(step)
+    finally:
+        segment.close()
+
+
+def load(tracked: Tracked, found: Snapshot, where: str) -> None:
+    """Everything from a verified snapshot."""
+    tracked.shape_like(found.layout, where)
+    capture.load(tracked.shared(), found.payload)
+    tracked.load_own(found.own)
+
+
+def refusal(plan: Plan, rank: int, error: CheckpointError) -> Refused:
+    """What to tell the agent of a copy that cannot be used."""
+    return Refused(tier=plan.tier, step=plan.step, rank=rank, reason=str(error))
+
+
+def _own(seated: Seated) -> OwnSegment:
+    if not seated.own:
+        msg = f"own state of rank {seated.rank}: no segment on this node"
+        raise SnapshotMissing(msg)
+    return OwnSegment(seated.own, seated.own_bytes, rank=seated.rank, writable=False)
+
+
+def _batches(items: list[Item]) -> Iterator[list[Item]]:
+    """Large tensors alone, small ones together."""
+    pack: list[Item] = []
+    size = 0
+    for item in items:
+        if item.num_bytes >= PACK_BYTES:
+            yield [item]
+            continue
+        if size + item.num_bytes > PACK_BYTES:
+            yield pack
+            pack, size = [], 0
+        pack.append(item)
+        size += item.num_bytes
+    if pack:
+        yield pack
+
+
+def _bytes(item: Item) -> torch.Tensor:
+    return item.local.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _whole(items: list[Item]) -> bool:
+    return len(items) == 1 and items[0].local.is_contiguous() and items[0].local.device.type == "cpu"
+
+
+def _packed(items: list[Item]) -> torch.Tensor:
+    """One host tensor of bytes; of a single contiguous host tensor, the tensor itself."""
+    if _whole(items):
+        return _bytes(items[0])
+    return torch.cat([_bytes(item).cpu() for item in items])
+
+
+def _unpack(flat: torch.Tensor, items: list[Item]) -> None:
+    if _whole(items):
+        return
+    offset = 0
+    with torch.no_grad():
+        for item in items:
+            raw = flat[offset : offset + item.num_bytes].clone()  # a fresh start: views of other dtypes want alignment
+            item.local.copy_(raw.view(item.local.dtype).view(item.local.shape))
+            offset += item.num_bytes
+
+
+def _send(comm: Comm, tensor: torch.Tensor, to: int) -> None:
+    if tensor.numel():
+        comm.direct("state for a newcomer", lambda inner: _waited(inner.send([tensor], to, _TAG)))
+
+
+def _recv(comm: Comm, tensor: torch.Tensor, source: int) -> None:
+    if tensor.numel():
+        comm.direct("state from a replica", lambda inner: _waited(inner.recv([tensor], source, _TAG)))
+
+
+def _waited(work: Any) -> None:
+    work.wait()

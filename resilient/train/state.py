@@ -1,0 +1,344 @@
+"""What a run tracks: whose state is whose, where it lies, how it is put back.
+
+Think of an orchestra's library. **Shared** state is the printed part that every player of a section has alike: parameters, optimizer
+state; a newcomer copies it from a neighbour or from a snapshot. **Own** state is what one player alone has pencilled in: random number
+generators, data position, module buffers (BatchNorm's statistics!), scaler, scheduler, learning rates; it is never taken from
+another rank.
+
+Contract: tensors are taken by reference, in a fixed order (`shared`). Own state is plain data, a few KB, encoded without pickle
+(checkpoint/codec.py); what cannot be encoded is refused with its key. Not thread-safe: the training thread's.
+
+  kind of object             shared                              own
+  nn.Module                  parameters                          persistent buffers
+  AveragedModel (gated)      parameters and buffers              -
+  Optimizer                  tensors of its state                param_groups (learning rates ...), the rest of its state
+  Generator                  -                                   its state
+  anything with state_dict   -                                   its state_dict
+  (by default)               -                                   RNG of torch, CUDA, numpy, random
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from resilient.checkpoint import capture, codec
+from resilient.errors import SnapshotMismatch, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shared tensor: `local` is this rank's part of it, by reference."""
+
+    key: str
+    local: Tensor
+    shape: tuple[int, ...]  # global
+    offsets: tuple[int, ...]  # of the local part
+    owner: tuple[Optimizer, Tensor] | None = None  # optimizer state: whose, of which parameter
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the local part."""
+        return self.local.numel() * self.local.element_size()
+
+    def row(self) -> list[Any]:
+        """Plain data that says what this is: (key, dtype, global shape, offsets, local shape)."""
+        dtype = str(self.local.dtype).removeprefix("torch.")
+        return [self.key, dtype, list(self.shape), list(self.offsets), list(self.local.shape)]
+
+
+class Tracked:
+    """The objects given to `run.track`, by name."""
+
+    def __init__(self) -> None:
+        """Nothing yet but the random number generators."""
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.others: dict[str, Any] = {}
+        self._items: list[Item] | None = None
+        self._count = 0
+
+    def add(self, name: str, thing: Any) -> None:
+        """Track `thing`. Raises UsageError if its state cannot be taken and put back."""
+        if name in self.modules or name in self.optimizers or name in self.others:
+            msg = f"track({name}=...): the name is already in use"
+            raise UsageError(msg)
+        if isinstance(thing, nn.Module):
+            self.modules[name] = thing
+        elif isinstance(thing, Optimizer):
+            self.optimizers[name] = thing
+        elif isinstance(thing, torch.Generator) or all(
+            callable(getattr(thing, method, None)) for method in ("state_dict", "load_state_dict")
+        ):
+            self.others[name] = thing
+        else:
+            msg = f"track({name}=...): an object with state_dict() and load_state_dict() expected, {type(thing).__name__} found"
+            raise UsageError(msg)
+        self._items = None
+
+    # ------------------------------------------------------------------ shared
+
+    def shared(self) -> list[Item]:
+        """Every shared tensor, in an order that is equal on all ranks. Recomputed when optimizer state came into being."""
+        count = sum(len(opt.state) for opt in self.optimizers.values())
+        if self._items is None or count != self._count:
+            self._items, self._count = list(self._walk()), count
+        return self._items
+
+    def _walk(self) -> Iterator[Item]:
+        seen: dict[int, str] = {}
+        for name, module in self.modules.items():
+            for fqn, param in module.named_parameters():
+                if id(param) not in seen:
+                    seen[id(param)] = f"{name}.{fqn}"
+                    yield _item(f"{name}.{fqn}", param)
+            if gated(module):
+                for fqn, buffer in module.named_buffers():
+                    yield _item(f"{name}.{fqn}", buffer)
+        for name, optimizer in self.optimizers.items():
+            for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                if id(param) not in seen:
+                    seen[id(param)] = f"{name}.params.{index}"
+                    yield _item(seen[id(param)], param)
+                for key, value in sorted(optimizer.state.get(param, {}).items()):
+                    if isinstance(value, Tensor):
+                        yield replace(_item(f"{name}.state.{seen[id(param)]}.{key}", value), owner=(optimizer, param))
+
+    def layout(self) -> tuple[bytes, str]:
+        """The rows of `shared` encoded, and their digest: equal digests mean that copies fit tensor by tensor."""
+        encoded = msgspec.msgpack.encode([item.row() for item in self.shared()])
+        return encoded, xxhash.xxh3_128_hexdigest(encoded)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds the same shared state: what an optimizer moves is wrapped by DDP over all ranks."""
+        wrapped = [m for m in self.modules.values() if isinstance(m, DistributedDataParallel)]
+        if not wrapped or any(m.process_group.size() != torch.distributed.get_world_size() for m in wrapped):
+            return False
+        if torch.distributed.get_world_size() == 1:
+            return False
+        covered = {id(p) for m in wrapped for p in m.parameters()}
+        return all(id(p) in covered for opt in self.optimizers.values() for g in opt.param_groups for p in g["params"])
+
+    @property
+    def undo_needed(self) -> bool:
+        """Whether a broken step may leave shared state that only a snapshot of every step can put back."""
+        moved = {id(p) for opt in self.optimizers.values() for g in opt.param_groups for p in g["params"]}
+        by_hand = any(
+            id(p) not in moved and p.requires_grad is False
+            for module in self.modules.values()
+            if not gated(module)
+            for p in module.parameters()
+        )
+        return not self.replicated or len(self.optimizers) > 1 or by_hand
+
+    def versions(self) -> list[int]:
+        """Version counters of the shared tensors: equal lists mean that nobody wrote to them in between."""
+        return [item.local._version for item in self.shared()]  # noqa: SLF001  torch has no public name for it
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters that optimizers move."""
+        return [p for opt in self.optimizers.values() for group in opt.param_groups for p in group["params"]]
+
+    def prime(self) -> None:
+        """Bring lazily made optimizer state into being (its values are about to be overwritten), so that copies fit."""
+        for optimizer in self.optimizers.values():
+            params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if not params or optimizer.state:
+                continue
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for param in params:
+                param.grad = torch.zeros_like(param)
+            for group in optimizer.param_groups:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+            type(optimizer).step(optimizer)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for param in params:
+                param.grad = None
+        self._items = None
+
+    def expected_bytes(self) -> int:
+        """Bytes of a snapshot's payload once the optimizers have made all their state.
+
+        What is there counts; what is not yet is foretold by letting an optimizer of the same kind make one step with a tiny parameter.
+        """
+        items = self.shared()
+        total = capture.payload_bytes(items)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                missing = [p for p in group["params"] if p.requires_grad and p not in optimizer.state]
+                like, other = _state_shape(optimizer, group) if missing else (0, 0)
+                local = [p._local_tensor if isinstance(p, DTensor) else p for p in missing]  # noqa: SLF001  see _item
+                total += sum(like * (p.numel() * p.element_size() + capture.ALIGN) + other * capture.ALIGN for p in local)
+        return total
+
+    def shape_like(self, layout: bytes, where: str) -> None:
+        """Make or drop optimizer state until `shared` has exactly the tensors of `layout`; their values are then to be filled.
+
+        Raises SnapshotMismatch, naming the first difference, if that cannot be.
+        """
+        rows = msgspec.msgpack.decode(layout)
+        wanted = {row[0] for row in rows}
+        if wanted - {item.key for item in self.shared()}:
+            self.prime()
+        for item in self.shared():
+            if item.key not in wanted and item.owner is not None:
+                optimizer, param = item.owner
+                optimizer.state.pop(param, None)
+                self._items = None
+        own = [item.row() for item in self.shared()]
+        for there, here in zip(rows, own, strict=False):
+            if there != here:
+                msg = f"{where}: {here[0]} {here[1]} {here[4]} of {here[2]} expected, {there[0]} {there[1]} {there[4]} of {there[2]} found"
+                raise SnapshotMismatch(msg)
+        if len(rows) != len(own):
+            msg = f"{where}: {len(own)} tensors expected, {len(rows)} found"
+            raise SnapshotMismatch(msg)
+
+    # ------------------------------------------------------------------ own
+
+    def own(self) -> bytes:
+        """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
+        tree: dict[str, Any] = {"rng": _rng_state()}
+        for name, module in self.modules.items():
+            if not gated(module):
+                tree[name] = dict(_persistent_buffers(module))
+        for name, optimizer in self.optimizers.items():
+            tree[name] = _optimizer_own(optimizer)
+        for name, thing in self.others.items():
+            tree[name] = thing.get_state() if isinstance(thing, torch.Generator) else thing.state_dict()
+        return codec.encode(tree, leaf=_leaf)
+
+    def load_own(self, encoded: bytes) -> None:
+        """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
+        tree = codec.decode(encoded, leaf=_unleaf)
+        wanted = {"rng", *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        if set(tree) != wanted:
+            msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
+            raise SnapshotMismatch(msg)
+        for name, module in self.modules.items():
+            if not gated(module):
+                for fqn, buffer in _persistent_buffers(module):
+                    buffer.data.copy_(tree[name][fqn])
+        for name, optimizer in self.optimizers.items():
+            _load_optimizer_own(optimizer, tree[name])
+        for name, thing in self.others.items():
+            if isinstance(thing, torch.Generator):
+                thing.set_state(tree[name])
+            else:
+                thing.load_state_dict(tree[name])
+        _load_rng(tree["rng"])  # last: a load_state_dict may have drawn numbers
+
+
+def _state_shape(optimizer: Optimizer, group: dict[str, Any]) -> tuple[int, int]:
+    """(tensors shaped like the parameter, other tensors) that this optimizer keeps per parameter."""
+    tiny = nn.Parameter(torch.zeros(2, 2))
+    tiny.grad = torch.zeros(2, 2)
+    rest = {key: value for key, value in group.items() if key != "params"}
+    twin = copy.copy(optimizer)
+    twin.state, twin.param_groups = defaultdict(dict), [{"params": [tiny], **rest}]
+    with torch.random.fork_rng(devices=[]):
+        type(optimizer).step(twin)
+    tensors = [value for value in twin.state[tiny].values() if isinstance(value, Tensor)]
+    like = sum(value.shape == tiny.shape for value in tensors)
+    return like, len(tensors) - like
+
+
+def gated(module: nn.Module) -> bool:
+    """Whether this module changes only through a gated call: all of it is shared then."""
+    return isinstance(module, AveragedModel)
+
+
+def _item(key: str, tensor: Tensor) -> Item:
+    if isinstance(tensor, DTensor):
+        local = tensor._local_tensor  # noqa: SLF001  to_local() inside no_grad gives an alias whose version counter is its own
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return Item(key, local, tuple(tensor.shape), tuple(offsets))
+    return Item(key, tensor.detach() if tensor.requires_grad else tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, sub in module.named_modules():
+        for name, buffer in sub._buffers.items():  # noqa: SLF001  named_buffers() does not tell the persistent ones
+            if buffer is not None and name not in sub._non_persistent_buffers_set:  # noqa: SLF001
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _optimizer_own(optimizer: Optimizer) -> dict[str, Any]:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    plain = [{k: v for k, v in optimizer.state.get(p, {}).items() if not isinstance(v, Tensor)} for p in params]
+    return {"groups": groups, "state": plain if any(plain) else []}
+
+
+def _load_optimizer_own(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in values.items():
+            if isinstance(group.get(key), Tensor) and isinstance(value, Tensor):
+                group[key].copy_(value)
+            else:
+                group[key] = value
+    if saved["state"]:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for param, values in zip(params, saved["state"], strict=True):
+            optimizer.state[param].update(values)
+
+
+def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "random": (version, torch.tensor(words), gauss)}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, pos, has_gauss, cached = numpy.random.get_state()
+        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), pos, has_gauss, cached)
+    return state
+
+
+def _load_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["random"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    numpy = sys.modules.get("numpy")
+    if "numpy" in state and numpy is not None:
+        name, keys, pos, has_gauss, cached = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), pos, has_gauss, cached))
+
+
+def _leaf(thing: Any) -> tuple[str, bytes, memoryview] | None:
+    """codec's hook: a tensor becomes (kind, header, bytes)."""
+    if isinstance(thing, DTensor) or not isinstance(thing, Tensor):
+        return None
+    header = msgspec.msgpack.encode([str(thing.dtype).removeprefix("torch."), list(thing.shape), thing.device.type])
+    flat = thing.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return "tensor", header, memoryview(flat.numpy())
+
+
+def _unleaf(kind: str, header: bytes, data: memoryview) -> Tensor:
+    if kind != "tensor":
+        msg = f"own state: a tensor expected, {kind!r} found"
+        raise SnapshotMismatch(msg)
+    dtype, shape, device = msgspec.msgpack.decode(header)
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+    return raw.view(getattr(torch, dtype)).view(shape).to(device if device == "cpu" else torch.device(device))

@@ -1,0 +1,174 @@
+"""The page: 4 KiB of shared memory in which a worker shows where it is, and its agent says that the round broke.
+
+Think of a shop window: whoever passes by can look in, also when the shopkeeper sleeps or is dead. A heartbeat is a store of
+eight bytes; nobody is called, nobody answers.
+
+Contract: one worker writes, one agent reads, except the words `FENCE` (agent writes, worker reads). All words are aligned
+int64, little endian, and do not tear. The record (several words) stands under a sequence number: odd while it is being written.
+The agent keeps the file of a dead worker, so the last record can always be read.
+
+I1 (fence): the worker stores COMMITTING and then loads FENCE; the agent stores FENCE and then loads the phase. So either the agent
+sees COMMITTING, or the worker sees the fence and waits to be told. Both sides put a full barrier between their two accesses.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from typing import Final
+
+from resilient.core.messages import NONE, Phase, Record
+from resilient.errors import ProtocolError
+
+PAGE_BYTES: Final = 4096
+MAGIC: Final = 0x3145_4741_5052_5352  # "RSRPAGE1"
+PHASES: Final[tuple[Phase, ...]] = ("setup", "clean", "running", "voted", "committing", "done")
+
+# word indices
+_MAGIC, _PID = 0, 1
+_FENCE = 8  # agent
+_SEQ = 16  # record, under the sequence number
+_ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
+_BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
+_BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single words, no sequence number
+_GROUPS = 64  # then 128 x (name hash, entered, completed), the last one is the overflow entry
+GROUP_COUNT: Final = 128
+_READ_TRIES: Final = 1000
+
+
+class Page:
+    """One worker's page, mapped. Both sides use this class; each calls only its own half.
+
+    Thread-safety: the worker half may be called from several threads for the single words; the record half
+    (`write`) only under the ledger's lock.
+    """
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        """Map `path`; with `create`, make it first. Raises ProtocolError if it is no page, OSError if /dev/shm is full."""
+        self.path = path
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            if create:
+                os.posix_fallocate(fd, 0, PAGE_BYTES)  # a sparse file on a full tmpfs would be SIGBUS later
+            found = os.fstat(fd).st_size
+            if found != PAGE_BYTES:
+                msg = f"page: {PAGE_BYTES} bytes expected, {found} found ({path})"
+                raise ProtocolError(msg)
+            self._map = mmap.mmap(fd, PAGE_BYTES)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("q")
+        self._barrier = threading.Lock()  # taking and releasing it is a full barrier on every CPU that torch runs on
+        if create:
+            w = self._words
+            w[_STEP] = NONE
+            w[_BEAT] = time.monotonic_ns()
+            w[_MAGIC] = MAGIC
+        elif self._words[_MAGIC] != MAGIC:
+            msg = f"page: magic {MAGIC:#x} expected, {self._words[_MAGIC]:#x} found ({path})"
+            raise ProtocolError(msg)
+
+    def close(self) -> None:
+        """Unmap. The file stays; its owner unlinks it."""
+        self._words.release()
+        self._map.close()
+
+    # ------------------------------------------------------------------ the worker's half
+
+    def beat(self) -> None:
+        """I am alive and moving. One store, no syscall but the vDSO clock."""
+        self._words[_BEAT] = time.monotonic_ns()
+
+    def write(self, *, round: int, step: int, phase: Phase, torn: bool, marks_ns: tuple[int, int, int, int]) -> None:
+        """Publish the record. `marks_ns`: when this round was found broken, regrouped, restored, first committed."""
+        w = self._words
+        w[_SEQ] += 1
+        w[_ROUND], w[_STEP], w[_PHASE], w[_TORN] = round, step, PHASES.index(phase), int(torn)
+        w[_BROKEN], w[_REGROUPED], w[_RESTORED], w[_COMMITTED] = marks_ns
+        w[_SEQ] += 1
+        w[_BEAT] = time.monotonic_ns()
+        with self._barrier:  # I1: what follows is loaded after what was stored above
+            pass
+
+    def fence(self) -> int:
+        """Rounds up to this one are broken."""
+        return self._words[_FENCE]
+
+    def section(self, depth: int) -> None:
+        """Depth of open `run.section`s."""
+        self._words[_SECTION] = depth
+        self.beat()
+
+    def park(self, *, parked: bool) -> None:
+        """A standby has finished its warm-up (or has left its parking place)."""
+        self._words[_PARKED] = int(parked)
+        self.beat()
+
+    def enter(self, slot: int) -> None:
+        """A collective begins on the group with this `slot` (0 <= slot < GROUP_COUNT)."""
+        w = self._words
+        w[_GROUPS + 3 * slot + 1] += 1
+        w[_ENTERED] += 1
+        w[_BEAT] = time.monotonic_ns()
+
+    def leave(self, slot: int) -> None:
+        """A collective of that group ended, well or not."""
+        w = self._words
+        w[_GROUPS + 3 * slot + 2] += 1
+        w[_COMPLETED] += 1
+        w[_BEAT] = time.monotonic_ns()
+
+    def name_group(self, slot: int, name_hash: int) -> None:
+        """Say which group the counters of `slot` belong to (`name_hash`: 63 bits)."""
+        self._words[_GROUPS + 3 * slot] = name_hash
+
+    # ------------------------------------------------------------------ the agent's half
+
+    def set_fence(self, round: int) -> None:
+        """Rounds up to `round` are broken; returns after a barrier, so a `read` that follows is stable (I1)."""
+        if round > self._words[_FENCE]:
+            self._words[_FENCE] = round
+        with self._barrier:
+            pass
+
+    def parked(self) -> bool:
+        """Whether the standby has finished its warm-up."""
+        return bool(self._words[_PARKED])
+
+    def beat_ns(self) -> int:
+        """CLOCK_MONOTONIC nanoseconds of the last movement."""
+        return self._words[_BEAT]
+
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """(name hash, entered, completed) of every group in use."""
+        w = self._words
+        rows = (tuple(w[_GROUPS + 3 * i : _GROUPS + 3 * i + 3]) for i in range(GROUP_COUNT))
+        return tuple(row for row in rows if row[0])  # type: ignore[misc]
+
+    def read(self, now_ns: int | None = None) -> Record:
+        """The record, whole: read again while it is being written; a writer that died in between leaves it odd: read as is."""
+        w = self._words
+        for _ in range(_READ_TRIES):
+            seq = w[_SEQ]
+            row = tuple(w[_ROUND : _COMMITTED + 1])
+            if seq % 2 == 0 and w[_SEQ] == seq:
+                break
+        round_, step, phase, torn, *marks = row
+        now = time.monotonic_ns() if now_ns is None else now_ns
+        return Record(
+            round=round_,
+            step=step,
+            phase=PHASES[phase] if 0 <= phase < len(PHASES) else "setup",
+            torn=bool(torn),
+            section=w[_SECTION] > 0,
+            entered=w[_ENTERED],
+            completed=w[_COMPLETED],
+            idle_s=max(0, now - w[_BEAT]) / 1e9,
+            broken_s=marks[0] / 1e9,
+            regrouped_s=marks[1] / 1e9,
+            restored_s=marks[2] / 1e9,
+            committed_s=marks[3] / 1e9,
+        )

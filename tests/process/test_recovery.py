@@ -1,0 +1,141 @@
+"""A killed rank becomes a resumed step: real processes, real signals, and the bits of an undisturbed run as the oracle.
+
+Every strike hits at an exact moment of an exact step (tests/process/jobs/job.py). What must hold each time: the run ends well; every
+rank's final state is bitwise that of a run without the fault; nobody but the victim changed its process; no step was lost;
+every step was committed once on every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+
+import pytest
+from launched import Launched, digests
+
+pytestmark = pytest.mark.process
+
+WORLD = 3
+STEPS = 12
+CARELESS = "bn,dropout,sched,accum,clip,average,stream,scaler"  # what a careless design gets wrong, for DDP
+MOMENTS = ["forward", "backward", "collective", "optimizer", "optimizer_end", "between"]
+
+
+def flags(standbys: int = 1, world: int = WORLD) -> list[str]:
+    return ["--nproc-per-node", str(world), "--standbys", str(standbys)]
+
+
+@functools.cache
+def undisturbed(kind: str, features: str, form: str = "for", world: int = WORLD, steps: int = STEPS) -> tuple[str, ...]:
+    """The digests of a run without any fault."""
+    where = pathlib.Path(tempfile.mkdtemp(prefix="undisturbed-"))
+    arguments = ["--out", str(where), "--kind", kind, "--features", features, "--form", form, "--steps", str(steps)]
+    with Launched(where, flags(0, world), "job.py", arguments) as run:
+        assert run.wait() == 0, run.text()
+    return tuple(digests(where, world))
+
+
+def struck(
+    where: pathlib.Path,
+    kind: str,
+    features: str,
+    strike: str,
+    *,
+    form: str = "for",
+    world: int = WORLD,
+    standbys: int = 1,
+    more: tuple[str, ...] = (),
+) -> Launched:
+    """The same run with a fault, through to its end, checked."""
+    arguments = ["--out", str(where), "--kind", kind, "--features", features, "--form", form, "--steps", str(STEPS), "--strike", strike]
+    with Launched(where, flags(standbys, world), "job.py", [*arguments, *more]) as run:
+        code = run.wait()
+    assert code == 0, f"{run.text()}\n{run.events()[-20:]}"
+    found = digests(where, world)
+    expected = undisturbed(kind, features, form, world)
+    assert [a == b for a, b in zip(found, expected, strict=True)] == [True] * world, f"not bitwise equal\n{run.text()}\n{run.events()}"
+    return run
+
+
+def check_incident(run: Launched, victims: list[int], *, count: int | None = None) -> None:
+    """Incidents name the victims, nothing was lost, and nobody else's process changed."""
+    incidents = run.incidents()
+    assert incidents, run.text()
+    assert len(incidents) <= (count or len(victims)), incidents
+    assert all(i["steps_lost"] == 0 for i in incidents), incidents
+    assert {i["rank"] for i in incidents} <= set(victims)
+    started = [e for e in run.events("worker_started") if e["role"] == "rank"]
+    final = {r["rank"]: r["pid"] for r in run.status()["ranks"]}
+    first = {e["rank"]: e["pid"] for e in reversed(started)}
+    for rank in set(range(len(final))) - set(victims):
+        assert final[rank] == first[rank], f"rank {rank} changed its process"
+
+
+def committed_once(where: pathlib.Path, world: int = WORLD) -> None:
+    """run.on_commit fired once for each step; the victim's own line may be missing for a step it died in after its commit."""
+    for rank in range(world):
+        lines = [int(line) for line in (where / f"committed-{rank}").read_text().split()]
+        assert len(lines) == len(set(lines)), f"rank {rank}: {lines}"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_ddp_killed_at_every_moment(tmp_path: pathlib.Path, moment: str, rank: int) -> None:
+    run = struck(tmp_path, "ddp", CARELESS, f"{rank}:6:{moment}")
+    check_incident(run, [rank])
+    committed_once(tmp_path)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_fsdp_with_uneven_shards_killed_at_every_moment(tmp_path: pathlib.Path, moment: str) -> None:
+    run = struck(tmp_path, "fsdp", "dropout,sched,clip,stream", f"1:6:{moment}")
+    check_incident(run, [1])
+
+
+@pytest.mark.parametrize(("kind", "features"), [("ddp", "two,dropout"), ("fsdp", "two"), ("ddp", "ema"), ("ddp", "zeros,reduce,early")])
+@pytest.mark.parametrize("moment", ["backward", "optimizer_end"])
+def test_two_optimizers_an_ema_by_hand_and_an_early_return(tmp_path: pathlib.Path, kind: str, features: str, moment: str) -> None:
+    run = struck(tmp_path, kind, features, f"1:5:{moment}")
+    check_incident(run, [1])
+
+
+@pytest.mark.parametrize("form", ["with", "decorated"])
+@pytest.mark.parametrize("moment", ["forward", "optimizer_end", "between"])
+def test_the_other_forms_of_a_loop(tmp_path: pathlib.Path, form: str, moment: str) -> None:
+    features = "dropout,sched,stream" + (",after" if form == "with" and moment == "forward" else "")
+    run = struck(tmp_path, "ddp", features, f"2:5:{moment}", form=form)
+    check_incident(run, [2])
+
+
+@pytest.mark.parametrize("strike", ["1:0:forward", "1:0:optimizer_end", "0:11:between", "2:12:loop_end", "0:1:backward"])
+def test_the_first_and_the_last_step(tmp_path: pathlib.Path, strike: str) -> None:
+    run = struck(tmp_path, "ddp", "dropout,sched", strike)
+    check_incident(run, [int(strike[0])])
+
+
+def test_killed_during_start_up(tmp_path: pathlib.Path) -> None:
+    run = struck(tmp_path, "ddp", "dropout", "1:-1:setup")
+    assert run.events("finding")
+
+
+def test_killed_again_while_another_recovery_is_under_way(tmp_path: pathlib.Path) -> None:
+    run = struck(tmp_path, "ddp", "dropout,sched", "1:6:backward,2:6:between")
+    check_incident(run, [1, 2])
+
+
+def test_two_ranks_at_once_with_two_standbys(tmp_path: pathlib.Path) -> None:
+    run = struck(tmp_path, "ddp", "dropout,sched", "1:6:backward,2:6:backward", standbys=2)
+    check_incident(run, [1, 2])
+
+
+def test_every_rank_at_once(tmp_path: pathlib.Path) -> None:
+    """No survivor is left: all come back from the memory tier."""
+    run = struck(tmp_path, "fsdp", "dropout", "0:6:forward,1:6:forward,2:6:forward", standbys=0)
+    assert run.incidents()[-1]["restored_from"] == "memory"
+
+
+def test_more_faults_than_standbys(tmp_path: pathlib.Path) -> None:
+    strike = "0:3:forward,1:4:backward,2:5:optimizer,0:7:between,1:8:optimizer_end"
+    run = struck(tmp_path, "ddp", CARELESS, strike, standbys=1)
+    check_incident(run, [0, 1, 2], count=5)

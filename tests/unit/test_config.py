@@ -1,0 +1,90 @@
+"""Config: which sheet wins, and what is said about a word that is on none."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from resilient import config
+from resilient.errors import ConfigError
+
+
+def parsed(*words: str) -> dict[str, str]:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    return config.given_flags(vars(parser.parse_args(words)))
+
+
+def test_defaults() -> None:
+    assert config.resolve({}, {}, None) == config.Options()
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('standbys = 1\ncheckpoint_every = 7\nrun_dir = "from file"\n')
+    environment = {"RESILIENT_STANDBYS": "2", "RESILIENT_RUN_DIR": "from environment", "HOME": "/root"}
+    options = config.resolve(parsed("--standbys", "3"), environment, str(file))
+    assert (options.standbys, options.run_dir, options.checkpoint_every, options.shadows) == (3, "from environment", 7, "none")
+
+
+@pytest.mark.parametrize("spelling", ["--lease-s", "--lease_s", "--lease"])
+def test_spellings_of_a_flag(spelling: str) -> None:
+    assert config.resolve(parsed(spelling, "2.5"), {}, None).lease_s == 2.5
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("standby = 1\n")
+    with pytest.raises(ConfigError, match=r"unknown option 'standby' in .*c\.toml; the nearest valid one is 'standbys'"):
+        config.resolve({}, {}, str(file))
+
+
+def test_an_unknown_variable_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'RESILIENT_CHECKPOINT_EVRY' in the environment; .* 'RESILIENT_CHECKPOINT_EVERY'"):
+        config.resolve({}, {"RESILIENT_CHECKPOINT_EVRY": "1"}, None)
+
+
+@pytest.mark.parametrize("name", sorted(config.NOT_OURS))
+def test_what_is_set_for_workers_is_no_option(name: str) -> None:
+    assert config.resolve({}, {"RESILIENT_" + name: "x"}, None) == config.Options()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"standbys": "many"}, "option 'standbys' on the command line"),
+        ({"standbys": "-1"}, ">= 0"),
+        ({"lease_s": "0"}, "> 0"),
+        ({"shadows": "some"}, "shadows"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_place(flags: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        config.resolve(flags, {}, None)
+    assert repr(next(iter(flags.values()))) in str(caught.value)
+
+
+def test_a_wrong_type_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('checkpoint = 3\n')
+    with pytest.raises(ConfigError, match="option 'checkpoint' in"):
+        config.resolve({}, {}, str(file))
+
+
+def test_a_file_that_is_not_there_or_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.resolve({}, {}, str(tmp_path / "none.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = = b")
+    with pytest.raises(ConfigError, match="TOML expected"):
+        config.resolve({}, {}, str(broken))
+
+
+def test_every_option_has_help_and_a_flag() -> None:
+    names = {field.name for field in msgspec.structs.fields(config.Options)}
+    assert set(config.HELP) == names
+    assert parsed() == {}
+    assert config.nearest("standbies", names) == "standbys"

@@ -1,0 +1,119 @@
+"""What is tracked is taken and put back bit for bit, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from resilient.checkpoint import capture
+from resilient.errors import CheckpointError, SnapshotMismatch, UsageError
+from resilient.train.state import Tracked
+
+
+def build(seed: int, steps: int) -> tuple[Tracked, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    sched = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+    tracked = Tracked()
+    tracked.add("model", model)
+    tracked.add("opt", opt)
+    tracked.add("sched", sched)
+    for _ in range(steps):
+        model(torch.randn(5, 3)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        sched.step()
+    return tracked, model, opt, sched
+
+
+def test_shared_and_own_together_make_a_twin() -> None:
+    source, model, opt, sched = build(1, 5)
+    payload = bytearray(capture.payload_bytes(source.shared()))
+    capture.save(source.shared(), memoryview(payload))
+    own = source.own()
+    expected = random.random(), torch.rand(3)
+    twin, twin_model, twin_opt, twin_sched = build(2, 0)
+    twin.shape_like(source.layout()[0], "test")
+    capture.load(twin.shared(), memoryview(payload))
+    twin.load_own(own)
+    assert source.layout() == twin.layout()
+    for ours, theirs in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert str(opt.state_dict()) == str(twin_opt.state_dict())
+    assert sched.state_dict() == twin_sched.state_dict()
+    assert (random.random(), *torch.rand(3)) == (expected[0], *expected[1])
+
+
+def test_optimizer_state_that_the_source_has_not_made_yet_is_dropped() -> None:
+    source, *_ = build(1, 0)
+    twin, _, opt, _ = build(1, 3)
+    twin.shape_like(source.layout()[0], "test")
+    assert not opt.state
+    assert twin.layout() == source.layout()
+
+
+def test_priming_changes_nothing_but_the_optimizers_state() -> None:
+    tracked, model, opt, _ = build(1, 0)
+    before = [p.clone() for p in model.parameters()]
+    tracked.prime()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len(opt.state) == 6
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_expected_bytes_foretell_the_optimizer() -> None:
+    tracked, *_ = build(1, 0)
+    foretold = tracked.expected_bytes()
+    tracked, *_ = build(1, 1)
+    assert foretold >= capture.payload_bytes(tracked.shared()) > foretold / 2
+
+
+def test_version_counters_see_a_change_outside_of_a_gate() -> None:
+    tracked, model, *_ = build(1, 1)
+    before = tracked.versions()
+    model(torch.randn(5, 3)).sum().backward()
+    assert tracked.versions() == before
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert tracked.versions() != before
+
+
+def test_another_models_layout_is_refused_by_its_first_difference() -> None:
+    source, *_ = build(1, 1)
+    other = Tracked()
+    other.add("model", nn.Sequential(nn.Linear(3, 5)))
+    with pytest.raises(SnapshotMismatch, match=r"model.0.weight float32 \[5, 3\] of \[5, 3\] expected, model.0.weight float32 \[4, 3\]"):
+        other.shape_like(source.layout()[0], "test")
+
+
+def test_what_has_no_state_dict_cannot_be_tracked() -> None:
+    with pytest.raises(UsageError, match=r"track\(loader=...\): an object with state_dict\(\) and load_state_dict\(\) expected, list found"):
+        Tracked().add("loader", [])
+
+
+def test_a_name_is_used_once() -> None:
+    tracked = Tracked()
+    tracked.add("a", nn.Linear(1, 1))
+    with pytest.raises(UsageError, match="already in use"):
+        tracked.add("a", nn.Linear(1, 1))
+
+
+def test_own_state_that_is_not_plain_data_is_named() -> None:
+    tracked, _, opt, _ = build(1, 1)
+    tracked.add("bad", torch.optim.lr_scheduler.LambdaLR(opt, _Callable()))
+    with pytest.raises(CheckpointError, match="bad"):
+        tracked.own()
+
+
+class _Callable:
+    """LambdaLR saves the attributes of a callable object, here a function."""
+
+    def __init__(self) -> None:
+        self.inner = len
+
+    def __call__(self, _epoch: int) -> float:
+        return 1.0
