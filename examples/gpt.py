@@ -156,6 +156,32 @@ def build(args: argparse.Namespace) -> GPT:
     return GPT(args.layers, args.width, args.heads, args.context, args.dropout)
 
 
+class Mean:
+    """A running mean: state of a rank's own, for it has `state_dict` and `load_state_dict`."""
+
+    def __init__(self) -> None:
+        """Of nothing."""
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self._sum, self._count = self._sum + value, self._count + 1
+
+    def take(self) -> float:
+        """The mean so far; begins anew."""
+        mean = self._sum / self._count
+        self._sum, self._count = 0.0, 0
+        return mean
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain data."""
+        return {"sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Put it back."""
+        self._sum, self._count = state["sum"], int(state["count"])
+
+
 def warm_up(step: int) -> float:
     """Factor of the learning rate: ten steps up, then constant."""
     return min(1.0, (step + 1) / 10)

@@ -7,11 +7,10 @@ At every step each rank seals its part in memory that belongs to its agent; whoe
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import torch
-from gpt import Text, arguments, build, warm_up, write_digest
+from gpt import Mean, Text, arguments, build, warm_up, write_digest
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -31,13 +30,12 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+    mean = Mean()
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler, mean=mean)
 
-    began = time.monotonic()
-
-    def show(step: int, loss: torch.Tensor) -> None:
-        if run.rank == 0 and (step + 1) % args.show_every == 0:
-            print(f"step {step + 1:5d}   loss {loss.item():.3f}   {time.monotonic() - began:6.1f} s", flush=True)
+    def show(step: int, loss: float) -> None:
+        if run.rank == 0:
+            print(f"step {step + 1:5d}   loss {loss:.3f}   round {run.round}", flush=True)
 
     for step in run.steps(args.steps):
         inputs, targets = text.batch(args.seed, step, run.rank, size=args.batch, context=args.context)
@@ -48,7 +46,9 @@ def main() -> None:
         scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        run.on_commit(partial(show, step, loss.detach()))
+        mean.add(loss.item())
+        if (step + 1) % args.show_every == 0:
+            run.on_commit(partial(show, step, mean.take()))
 
     if args.digest:  # no rank holds all of it: one file each
         write_digest(f"{args.digest}.{run.rank}", model, optimizer)

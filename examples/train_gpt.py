@@ -5,17 +5,16 @@
 Kill any rank while it runs (`kill -9`): the others keep their processes, the step is done again, and the final weights are those of a run
 without the fault. Under plain `python` and plain `torchrun` the same file runs as it is, without recovery.
 
-Three things here are worth copying. The batch is a function of the step and the rank, so a step can be done again. Every rank has a
-dropout stream of its own; it is tracked without a word. What a reader of the output sees goes through `run.on_commit`.
+Three things here are worth copying. The batch is a function of the step and the rank, so a step can be done again. What one rank alone
+has (its dropout stream, its running mean) is tracked, the random numbers without a word. What people see goes through `run.on_commit`.
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import torch
-from gpt import Text, arguments, build, warm_up, write_digest
+from gpt import Mean, Text, arguments, build, warm_up, write_digest
 from torch.nn.parallel import DistributedDataParallel
 
 import resilient
@@ -31,26 +30,18 @@ def main() -> None:
     net = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    run.track(model=net, optimizer=optimizer, scheduler=scheduler)
+    mean = Mean()
+    run.track(model=net, optimizer=optimizer, scheduler=scheduler, mean=mean)
 
-    began = time.monotonic()
-    losses: list[torch.Tensor] = []  # of committed steps, since the last line
-
-    def evaluate() -> float:
+    def show(step: int, loss: float) -> None:
+        if run.rank != 0:
+            return
         model.eval()
         with run.section("eval"), torch.no_grad():  # a long one here would be no hang
             batches = [text.test(i, size=args.batch, context=args.context) for i in range(4)]
-            found = [model(x.to(run.device), y.to(run.device)) for x, y in batches]
+            held_out = torch.stack([model(x.to(run.device), y.to(run.device)) for x, y in batches]).mean()
         model.train()
-        return float(torch.stack(found).mean())
-
-    def show(step: int, loss: torch.Tensor) -> None:
-        losses.append(loss)
-        if run.rank == 0 and (step + 1) % args.show_every == 0:
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            now = time.monotonic() - began
-            print(f"step {step + 1:5d}   loss {mean:.3f}   held out {evaluate():.3f}   {now:6.1f} s", flush=True)
+        print(f"step {step + 1:5d}   loss {loss:.3f}   held out {held_out:.3f}   round {run.round}", flush=True)
 
     for step in run.steps(args.steps):
         inputs, targets = text.batch(args.seed, step, run.rank, size=args.batch, context=args.context)
@@ -61,7 +52,9 @@ def main() -> None:
         scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        run.on_commit(partial(show, step, loss.detach()))
+        mean.add(loss.item())
+        if (step + 1) % args.show_every == 0:
+            run.on_commit(partial(show, step, mean.take()))
 
     if args.digest and run.rank == 0:
         write_digest(args.digest, model, optimizer)

@@ -118,11 +118,9 @@ def _read_toml(file: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        text = f"config file {file}: cannot be read ({error.strerror})"
-        raise ConfigError(text) from error
+        raise ConfigError(f"config file {file}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        text = f"config file {file}: TOML expected ({error})"
-        raise ConfigError(text) from error
+        raise ConfigError(f"config file {file}: TOML expected ({error})") from error
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -137,8 +135,7 @@ def _known(key: str, where: str) -> str:
     near = nearest(key, fields)
     shown = PREFIX + key.upper() if where == "in the environment" else key
     shown_near = PREFIX + near.upper() if where == "in the environment" else near
-    text = f"unknown option {shown!r} {where}; the nearest valid one is {shown_near!r}"
-    raise ConfigError(text)
+    raise ConfigError(f"unknown option {shown!r} {where}; the nearest valid one is {shown_near!r}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -146,16 +143,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return max(sorted(known), key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
-def _typed(key: str, value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401
+def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
     lax = isinstance(value, str) and _bare(kind) is not str  # text from a flag or variable is read as a number
     try:
         return msgspec.convert(value, kind, strict=not lax)
     except msgspec.ValidationError as error:
-        text = f"option {key!r} {where}: {error}, found {value!r}"
-        raise ConfigError(text) from None
+        raise ConfigError(f"option {key!r} {where}: {error}, found {value!r}") from None
 
 
-def _bare(kind: Any) -> Any:  # noqa: ANN401
+def _bare(kind: Any) -> Any:
     """The type without its Annotated wrapper."""
     if get_origin(kind) is Annotated:
         return get_args(kind)[0]

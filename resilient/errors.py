@@ -18,6 +18,10 @@ class UsageError(ResilientError):
     """The training script used the API in an order or with an object that cannot work."""
 
 
+class GoneError(ResilientError):
+    """An iterator cannot go back as far as a restore asks: this process must be replaced by one that begins anew."""
+
+
 class ProtocolError(ResilientError):
     """Bytes from another process are not what was agreed; `remote` says whether the other side is at fault."""
 

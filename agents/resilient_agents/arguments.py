@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Launch | Misused:
         return Misused(text=f"resilient-run: error: {error}\n", exit_code=USAGE_EXIT)
 
 
-def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:  # noqa: ANN401 - a module
+def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:
     from torch.distributed.elastic.multiprocessing import Std  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.api import to_map  # noqa: PLC0415
     from torch.distributed.elastic.rendezvous import utils  # noqa: PLC0415
@@ -72,17 +72,14 @@ def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:  # noqa: ANN401 
     log_dir = args.log_dir or ""
     args.log_dir = log_dir or os.devnull  # torchrun's default would leave a directory in /tmp; ours is in the run directory
     if args.logs_specs is not None:
-        text = "--logs-specs: not supported, logs are always laid out as torchrun's default does"
-        raise ConfigError(text)
+        raise ConfigError("--logs-specs: not supported, logs are always laid out as torchrun's default does")
     checked, command, command_args = torchrun.config_from_args(args)
     if checked.rdzv_backend not in {"c10d", "static"}:
-        text = f"--rdzv-backend: 'c10d' or 'static' expected, {checked.rdzv_backend!r} found (the nodes meet at --rdzv-endpoint)"
-        raise ConfigError(text)
+        raise ConfigError(f"--rdzv-backend: 'c10d' or 'static' expected, {checked.rdzv_backend!r} found (nodes meet at --rdzv-endpoint)")
     host, port = utils.parse_rendezvous_endpoint(checked.rdzv_endpoint, default_port=29400)
     slots = checked.nproc_per_node
     if slots < 1:
-        text = f"--nproc-per-node: at least 1 expected, {slots} found"
-        raise ConfigError(text)
+        raise ConfigError(f"--nproc-per-node: at least 1 expected, {slots} found")
     timeout = checked.shutdown_timeout
     if timeout is None:
         timeout = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S))
@@ -119,7 +116,7 @@ def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:  # noqa: ANN401 
     )
 
 
-def _apply_standalone(torchrun: Any, args: argparse.Namespace) -> bool:  # noqa: ANN401
+def _apply_standalone(torchrun: Any, args: argparse.Namespace) -> bool:
     """What `torchrun.run` does before it looks at anything else. True: one node, any port, a run id of our own."""
     alone = bool(args.standalone)
     if not alone and args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None:
@@ -131,7 +128,7 @@ def _apply_standalone(torchrun: Any, args: argparse.Namespace) -> bool:  # noqa:
     return alone
 
 
-def _slots(torchrun: Any, wanted: str) -> int:  # noqa: ANN401
+def _slots(torchrun: Any, wanted: str) -> int:
     """--nproc-per-node as a number; words such as "gpu" are looked up in a process that ends afterwards."""
     if wanted.isdigit():
         return int(wanted)
@@ -150,12 +147,11 @@ def _slots(torchrun: Any, wanted: str) -> int:  # noqa: ANN401
     os.waitpid(child, 0)
     answer = json.loads(data or b'"the device count could not be had"')
     if not isinstance(answer, int):
-        text = f"--nproc-per-node {wanted}: {answer}"
-        raise ConfigError(text)
+        raise ConfigError(f"--nproc-per-node {wanted}: {answer}")
     return answer
 
 
-def _program(args: argparse.Namespace, command: Any, command_args: Sequence[str]) -> Program:  # noqa: ANN401
+def _program(args: argparse.Namespace, command: Any, command_args: Sequence[str]) -> Program:
     target, arguments = args.training_script, tuple(args.training_script_args)
     if args.run_path:
         return Program(kind="run_path", target=target, arguments=arguments)

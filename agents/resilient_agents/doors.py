@@ -86,14 +86,11 @@ class Doors:
         except TimeoutError:
             first = None
         if not isinstance(first, Join | StoreOpen):
-            text = f"link from {link.name}: who it is expected first, {type(first).__name__} found"
-            raise ProtocolError(text)
+            raise ProtocolError(f"link from {link.name}: who it is expected first, {type(first).__name__} found")
         if not hmac.compare_digest(first.token.encode(), self._token.encode()):
-            text = f"link from {first.worker!r}: wrong token"
-            raise ProtocolError(text)
+            raise ProtocolError(f"link from {first.worker!r}: wrong token")
         if not self._known(first.worker):
-            text = f"link from {first.worker!r}: a worker of this agent expected"
-            raise ProtocolError(text)
+            raise ProtocolError(f"link from {first.worker!r}: a worker of this agent expected")
         worker = link.name = self._tasks[task] = first.worker
         self._links[worker] = link
         try:

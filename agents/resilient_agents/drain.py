@@ -59,6 +59,10 @@ class Drain:
         """Begin to list what is there."""
         self._errands.start(self._list())
 
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait for what is being written now; whether all of it is done."""
+        return await self._errands.settle(timeout_s)
+
     async def close(self) -> None:
         """Stop; what is being written is not committed."""
         await self._errands.close()

@@ -70,18 +70,20 @@ class Evidence:
         stacks = worker.files.path("stacks.txt")
         if answers and stacks and seen is not None and seen.state not in "TtZ":
             await _whole(stacks, before)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "why.txt").write_text(why + "\n", encoding="utf-8")
-            name = worker.name.replace("/", "_")
-            record = {"worker": worker.name, "rank": worker.fork.rank, "pid": worker.pid, "record": worker.page.read()}
-            groups = [{"group": f"{key:x}", "entered": entered, "completed": completed} for key, entered, completed in worker.page.groups()]
-            (directory / f"{name}.page.json").write_bytes(msgspec.json.format(msgspec.json.encode({**record, "groups": groups})))
-            (directory / f"{name}.proc.txt").write_text(_proc(worker.pid), encoding="utf-8")
-            if stacks:
-                (directory / f"{name}.stacks.txt").write_bytes(_tail(stacks, before))
-        except (OSError, ValueError):  # a full disk, or a page that was forgotten meanwhile: evidence is never worth a run
-            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a page forgotten meanwhile: evidence is never worth a run
+            _save(directory, worker, before, why)
+
+
+def _save(directory: Path, worker: Worker, before: int, why: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "why.txt").write_text(why + "\n", encoding="utf-8")
+    page, stacks = worker.page, worker.files.path("stacks.txt")
+    groups = [{"group": f"{key:x}", "entered": entered, "completed": completed} for key, entered, completed in page.groups()]
+    content = {"worker": worker.name, "rank": worker.fork.rank, "pid": worker.pid, "record": page.read(), "groups": groups}
+    (directory / f"{worker.name}.page.json").write_bytes(msgspec.json.format(msgspec.json.encode(content)))
+    (directory / f"{worker.name}.proc.txt").write_text(_proc(worker.pid), encoding="utf-8")
+    if stacks:
+        (directory / f"{worker.name}.stacks.txt").write_bytes(_tail(stacks, before))
 
 
 async def _whole(path: str, before: int) -> None:

@@ -125,6 +125,13 @@ class Errands:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait for those under way now; whether all of them have ended."""
+        if not self._tasks:
+            return True
+        _, left = await asyncio.wait(set(self._tasks), timeout=timeout_s)
+        return not left
+
     async def close(self) -> None:
         """Cancel all and see them end."""
         for task in self._tasks:

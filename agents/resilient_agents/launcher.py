@@ -10,11 +10,13 @@ second at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import ipaddress
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -27,9 +29,10 @@ from resilient import config
 from resilient.checkpoint import memory
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
-from resilient.errors import ConfigError, ResilientError
+from resilient.errors import ConfigError, ResilientError, TierUnavailable
 from resilient.host.journal import Journal
 from resilient.host.service import Service
+from resilient.wire.page import PAGE_BYTES
 from resilient_agents import kernel, logs
 from resilient_agents.main import Host, names_us
 from resilient_agents.orders import Launch, Misused
@@ -37,6 +40,8 @@ from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from resilient_agents.nursery import Nursery
 
 USAGE_EXIT: Final = 2
@@ -63,12 +68,13 @@ def run(nursery: Nursery) -> int:
         return 1
 
 
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:
         return None
-    return uvloop.new_event_loop  # type: ignore[no-any-return]
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _run(nursery: Nursery) -> int:
@@ -82,6 +88,7 @@ async def _run(nursery: Nursery) -> int:
             return launch.exit_code
         options = config.resolve(launch.ours, os.environ, launch.config or None)
         _check_program(launch)
+        _check_memory(launch, options)
         meeting = _meeting(launch, options)
         return await _Node(nursery, launch, options, meeting).run()
     finally:
@@ -95,8 +102,25 @@ def _check_program(launch: Launch) -> None:
     """The script must be there, before anything is started for it."""
     program = launch.program
     if program.kind in {"script", "run_path"} and not os.path.exists(program.target):
-        text = f"the training script {program.target!r} does not exist (in {os.getcwd()})"
-        raise ConfigError(text)
+        raise ConfigError(f"the training script {program.target!r} does not exist (in {os.getcwd()})")
+
+
+def _check_memory(launch: Launch, options: config.Options) -> None:
+    """Room for the pages of all workers, and of those that take their places, must be there before the first one starts."""
+    wanted = 4 * PAGE_BYTES * (launch.slots + _standbys(launch, options))
+    try:
+        free = memory.free_bytes(options.memory_dir)
+    except OSError as error:
+        raise ConfigError(f"--memory-dir {options.memory_dir}: cannot be used ({error.strerror})") from error
+    if free < wanted:
+        raise ConfigError(
+            f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {free} found; "
+            f"enlarge it (mount -o remount,size=... {options.memory_dir}) or name another place",
+        )
+
+
+def _standbys(launch: Launch, options: config.Options) -> int:
+    return launch.slots if options.shadows == "all" else options.standbys
 
 
 @dataclass(frozen=True)
@@ -120,20 +144,18 @@ def _meeting(launch: Launch, options: config.Options) -> _Meeting:
     local = launch.standalone or _is_loopback(launch.host)
     token = _token(options, run_id, alone=alone, local=local)
     if launch.standalone:
-        listener = _bind(LOOPBACK, 0)
-        return _Meeting(run_id, token, LOOPBACK, listener.getsockname()[1], listener, alone=True, local=True)
+        ours = _bind(LOOPBACK, 0)
+        return _Meeting(run_id, token, LOOPBACK, ours.getsockname()[1], ours, alone=True, local=True)
     if launch.port == 0 and not alone:
-        text = "--rdzv-endpoint: a port that all nodes know expected, 0 found"
-        raise ConfigError(text)
+        raise ConfigError("--rdzv-endpoint: a port that all nodes know expected, 0 found")
     entitled, must = _entitled(launch)
-    listener = None
+    listener: socket.socket | None = None
     if entitled:
         try:
             listener = _bind(LOOPBACK if local else "", launch.port)
         except OSError as error:
             if must or alone:
-                text = f"--rdzv-endpoint {launch.host}:{launch.port}: cannot listen there ({error.strerror})"
-                raise ConfigError(text) from error
+                raise ConfigError(f"--rdzv-endpoint {launch.host}:{launch.port}: cannot listen there ({error.strerror})") from error
     port = launch.port if listener is None else listener.getsockname()[1]
     host = LOOPBACK if local else launch.host
     return _Meeting(run_id, token, host, port, listener, alone=alone, local=local)
@@ -156,8 +178,7 @@ def _token(options: config.Options, run_id: str, *, alone: bool, local: bool) ->
         try:
             given = Path(options.token_file).read_text(encoding="utf-8").strip()
         except OSError as error:
-            text = f"--token-file {options.token_file}: cannot be read ({error.strerror})"
-            raise ConfigError(text) from error
+            raise ConfigError(f"--token-file {options.token_file}: cannot be read ({error.strerror})") from error
     if given:
         return given
     if alone:
@@ -214,18 +235,16 @@ class _Node:
         self._launch = launch
         self._options = options
         self._meeting = meeting
+        self._run_dir = Path(options.run_dir or Path("runs", meeting.run_id)).absolute()
         self._signals = 0
 
     async def run(self) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
-        run_dir = Path(options.run_dir or Path("runs", meeting.run_id)).absolute()
         try:
-            memory.clean_stale(options.memory_dir)
-            journal = Journal(run_dir)
-            archive = logs.Archive(launch.log_dir or str(run_dir / "logs"), meeting.run_id)
+            journal = Journal(self._run_dir)
+            archive = logs.Archive(launch.log_dir or str(self._run_dir / "logs"), meeting.run_id)
         except OSError as error:
-            text = f"{error.filename}: cannot be used ({error.strerror})"
-            raise ConfigError(text) from error
+            raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from error
         self._console = console = logs.Console(launch, archive)
         console.start()
         _log_to(console, options.log_level)
@@ -245,16 +264,7 @@ class _Node:
             service = Service(self._coordinator_settings(node), meeting.token, journal, console.say)
             await service.start(meeting.listener)
         key = memory.new_key()
-        vault = Vault(
-            run=meeting.run_id,
-            directory=options.memory_dir,
-            key=key,
-            checkpoint_url=options.checkpoint,
-            checkpoint_every=options.checkpoint_every,
-            token=meeting.token,
-            node=node,
-        )
-        data_port = await vault.start()
+        vault, data_port = await self._vault(key, node)
         self._host = host = Host(
             launch=launch,
             settings=self._agent_settings(node, data_port, hosts=service is not None),
@@ -277,6 +287,29 @@ class _Node:
             if service is not None:
                 await service.close()
 
+    async def _vault(self, key: str, node: str) -> tuple[Vault, int]:
+        """The keeper of copies, and the port where it serves peers."""
+        options, meeting = self._options, self._meeting
+        try:
+            vault = Vault(
+                run=meeting.run_id,
+                directory=options.memory_dir,
+                key=key,
+                checkpoint_url=options.checkpoint,
+                checkpoint_every=options.checkpoint_every,
+                token=meeting.token,
+                node=node,
+                host=_address(self._launch, meeting),
+                bind=LOOPBACK if meeting.local or meeting.alone else "",
+            )
+        except TierUnavailable as error:
+            raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
+        try:
+            return vault, await vault.start()
+        except OSError as error:
+            await vault.close(unlink=True)
+            raise ConfigError(f"--memory-dir {options.memory_dir}: cannot be used ({error.strerror})") from error
+
     async def _both(self, host: Host, service: Service | None, console: logs.Console) -> int:
         """The agent, and the coordinator where it is here. The agent's end is this node's end."""
         coordinating = None if service is None else asyncio.create_task(service.run())
@@ -289,8 +322,10 @@ class _Node:
         finished = await acting
         if finished.message:
             console.say(finished.message)
+        if finished.exit_code and host.root_error():
+            _pass_on(host.root_error())
         await host.hang_up()
-        if coordinating is not None and not coordinating.done() and self._signals < 2:  # noqa: PLR2004
+        if coordinating is not None and not coordinating.done() and self._signals < 2:
             await asyncio.wait({coordinating}, timeout=ALONE_S if self._meeting.alone else FAREWELL_S)
         if coordinating is not None and not coordinating.done():
             coordinating.cancel()
@@ -325,7 +360,7 @@ class _Node:
             node=node,
             boot=1 if self._meeting.alone else int(time.time()),
             slots=launch.slots,
-            standbys=launch.slots if options.shadows == "all" else options.standbys,
+            standbys=_standbys(launch, options),
             host=_address(launch, self._meeting),
             data_port=data_port,
             node_rank=launch.node_rank if static else NONE,
@@ -361,8 +396,15 @@ def _seconds(conf: dict[str, str], key: str, default: float) -> float:
     try:
         return float(conf.get(key, default))
     except ValueError:
-        text = f"--rdzv-conf {key}: seconds expected, {conf[key]!r} found"
-        raise ConfigError(text) from None
+        raise ConfigError(f"--rdzv-conf {key}: seconds expected, {conf[key]!r} found") from None
+
+
+def _pass_on(error_file: str) -> None:
+    """Where somebody supervises us as we supervise workers (a scheduler, torchrun): hand on the root cause, as torchrun does."""
+    ours = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if ours:
+        with contextlib.suppress(OSError):
+            shutil.copyfile(error_file, ours)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -2,8 +2,8 @@
 
 Think of a newspaper's archive and its front page: everything is filed, some of it is shown.
 
-Contract: the files lie as torchrun lays them, `<base>/<run id>_<random>/attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`, beside
-them `standby_<m>/` for workers that began without a chair. A worker writes its files itself, so its output needs nobody and outlives
+Contract: files lie as torchrun lays them, `<base>/<run id>_<random>/attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`, and
+beside them `standby_<m>/` for workers that began without a chair. A worker writes its files itself, so its output needs nobody and outlives
 everybody. Lines of seated workers are also shown, whole, behind torchrun's prefix `[default0]:`; redirected streams (-r without -t)
 are filed only. A standby's lines are shown from when it takes a chair.
 One thread copies from the files to the console: a terminal that is stopped stops that thread and nothing else. It reads a bounded piece
@@ -85,8 +85,8 @@ class _Tail:
     def seek_to_end(self) -> None:
         self._file.seek(0, os.SEEK_END)
 
-    def lines(self) -> list[bytes] | None:
-        """Whole lines that have come; None when the stream has ended and all of it was given."""
+    def lines(self) -> tuple[list[bytes], bool] | None:
+        """Whole lines that have come, and whether to look again at once; None when the stream has ended and all of it was given."""
         data = self._file.read(PIECE_BYTES)
         *whole, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) >= LINE_BYTES_MAX or (self.ending and not data and self._rest):
@@ -95,7 +95,7 @@ class _Tail:
         if not whole and not data and self.ending:
             self._file.close()
             return None
-        return [self._prefix + line + b"\n" for line in whole]
+        return [self._prefix + line + b"\n" for line in whole], bool(data)
 
 
 class Console:
@@ -177,12 +177,14 @@ class Console:
         with self._lock:
             following = [(worker, tail) for worker, tails in self._tails.items() for tail in tails]
         for worker, tail in following:
-            lines = tail.lines()
-            if lines is None:
+            found = tail.lines()
+            if found is None:
                 with self._lock:
                     self._tails[worker].remove(tail)
-            elif lines:
-                moved = True
+                continue
+            lines, more = found
+            moved |= more or tail.ending
+            if lines:
                 self._write(tail.out, b"".join(lines))
                 self._filter(tail.out, lines)
         return moved

@@ -83,6 +83,7 @@ class Host:
         self._early: dict[str, list[Msg]] = {}  # said before we had heard of the birth
         self._managed = settings.managed
         self._evidence = Evidence(journal.directory)
+        self._root_errors: dict[int, str] = {}  # attempt -> the first error file in it
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: m.Finished | None = None
         socket = memory.segment_path(memory_dir, key, "socket")
@@ -103,7 +104,10 @@ class Host:
         """Until the run is over for this node."""
         put = self._driver.put
         await self._doors.start()
-        self._vault.watch(lambda: put(self._vault.known()))
+        self._vault.watch(
+            changed=lambda: put(self._vault.known()),
+            note=lambda recorded: put(m.Said(worker="", message=recorded)),
+        )
         put(self._vault.known())
         self._uplink.start(
             on_up=lambda: put(m.LinkUp()),
@@ -119,9 +123,10 @@ class Host:
         looking = asyncio.create_task(self._look_for_ever())
         driving = asyncio.create_task(self._driver.run())
         await asyncio.wait({looking, driving}, return_when=asyncio.FIRST_COMPLETED)
-        looking.cancel()
         if not driving.done():
+            driving.cancel()
             await looking  # raises: only a fault of ours ends it
+        looking.cancel()
         await driving
         assert self._finished is not None
         return self._finished
@@ -135,6 +140,10 @@ class Host:
         if self._finished is None:
             self._finished = m.Finished(exit_code=exit_code, message=message)
         self._driver.finish()
+
+    def root_error(self) -> str:
+        """The first error file of the last attempt, "" if there was none."""
+        return self._root_errors[max(self._root_errors)] if self._root_errors else ""
 
     async def hang_up(self) -> None:
         """The coordinator need not wait for us."""
@@ -239,7 +248,7 @@ class Host:
 
     # ------------------------------------------------------------------ actions
 
-    def _perform(self, action: m.AgentAction) -> Sequence[m.AgentEvent] | None:  # noqa: C901, PLR0912 - one line for each
+    def _perform(self, action: m.AgentAction) -> Sequence[m.AgentEvent] | None:
         match action:
             case m.Fork():
                 self._task(self._fork(action))
@@ -365,7 +374,10 @@ class Host:
         await self._doors.emptied(worker.name, LAST_WORDS_S)
         code = worker.reap()
         self._console.ended(worker.name)
-        self._driver.put(m.Exited(worker=worker.name, exit_code=code, text=worker.error_text() if code else ""))
+        text = worker.error_text() if code else ""
+        if text:
+            self._root_errors.setdefault(worker.fork.restart, worker.files.path("error.json"))
+        self._driver.put(m.Exited(worker=worker.name, exit_code=code, text=text))
 
     def _zygote_down(self, reason: str) -> None:
         self._driver.put(m.ZygoteDown(reason=reason))

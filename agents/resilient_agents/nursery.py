@@ -71,8 +71,7 @@ class Nursery:
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
         answer = await self._read()
         if not isinstance(answer, Launch | Misused):
-            text = f"the zygote (pid {self.pid}) died while it was starting, exit code {self._process.poll()}"
-            raise ZygoteLost(text)
+            raise ZygoteLost(f"the zygote (pid {self.pid}) died while it was starting, exit code {self._process.poll()}")
         return answer
 
     def watch(self, on_up: Callable[[], None], on_down: Callable[[str], None], on_gone: Callable[[str], None]) -> None:
@@ -82,8 +81,7 @@ class Nursery:
     async def spawn(self, order: Spawn) -> int:
         """Ask for one process. Raises ZygoteLost or SpawnFailed."""
         if self._writer is None:
-            text = "there is no zygote at the moment"
-            raise ZygoteLost(text)
+            raise ZygoteLost("there is no zygote at the moment")
         answered: asyncio.Future[Spawned] = asyncio.get_running_loop().create_future()
         self._waiting.append(answered)
         self._writer.write(encode(order))
@@ -92,8 +90,7 @@ class Nursery:
                 answer = await asyncio.shield(answered)
         except TimeoutError:
             self._process.kill()  # it answers nobody any more
-            text = f"the zygote (pid {self.pid}) did not answer within {SPAWN_S:.0f} s"
-            raise ZygoteLost(text) from None
+            raise ZygoteLost(f"the zygote (pid {self.pid}) did not answer within {SPAWN_S:.0f} s") from None
         if answer.error:
             raise SpawnFailed(answer.error)
         return answer.pid
@@ -107,7 +104,7 @@ class Nursery:
 
     # ------------------------------------------------------------------
 
-    async def _read(self) -> Any:  # noqa: ANN401 - one of Answer; None when the zygote is gone
+    async def _read(self) -> Any:
         try:
             length = body_bytes(await self._reader.readexactly(HEADER.size))
             return self._decoder.decode(await self._reader.readexactly(length))
@@ -126,7 +123,7 @@ class Nursery:
             reason = self._hang_up("died")
             self._deaths.append(time.monotonic())
             on_down(reason)
-            if len(self._deaths) == DEATHS_MAX and time.monotonic() - self._deaths[0] < 60.0:  # noqa: PLR2004
+            if len(self._deaths) == DEATHS_MAX and time.monotonic() - self._deaths[0] < 60.0:
                 on_gone(f"{reason}; {DEATHS_MAX} zygotes died within a minute, no further one is started")
                 return
             self._start()

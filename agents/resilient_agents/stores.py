@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from resilient_agents.doors import Doors
-    from resilient_agents import kernel
-from resilient_agents.nursery import Nursery
+    from resilient_agents.nursery import Nursery
 
 DYING_S: Final = 1.0
 NAME: Final = "store"  # as who it comes in through the doors; no worker is called so
@@ -74,7 +73,7 @@ class Stores:
 
     def turn(self) -> str | None:
         """Leave the store in use for the next, empty one. None if there is none yet: the one in use stays."""
-        if len(self._ports) < 2:  # noqa: PLR2004
+        if len(self._ports) < 2:
             return None
         self._ports.popleft()
         self._doors.tell(NAME, StoreTurn())

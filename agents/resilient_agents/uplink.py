@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
+import time
 from typing import TYPE_CHECKING, Final
 
 from resilient.core.messages import Assignment, Report
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 PAUSE_S_MIN: Final = 0.02
 PAUSE_S_MAX: Final = 1.0
+COMPLAINT_S: Final = 5.0  # without a connection: say so, and again after twice as long
+log = logging.getLogger("resilient.agent")
 
 
 class Uplink:
@@ -66,27 +70,28 @@ class Uplink:
         on_assignment: Callable[[Assignment], None],
         on_refused: Callable[[str], None],
     ) -> None:
-        pause = PAUSE_S_MIN
+        pause, patience, down_since = PAUSE_S_MIN, COMPLAINT_S, time.monotonic()
         while True:
             reason = f"no connection to {self._host}:{self._port}"
             try:
-                self._link = await link.connect(
-                    self._host, self._port, Assignment, token=self._token, run=self._run, name=self._node
-                )
+                self._link = await link.connect(self._host, self._port, Assignment, token=self._token, run=self._run, name=self._node)
             except link.RefusedError as error:
                 on_refused(str(error))
                 return
             except (OSError, ProtocolError) as error:  # TimeoutError is an OSError
                 reason = str(error) or reason
             else:
-                pause = PAUSE_S_MIN
+                pause, patience = PAUSE_S_MIN, COMPLAINT_S
                 on_up()
                 with contextlib.suppress(ProtocolError):  # garbage: hang up and connect again
                     while (assignment := await self._link.recv()) is not None:
                         on_assignment(assignment)
                 self._link.writer.transport.abort()
                 self._link = None
-                reason = "the coordinator closed the connection"
+                reason, down_since = "the coordinator closed the connection", time.monotonic()
             on_down(reason)
+            if time.monotonic() - down_since > patience:
+                log.warning("no coordinator at %s:%d since %.0f s, still trying: %s", self._host, self._port, patience, reason)
+                patience *= 2
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(2 * pause, PAUSE_S_MAX)

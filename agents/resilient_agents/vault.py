@@ -12,7 +12,6 @@ A fault of a copy or of storage is never an exception here: it becomes `Refused`
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.peer import Notes, PeerServer
 from resilient.checkpoint.ring import own_slot_bytes
+from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.core.machine import Seals, Vaulted, VaultDo
+from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
@@ -33,7 +33,7 @@ from resilient_agents.lane import Errands, Lane
 
 HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
 FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest, which has deadlines of its own
-FETCH_TRIES: Final = 4  # while a peer or storage does not answer; then the coordinator decides anew
+FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
 REFUSED_MAX: Final = 256
 log = logging.getLogger("resilient.vault")
@@ -76,6 +76,7 @@ class Vault:
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._hashing = False
         self._hash_again_at = 0.0
+        self._hashed_at: dict[int, float] = {}
         self._errands = Errands()
         self._told = Vaulted()
         self._on_change: Callable[[], None] = lambda: None
@@ -93,6 +94,10 @@ class Vault:
         if self._drain is not None:
             self._drain.start()
         return port
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait until what is being written to the persistent tier is there, and committed if that was asked for."""
+        return self._drain is None or await self._drain.settle(timeout_s)
 
     async def close(self, *, unlink: bool = True) -> None:
         """Stop everything; with `unlink` remove the files."""
@@ -141,7 +146,7 @@ class Vault:
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
-        return {rank: _seals(chest) for rank, chest in self._memory.chests.items()}
+        return {rank: _seals(chest) for rank, chest in sorted(self._memory.chests.items())}
 
     def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
         """(newest start, gate, snapshot steps) of one rank."""
@@ -179,12 +184,12 @@ class Vault:
     def do(self, wish: VaultDo) -> None:
         """All that should be; a later one replaces an earlier one."""
         self._ranks = frozenset(wish.ranks)
-        for rank, chest in self._memory.chests.items():
+        for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
-        self._fetches = {fetch: here for fetch, here in self._fetches.items() if fetch in wish.fetch}
+        self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch and (not here or self._holds(f))}
         for fetch in wish.fetch:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
@@ -212,28 +217,27 @@ class Vault:
 
     def poke(self) -> None:
         """A look happened: start to copy, to hash, to write what is new."""
-        for chest in self._memory.chests.values():
-            if not chest.seated:
-                continue
+        seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
+        for chest in seated:
             self._copies.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
-            self._hash_now_and_then(chest)
             _drop_outdated(chest)
+        self._hash_now_and_then(seated)
 
     # ------------------------------------------------------------------ bringing copies here
 
     async def _fetch(self, wanted: Fetch) -> None:
-        for left in reversed(range(FETCH_TRIES)):
+        patient_until = time.monotonic() + FETCH_PATIENCE_S
+        while wanted in self._fetches:
             try:
                 await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted))
                 break
             except CheckpointError as error:
-                if left and isinstance(error, TierUnavailable):
-                    await asyncio.sleep(FETCH_PAUSE_S)
-                    continue
-                self._refuse(wanted, error)
-                return
+                if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
+                    self._refuse(wanted, error)
+                    return
+            await asyncio.sleep(FETCH_PAUSE_S)
         for note in self._notes.of(wanted.rank):
             self._on_note(note)
         if wanted in self._fetches:
@@ -261,11 +265,15 @@ class Vault:
                     self._notes.add(note)
             finally:
                 peer.close()
-        chest = self._memory.chest(rank)
-        starts = chest.sealed("start")
-        repeats = wanted.step - 1 in starts and wanted.step in chest.sealed("gate")
-        if not (wanted.step in chest.sealed("snapshot") or wanted.step in starts or repeats):
+        if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
+
+    def _holds(self, wanted: Fetch) -> bool:
+        """Whether what was asked for is in memory: the snapshot; for a peer's, own state of that step or of the one before will do."""
+        chest = self._memory.chest(wanted.rank)
+        starts = chest.sealed("start") if wanted.tier == "peer" else {}
+        repeats = wanted.step - 1 in starts and wanted.step in chest.sealed("gate")
+        return wanted.step in chest.sealed("snapshot") or wanted.step in starts or repeats
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
@@ -278,19 +286,22 @@ class Vault:
 
     # ------------------------------------------------------------------ hashing, telling
 
-    def _hash_now_and_then(self, chest: Chest) -> None:
-        """Hash a snapshot for its own sake: damage in memory is then seen before it is restored. Within HASH_SHARE."""
-        slot = chest.snapshots.newest() if chest.snapshots is not None else None
-        if slot is None or slot.is_stamped() or self._hashing or time.monotonic() < self._hash_again_at:
+    def _hash_now_and_then(self, chests: list[Chest]) -> None:
+        """Hash a snapshot for its own sake: damage in memory is then seen before it is restored. In turn, within HASH_SHARE."""
+        if self._hashing or time.monotonic() < self._hash_again_at:
             return
-        self._hashing = True
-        deadline_s = COPY_S + slot.sealed_bytes() / COPY_BYTES_S
-        self._errands.start(self._hash(functools.partial(slot.stamp_payload), deadline_s))
+        for chest in sorted(chests, key=lambda chest: self._hashed_at.get(chest.rank, 0.0)):
+            slot = chest.snapshots.newest() if chest.snapshots is not None else None
+            if slot is not None and not slot.is_stamped():
+                self._hashing = True
+                self._hashed_at[chest.rank] = time.monotonic()
+                self._errands.start(self._hash(slot))
+                return
 
-    async def _hash(self, work: Callable[[], bytes], deadline_s: float) -> None:
+    async def _hash(self, slot: Slot) -> None:
         begin = time.monotonic()
         try:
-            await self._lane.run(work, deadline_s=deadline_s)
+            await self._lane.run(slot.stamp_payload, deadline_s=COPY_S + slot.sealed_bytes() / COPY_BYTES_S)
         except CheckpointError:
             pass  # overwritten meanwhile, or damaged: whoever wants to read it will be told
         finally:

@@ -190,7 +190,7 @@ def _become_a_worker(order: Spawn, agent: int, middle: int) -> None:
     if order.stacks:
         global _stacks_file  # noqa: PLW0603
         _stacks_file = open(order.stacks, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
-        faulthandler.register(signal.SIGUSR2, file=_stacks_file, all_threads=True)  # type: ignore[arg-type]
+        faulthandler.register(signal.SIGUSR2, file=_stacks_file, all_threads=True)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
@@ -210,4 +210,3 @@ def _bind_to_node(local_rank: int, mode: str) -> None:
 
     options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
     binding._maybe_apply_numa_binding_to_current_process(gpu_index=local_rank, numa_options=options)  # noqa: SLF001
-

@@ -15,6 +15,7 @@ Thread-safety: whoever changes a chest holds its `filling` lock; reading seals n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, Slot, announced_bytes
 from resilient.checkpoint.tier import KINDS, Kind, Landing, SnapshotKey, check, landing
 from resilient.core.messages import NONE
-from resilient.errors import SnapshotMissing, TierUnavailable
+from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 SLOT_COUNT: Final = 2  # one is being filled while the other is whole
 
@@ -54,12 +55,14 @@ class Chest:
         old = self.own
         if old is not None and old.own_bytes >= own_bytes:
             return old
-        spare = create(self._own_path + ".new", 3 * own_bytes)
+        spare = _create_anew(self._own_path + ".new", 3 * own_bytes)
         new = OwnSegment(spare, own_bytes)
         if old is not None:
             for source, target in ((old.starts, new.starts), (old.gate, new.gate)):
                 _carry_over(source, target)
         os.replace(spare, self._own_path)
+        for slot in (*new.starts.slots, *new.gate.slots):
+            slot.renamed(self._own_path)
         self.own = new
         return new
 
@@ -70,7 +73,7 @@ class Chest:
             return old
         spares: list[str] = []
         try:
-            spares.extend(create(f"{path}.new", num_bytes) for path in self._slot_paths)
+            spares.extend(_create_anew(f"{path}.new", num_bytes) for path in self._slot_paths)
             new = Ring.open(spares)
             if old is not None:
                 _carry_over(old, new)
@@ -78,8 +81,9 @@ class Chest:
             if len(spares) < len(self._slot_paths):
                 for spare in spares:
                     remove(spare)
-        for spare, path in zip(spares, self._slot_paths, strict=True):
-            os.replace(spare, path)
+        for slot, path in zip(new.slots, self._slot_paths, strict=True):
+            os.replace(slot.path, path)
+            slot.renamed(path)
         self.snapshots = new
         return new
 
@@ -130,18 +134,24 @@ class Chest:
 
     def sealed(self, kind: Kind) -> dict[int, Slot]:
         """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
-        found = sorted((slot.sealed_step(), slot.generation(), slot.path, slot) for slot in self.slots(kind))
-        return {step: slot for step, _, _, slot in found if step != NONE}
+        found = [(slot.sealed_step(), slot.generation(), slot) for slot in self.slots(kind)]
+        return {step: slot for step, _, slot in sorted(found, key=lambda row: row[:2]) if step != NONE}
+
+
+def _create_anew(path: str, num_bytes: int) -> str:
+    remove(path)  # left over from an attempt that failed
+    return create(path, num_bytes)
 
 
 def _carry_over(source: Ring, target: Ring) -> None:
-    """Copy what is sealed, oldest first, so that the order of writing stays as it was."""
+    """Copy what is sealed and sound, oldest first, so that the order of writing stays as it was."""
     for slot in sorted(source.slots, key=Slot.generation):
         if slot.sealed_step() != NONE:
             spare = memoryview(bytearray(slot.sealed_bytes()))
-            slot.stage(spare)
-            target.receive(bytes(spare[:HEADER_BYTES]))[:] = spare[HEADER_BYTES:]
-            target.accept()
+            with contextlib.suppress(SnapshotCorrupt):
+                slot.stage(spare)
+                target.receive(bytes(spare[:HEADER_BYTES]))[:] = spare[HEADER_BYTES:]
+                target.accept()
 
 
 class Berth:
@@ -214,7 +224,7 @@ class MemoryTier:
 
     def list(self) -> Iterator[SnapshotKey]:
         """As `Tier.list`."""
-        for rank, chest in sorted(self.chests.items()):
+        for rank, chest in sorted(self.chests.items()):  # a copy: another thread may add one
             yield from sorted(SnapshotKey(rank, step, kind) for kind in KINDS for step in chest.sealed(kind))
 
     def drop(self, key: SnapshotKey) -> None:

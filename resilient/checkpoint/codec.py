@@ -40,7 +40,7 @@ _MAPPINGS: Final[dict[type, int]] = {dict: 0, OrderedDict: _ORDERED, Counter: _C
 _pack = msgspec.msgpack.Encoder().encode
 
 
-def encode(tree: Any, *, leaf: Encode | None = None) -> bytes:  # noqa: ANN401 - any plain data
+def encode(tree: Any, *, leaf: Encode | None = None) -> bytes:
     """`tree` as bytes. `leaf` is asked about every object that is not on the list. Raises CheckpointError naming the key path."""
     try:
         try:
@@ -51,10 +51,10 @@ def encode(tree: Any, *, leaf: Encode | None = None) -> bytes:  # noqa: ANN401 -
         raise CheckpointError(f"{error.path() or 'state'}: {error.reason}") from None
 
 
-def decode(data: bytes | memoryview, *, leaf: Decode | None = None) -> Any:  # noqa: ANN401
+def decode(data: bytes | memoryview, *, leaf: Decode | None = None) -> Any:
     """The tree that `encode` was given. `leaf` is the inverse of encode's. Raises SnapshotCorrupt if `data` is not from `encode`."""
 
-    def extension(code: int, data: memoryview) -> Any:  # noqa: ANN401
+    def extension(code: int, data: memoryview) -> Any:
         if code == _LEAF:
             kind, header, rest = unpack(data)
             if kind in _NUMPY_KINDS:
@@ -94,7 +94,7 @@ class _Plain:
         self._leaf = leaf
         self._whole = _SCALARS if trusting else frozenset()
 
-    def value(self, x: Any, depth: int) -> Any:  # noqa: ANN401
+    def value(self, x: Any, depth: int) -> Any:
         kind = type(x)
         if kind in _SCALARS:
             return x if self._whole else _scalar(x)
@@ -141,7 +141,7 @@ class _Plain:
                 raise
         return dict(pairs) if plain_keys else pairs
 
-    def _key(self, key: Any, depth: int) -> Any:  # noqa: ANN401
+    def _key(self, key: Any, depth: int) -> Any:
         if type(key) not in _KEYS:
             raise _TurnedBackError(f"{_describe(key)} cannot be a key; str, int, float, bool, None, bytes and tuples of these can")
         if type(key) is tuple:
@@ -150,7 +150,7 @@ class _Plain:
         return self.value(key, depth)
 
 
-def _scalar(x: Any) -> Any:  # noqa: ANN401
+def _scalar(x: Any) -> Any:
     if type(x) is int and not -(1 << 63) <= x < 1 << 64:
         return msgspec.msgpack.Ext(_INT, x.to_bytes(x.bit_length() // 8 + 1, "little", signed=True))
     if type(x) is str:
@@ -161,7 +161,7 @@ def _scalar(x: Any) -> Any:  # noqa: ANN401
     return x
 
 
-def _tagged(code: int, x: Any) -> Any:  # noqa: ANN401
+def _tagged(code: int, x: Any) -> Any:
     return msgspec.msgpack.Ext(code, _pack(x)) if code else x
 
 
@@ -185,7 +185,7 @@ _REBUILD: Final[dict[int, Callable[[Any], Any]]] = {
 _NUMPY_KINDS: Final = ("numpy.array", "numpy.number")
 
 
-def _numpy_leaf(x: Any) -> Leaf | None:  # noqa: ANN401
+def _numpy_leaf(x: Any) -> Leaf | None:
     numpy = sys.modules.get("numpy")
     if numpy is None or not (type(x) is numpy.ndarray or isinstance(x, numpy.generic)):
         return None
@@ -195,7 +195,7 @@ def _numpy_leaf(x: Any) -> Leaf | None:  # noqa: ANN401
     return kind, _pack((x.dtype.str, x.shape)), x.tobytes()
 
 
-def _numpy_from(kind: str, header: bytes, data: bytes) -> Any:  # noqa: ANN401
+def _numpy_from(kind: str, header: bytes, data: bytes) -> Any:
     numpy = importlib.import_module("numpy")  # the bytes hold a numpy value, so its reader needs numpy
     dtype, shape = msgspec.msgpack.decode(header)
     array = numpy.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
@@ -205,7 +205,7 @@ def _numpy_from(kind: str, header: bytes, data: bytes) -> Any:  # noqa: ANN401
 # --------------------------------------------------------------------------- words for people
 
 
-def _describe(x: Any) -> str:  # noqa: ANN401
+def _describe(x: Any) -> str:
     if isinstance(x, tuple):
         return f"a named tuple ({type(x).__qualname__})" if hasattr(x, "_fields") else f"a subclass of tuple ({type(x).__qualname__})"
     if callable(x) and hasattr(x, "__qualname__"):

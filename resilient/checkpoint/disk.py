@@ -8,7 +8,8 @@ enters them in the book. The entry comes last, is made with one stroke, and name
 
 Contract: `list` names committed steps only. `get` compares length and digest of the file with the manifest, and every digest inside it,
 and names the file if one is wrong. Local files are written under another name, fsynced, renamed, and their directory fsynced.
-A step that is written again, because its bytes were wrong, loses its commit marker first. The run id is not compared: a later run goes on from an earlier one's steps.
+A step that is written again, because its bytes were wrong, loses its commit marker first. The run id is not compared: a later run
+goes on from an earlier one's steps.
 Rejected: a "latest" file (two truths); rename as commit on object stores (there it is a copy and a delete).
 """
 
@@ -89,9 +90,11 @@ class DiskTier:
 
     def list(self) -> Iterator[SnapshotKey]:
         """As `Tier.list`: sound committed steps only."""
+        found: set[SnapshotKey] = set()
         for step in self.steps():
-            with contextlib.suppress(SnapshotCorrupt, SnapshotMissing):
-                yield from sorted(SnapshotKey(entry.rank, step) for entry in self.manifest(step).ranks)
+            with contextlib.suppress(SnapshotCorrupt, SnapshotMismatch, SnapshotMissing):
+                found.update(SnapshotKey(entry.rank, step) for entry in self.manifest(step).ranks)
+        yield from sorted(found)
 
     def drop(self, key: SnapshotKey) -> None:
         """As `Tier.drop`. A checkpoint that lacks a rank is none, so its marker goes first."""
@@ -141,9 +144,7 @@ class DiskTier:
             return ()
         oldest_kept = whole[-max(1, keep_last) :][0]
         newest = whole[-1]
-        doomed = tuple(
-            step for step in self._directories() if step < oldest_kept or (step < newest and step not in committed)
-        )
+        doomed = tuple(step for step in self._directories() if step < oldest_kept or (step < newest and step not in committed))
         for step in doomed:
             self._remove(self._marker(step))  # first, so that what is half removed is not a checkpoint
             self._remove_tree(self._directory(step))
@@ -284,7 +285,7 @@ def _digest(manifest: Manifest) -> str:
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(msgspec.structs.replace(manifest, digest="")))
 
 
-def _read_into(file: Any, view: memoryview, digest: xxhash.xxh3_128) -> None:  # noqa: ANN401
+def _read_into(file: Any, view: memoryview, digest: xxhash.xxh3_128) -> None:
     done = 0
     while done < len(view):
         piece = view[done : done + _PIECE]
@@ -297,7 +298,7 @@ def _read_into(file: Any, view: memoryview, digest: xxhash.xxh3_128) -> None:  #
         raise SnapshotCorrupt(f"{HEADER_BYTES + len(view)} bytes expected, more found")
 
 
-def _write_from(file: Any, data: memoryview) -> None:  # noqa: ANN401
+def _write_from(file: Any, data: memoryview) -> None:
     for start in range(0, len(data), _PIECE):
         file.write(data[start : start + _PIECE])
 

@@ -43,20 +43,23 @@ def segment_path(directory: Path | str, key: str, what: str) -> str:
 def create(path: str, num_bytes: int) -> str:
     """Make a file of `num_bytes` zeros, every page allocated. Returns `path`.
 
-    Raises TierUnavailable if there is no room (nothing is left behind), FileExistsError if the name is taken.
+    Raises TierUnavailable if there is no room or the name is taken; nothing is left behind then.
     """
     directory = os.path.dirname(path)
-    free = free_bytes(directory)
-    if num_bytes + _ROOM_LEFT > free:  # ask first: an allocation that fails half-way takes the room from others meanwhile
-        raise _no_room(path, num_bytes, free)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        free = free_bytes(directory)
+        if num_bytes + _ROOM_LEFT > free:  # ask first: an allocation that fails half-way takes the room from others meanwhile
+            raise _no_room(path, num_bytes, free)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TierUnavailable(f"memory tier: {path}: {error.strerror} (see --memory-dir)") from error
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
         os.unlink(path)
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
             raise _no_room(path, num_bytes, free_bytes(directory)) from None
-        raise
+        raise TierUnavailable(f"memory tier: {path}: {error.strerror}") from error
     finally:
         os.close(fd)
     return path

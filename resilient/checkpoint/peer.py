@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
@@ -105,10 +106,12 @@ class PeerServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
-        """Listen; the port."""
-        self._server = await asyncio.start_server(self._on_connection, host, port)
-        found: int = self._server.sockets[0].getsockname()[1]
-        return found
+        """Listen at `host` ("" = every address of this machine); the port."""
+        dual = not host and socket.has_dualstack_ipv6()  # one socket for both families: two would get two ports
+        family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
+        self._server = await asyncio.start_server(self._on_connection, sock=listener)
+        return int(listener.getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening, end what is under way."""
@@ -131,7 +134,7 @@ class PeerServer:
             while True:
                 await self._answer(pipe, await pipe.recv(IDLE_S))
         except (ProtocolError, OSError) as error:  # TimeoutError is an OSError
-            log.warning("peer %s: connection closed: %s", pipe.name if pipe else "", error or type(error).__name__)
+            log.warning("peer %s: connection closed: %s", pipe.name if pipe else "", str(error) or type(error).__name__)
         except EOFError:
             pass  # the other side is done
         except asyncio.CancelledError:

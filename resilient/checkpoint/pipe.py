@@ -31,7 +31,7 @@ PACE_BYTES_S: Final = 20 << 20  # slower than this counts as hung
 # --------------------------------------------------------------------------- what is said
 
 
-class Put(Msg):
+class Put(Msg, frozen=True):
     """Here comes a snapshot."""
 
     rank: int
@@ -40,7 +40,7 @@ class Put(Msg):
     header: bytes
 
 
-class Get(Msg):
+class Get(Msg, frozen=True):
     """Send this snapshot."""
 
     rank: int
@@ -48,7 +48,7 @@ class Get(Msg):
     kind: Kind
 
 
-class Drop(Msg):
+class Drop(Msg, frozen=True):
     """Forget this snapshot."""
 
     rank: int
@@ -56,44 +56,44 @@ class Drop(Msg):
     kind: Kind
 
 
-class Catalogue(Msg):
+class Catalogue(Msg, frozen=True):
     """Say what is there."""
 
 
-class Listed(Msg):
+class Listed(Msg, frozen=True):
     """What is there: (rank, step, kind)."""
 
     keys: tuple[tuple[int, int, Kind], ...]
 
 
-class Ready(Msg):
+class Ready(Msg, frozen=True):
     """Send the bytes."""
 
 
-class Found(Msg):
+class Found(Msg, frozen=True):
     """The bytes follow."""
 
     header: bytes
 
 
-class Done(Msg):
+class Done(Msg, frozen=True):
     """It has been done, and checked."""
 
 
-class Failed(Msg):
+class Failed(Msg, frozen=True):
     """It has not: an error of the sender's tier."""
 
     error: str
     text: str
 
 
-class Note(Msg):
+class Note(Msg, frozen=True):
     """Keep this beside the rank's state; also the answer to Recollect, one for each, then Done."""
 
     recorded: Recorded
 
 
-class Recollect(Msg):
+class Recollect(Msg, frozen=True):
     """Send all notes of this rank."""
 
     rank: int
@@ -109,12 +109,12 @@ Answer = Ready | Found | Done | Failed | Listed | Note
 class Pipe:
     """A proven connection, taken over from its Link: frames and, between them, bulk bytes straight from and to memory."""
 
-    def __init__(self, link: Link, kind: Any) -> None:  # noqa: ANN401 - a union is no `type`
+    def __init__(self, link: Link, kind: Any) -> None:
         """Must follow the handshake without an await in between, so that no byte is left in the link's own buffer."""
         raw: socket.socket = link.writer.get_extra_info("socket")
         self.name = link.name
         self._socket = socket.socket(fileno=os.dup(raw.fileno()))
-        self._socket.setblocking(False)
+        self._socket.settimeout(0)  # never block: the event loop does the waiting
         self._decoder: Decoder[Any] = Decoder(kind, limit=FRAME_BYTES_MAX)
         link.writer.close()  # flushes the handshake and closes its own descriptor; ours keeps the connection
 
@@ -143,7 +143,7 @@ class Pipe:
         async with asyncio.timeout(allowed_s(len(view))):
             await asyncio.get_running_loop().sock_sendall(self._socket, view)
 
-    async def recv(self, timeout_s: float) -> Any:  # noqa: ANN401 - one of the messages given as `kind`
+    async def recv(self, timeout_s: float) -> Any:
         """The next frame. Raises EOFError at the end, TimeoutError, OSError, ProtocolError."""
         async with asyncio.timeout(timeout_s):
             length = body_bytes(await self._exactly(HEADER.size), limit=FRAME_BYTES_MAX)

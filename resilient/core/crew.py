@@ -1,22 +1,24 @@
 """Crew: the workers and chairs of one node, as its agent keeps them.
 
-Think of the stage manager's clipboard: one line per person (where from, what doing), one per chair (who sits there). Nothing is decided
-here; agent.py decides, and the report is read off this clipboard.
+Think of the stage manager's clipboard: one line per person (where from, what doing), one per chair (who sits there), and a list of what
+went wrong. Nothing is decided here; agent.py decides, and the report is read off this clipboard.
 
-Contract: plain mutable data, written by agent.py alone. A worker is added when its fork is asked for and removed when it is dead and
-nobody needs its page any more. A chair outlives its workers: recorded layout and seals belong to it.
+Contract: plain mutable data, written by agent.py alone. A worker is added when its fork is wished for and removed when it is dead and
+nobody needs its page any more. A chair outlives its workers: layout and seals belong to it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from resilient.core.hang import Watch
 from resilient.core.machine import Seals
-from resilient.core.messages import NONE, Chair, ChairState, Layout, Raised, Record, Recorded, Seated, Standby
+from resilient.core.messages import NONE, Chair, ChairState, Finding, Layout, Raised, Record, Seated, Standby, StandbyState
 
-MINUTES_BYTES = 16 << 20  # kept results of set-up collectives, per rank
-MINUTES_COUNT = 10_000
+FINDINGS_MAX = 256
+TEXT_MAX = 16 << 10
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Worker:
     parked: bool = False
     unwanted: bool = False  # we ended it ourselves: its exit is no fault
     kill_at: float | None = None  # SIGKILL then, if it is still there
+    ended: bool = False  # exited 0, but its page's last word was not read yet
     exit_code: int | None = None
     record: Record | None = None
     raised: Raised | None = None
@@ -46,6 +49,29 @@ class Worker:
         """Forked, or about to be."""
         return self.exit_code is None
 
+    def out_of_a_broken_step(self) -> bool:
+        """Whether it left when its round was broken: a consequence of the fault, neither an end nor an error."""
+        record = self.record
+        return record is not None and record.phase not in ("setup", "done") and self.fenced >= record.round > 0
+
+    def committed(self, round_: int) -> bool:
+        """Whether it has completed a step in this round, or is past the loop."""
+        record = self.record
+        return record is not None and record.round == round_ and (record.committed_s > 0 or record.phase == "done")
+
+    def chair_state(self) -> ChairState:
+        """The one word for what its chair shows."""
+        if self.raised is not None or self.exit_code is not None:
+            return "finished" if self.exit_code == 0 and self.raised is None and not self.out_of_a_broken_step() else "dead"
+        if self.record is not None and self.record.round > 0 and self.record.phase != "setup":
+            return "active"
+        return "joined" if self.joined else "starting"
+
+    def standby(self) -> Standby:
+        """As it is reported while it has no chair."""
+        state: StandbyState = "parked" if self.parked else "joined" if self.joined else "starting"
+        return Standby(worker=self.name, pid=self.pid, shadow=self.rank, state=state, any_rank=self.any_rank)
+
 
 @dataclass(slots=True)
 class Place:
@@ -54,69 +80,81 @@ class Place:
     rank: int
     local_rank: int
     worker: Worker | None = None
-    filled: int = 0  # the round that last put somebody here
     layout: Layout | None = None
+
+    def chair(self, seals: Seals) -> Chair:
+        """As it is reported."""
+        worker = self.worker
+        return Chair(
+            rank=self.rank,
+            local_rank=self.local_rank,
+            state=worker.chair_state() if worker else "empty",
+            worker=worker.name if worker else "",
+            pid=worker.pid if worker else 0,
+            exit_code=worker.exit_code if worker else None,
+            record=worker.record if worker else None,
+            replicated=self.layout.replicated if self.layout else False,
+            layout=self.layout.digest if self.layout else "",
+            own_step=max(seals.own_steps, default=NONE),
+            own_steps=seals.own_steps,
+            gate_step=seals.gate_step,
+            snapshots=tuple(sorted(seals.snapshots)),
+        )
 
 
 @dataclass(slots=True)
-class Minutes:
-    """The results of one rank's set-up collectives, for newcomers that repeat them."""
+class Crew:
+    """Everybody, and all chairs."""
 
-    entries: dict[int, Recorded] = field(default_factory=dict)
-    num_bytes: int = 0
-    overflow: bool = False
-    waiting: dict[int, list[str]] = field(default_factory=dict)  # index -> workers that asked for it
+    prefix: str  # of the workers' names
+    first_step_timeout_s: float
+    workers: dict[str, Worker] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)  # by rank
+    _count: int = 0
 
-    def add(self, item: Recorded) -> bool:
-        """Keep it. False: there is no room, and no newcomer can be served any more."""
-        if item.index not in self.entries:
-            self.num_bytes += len(item.payload) + len(item.key)
-            self.overflow = self.overflow or self.num_bytes > MINUTES_BYTES or len(self.entries) >= MINUTES_COUNT
-        if self.overflow:
-            self.entries.clear()
-            return False
-        self.entries[item.index] = item
-        return True
+    def hire(self, role: str, rank: int, local_rank: int) -> Worker:
+        """Wish for a worker; names are never used twice."""
+        self._count += 1
+        name = f"{self.prefix}{self._count}"
+        self.workers[name] = worker = Worker(name, role, rank, local_rank, Watch(self.first_step_timeout_s))
+        return worker
 
+    def place_of(self, worker: Worker) -> Place | None:
+        """The chair it holds."""
+        place = self.places.get(worker.rank)
+        return place if place is not None and place.worker is worker else None
 
-def chair_state(worker: Worker | None) -> ChairState:
-    """The one word for what a chair's worker does."""
-    if worker is None:
-        return "empty"
-    if worker.raised is not None or worker.exit_code is not None:
-        return "finished" if worker.exit_code == 0 and worker.raised is None and not left_early(worker) else "dead"
-    if worker.record is not None and worker.record.round > 0 and worker.record.phase != "setup":
-        return "active"
-    return "joined" if worker.joined else "starting"
+    def seated(self) -> list[Worker]:
+        """Those who hold a chair and live."""
+        return [p.worker for p in self.places.values() if p.worker is not None and p.worker.alive]
 
-
-def left_early(worker: Worker) -> bool:
-    """Whether it exited 0 out of a broken step: a consequence of the fault, not an end."""
-    record = worker.record
-    return record is not None and record.phase not in ("setup", "done") and worker.fenced >= record.round > 0
+    def standbys(self) -> list[Worker]:
+        """Those without a chair who are wanted, best first."""
+        free = [w for w in self.workers.values() if w.alive and not w.unwanted and not w.raised and self.place_of(w) is None]
+        return sorted(free, key=lambda w: (not w.parked, not w.joined, w.name))
 
 
-def chair(place: Place, seals: Seals | None) -> Chair:
-    """A chair, as it is reported."""
-    w, s = place.worker, seals or Seals()
-    return Chair(
-        rank=place.rank,
-        local_rank=place.local_rank,
-        state=chair_state(w),
-        worker=w.name if w else "",
-        pid=w.pid if w else 0,
-        exit_code=w.exit_code if w else None,
-        record=w.record if w else None,
-        replicated=place.layout.replicated if place.layout else False,
-        layout=place.layout.digest if place.layout else "",
-        own_step=max(s.own_steps, default=NONE),
-        own_steps=s.own_steps,
-        gate_step=s.gate_step,
-        snapshots=tuple(sorted(s.snapshots)),
-    )
+@dataclass(slots=True)
+class Findings:
+    """What went wrong and was not yet heard by the coordinator."""
 
+    last: int = 0  # seq of the newest
+    unheard: list[Finding] = field(default_factory=list)
 
-def standby(worker: Worker) -> Standby:
-    """A standby, as it is reported."""
-    state = "dead" if not worker.alive else "parked" if worker.parked else "joined" if worker.joined else "starting"
-    return Standby(worker=worker.name, pid=worker.pid, shadow=worker.rank, state=state, any_rank=worker.any_rank)  # type: ignore[arg-type]
+    def add(self, kind: str, now: float, worker: Worker | None, round_: int, **more: object) -> None:
+        """Note a fact about a worker; `more`: further fields of Finding."""
+        self.last += 1
+        record = worker.record if worker else None
+        about = {"rank": worker.rank, "worker": worker.name, "pid": worker.pid} if worker else {}
+        fields = {"t": now, "step": record.step if record else NONE, "round": round_, **about, **more}
+        fields["text"] = str(fields.get("text", ""))[:TEXT_MAX]
+        self.unheard.append(Finding(seq=self.last, kind=kind, **fields))  # type: ignore[arg-type]
+        del self.unheard[:-FINDINGS_MAX]
+
+    def heard(self, seq: int) -> None:
+        """The coordinator took in everything up to this one."""
+        self.unheard = [f for f in self.unheard if f.seq > seq]
+
+    def aged(self, now: float) -> tuple[Finding, ...]:
+        """As they are reported: with their age, since clocks are never compared."""
+        return tuple(msgspec.structs.replace(f, age_s=max(0.0, now - f.t)) for f in self.unheard)

@@ -1,4 +1,4 @@
-"""Hang: who does not move, and who is to blame for it.
+"""Hang: which worker of a node does not move.
 
 Think of a night watchman with a notebook. For every worker he has written down the longest pause it ever made; a pause three times as
 long makes him look again, and only when he has seen the same thing twice does he call. He never calls because of a pause that was
@@ -7,17 +7,16 @@ announced (`run.section`), of a worker in a debugger, or after he himself had fa
 Contract: `Watch.look` is called with every look at one worker and answers None, or once per pause with what was seen. It calls before
 the bound is over: stopped within max(1 s, 1.5 steps); no movement within max(5 s, 3 x the longest pause), or `first_step_timeout_s`
 until the first step of a round is done (a compile, a neighbour that is still warming up).
-`blame` says, of all ranks that stand still, which ones keep the others waiting: the rank that did not arrive, not the one that shouts.
+Who of those that do not move is to blame is seen only by the coordinator: culprit.py.
 Rejected: a fixed timeout (10 to 60 minutes elsewhere); one look (a loaded machine makes everybody pause).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from resilient.core.messages import Chair, Msg, Record
+from resilient.core.messages import Msg, Record
 
 STOPPED_MIN_S: Final = 1.0
 STOPPED_STEPS: Final = 1.5
@@ -53,8 +52,12 @@ class Watch:
     _settled: bool = False  # at the last look: past the round's first step, in no section, not stopped
     _told: bool = False  # of this pause, once
 
-    def look(self, record: Record, os_state: str, cpu_s: float, now: float, *, neighbours_run: bool) -> Seen | None:
-        """One look. `neighbours_run`: not all of this node are stopped (that would be an operator, or a frozen machine)."""
+    def look(self, record: Record, os_state: str, cpu_s: float, now: float, *, neighbours_run: bool, between: bool = False) -> Seen | None:
+        """One look.
+
+        neighbours_run: not all of this node are stopped (that would be an operator, or a frozen machine).
+        between: its round is broken and the next one is not joined: it may wait for a newcomer, so only a busy process counts.
+        """
         asleep = self._looked_at is not None and now - self._looked_at > ASLEEP_S
         self._looked_at = now
         if asleep:
@@ -70,13 +73,14 @@ class Watch:
         if moved or record.section or record.phase in ("setup", "done"):
             self._witness = []
             return None
-        return self._stalled(record, cpu_s, now)
+        return self._stalled(record, cpu_s, now, between=between)
 
     def _learn(self, record: Record, now: float) -> bool:
         mark = (record.step, record.entered, record.completed, record.phase)
         beat = max(self._beat, now - record.idle_s)
         moved = mark != self._mark or beat > self._beat + 1e-3
         if not moved:
+            self._settled = self._settled and not record.section
             return False
         before, self._settled = self._settled, record.committed_s > 0 and not record.section and self._stopped_at is None
         usual = before and self._settled
@@ -99,7 +103,7 @@ class Watch:
         self._told = True
         return Seen(kind="stopped", since=self._stopped_at, text=f"stopped for {now - self._stopped_at:.2f} s")
 
-    def _stalled(self, record: Record, cpu_s: float, now: float) -> Seen | None:
+    def _stalled(self, record: Record, cpu_s: float, now: float, *, between: bool) -> Seen | None:
         bound = max(STALLED_MIN_S, STALLED_GAPS * self.gap_s) if record.committed_s > 0 else self.first_step_timeout_s
         pause = now - self._beat
         if self._told or pause < EARLY * bound - 2 * WITNESS_S:
@@ -111,28 +115,9 @@ class Watch:
             return None
         does = "busy" if cpu_s - used > BUSY * (now - at) else "blocked"
         self._witness.append((now, cpu_s, does))
-        if len(self._witness) < 3 or self._witness[-2][2] != does:
+        if len(self._witness) < 3 or self._witness[-2][2] != does or (between and does == "blocked"):
+            del self._witness[:-2]
             return None
         self._told = True
         where = "inside a collective" if record.entered > record.completed else f"outside any collective, phase {record.phase}"
         return Seen(kind="stalled", since=self._beat, text=f"no movement for {pause:.2f} s, {does}, {where}")
-
-
-class Blame(Msg):
-    """Why nothing moves."""
-
-    ranks: tuple[int, ...] = ()  # they keep the others waiting
-    why: str = ""
-    wait: bool = False  # nobody can be named yet, and there may be a good reason
-
-
-def blame(chairs: Iterable[Chair], stalled: frozenset[int]) -> Blame:
-    """Who is to blame when the ranks `stalled` do not move. Stalled ranks inside a collective are victims."""
-    active = [c for c in chairs if c.state == "active" and c.record is not None]
-    outside = tuple(c.rank for c in active if c.rank in stalled and c.record and c.record.entered == c.record.completed)
-    if outside:
-        return Blame(ranks=outside, why="did not arrive in the collective that the others wait in")
-    sections = [c.rank for c in active if c.record and c.record.section]
-    if sections:
-        return Blame(wait=True, why=f"rank {sections[0]} is in a section, the others wait for it")
-    return Blame(why="all that stand still wait inside a collective")

@@ -71,6 +71,7 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
         reached = max((s for a in accounts for c in a.copies for s in (*c.own_steps, *c.snapshots)), default=NONE)
         return _back(accounts, reached, committed, poison)
     step = max(claim(r) for _, r in records)
+    over = any(r.phase == "done" for _, r in records)  # the last vote passed: all are at `step`, and nobody meets in groups any more
     survivors = {a.rank: r for a, r in records if not a.finished}
     seated = [a for a in accounts if not a.finished]
     able = {rank for rank, r in survivors.items() if claim(r) == step or (r.phase == "voted" and r.step == step - 1)}
@@ -78,16 +79,16 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
     torn = {rank for rank in able if survivors[rank].torn}
     receivers = tuple(sorted(torn | {a.rank for a in newcomers}))
     if not receivers:
-        return Choice(plan=Plan(step=step), why=f"all ranks hold step {step}")
+        return Choice(plan=Plan(step=step, over=over), why=f"all ranks hold step {step}")
     sources = [r for r in sorted(able - torn) if claim(survivors[r]) == step] or sorted(able - torn)
-    if sources and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
+    if sources and not over and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
         repeat = tuple(a.rank for a in newcomers if not _owns(a, step))
         if all(_repeats(a, step) for a in newcomers if a.rank in repeat):
             plan = Plan(step=step, tier="live", receivers=receivers, sources=tuple(sources[:SOURCES_MAX]), repeat=repeat)
             return Choice(plan=plan, why=f"{len(sources)} ranks hold step {step} live, own states are in memory")
     needy = frozenset(receivers)
     if all(step in _snapshots(a) for a in seated if a.rank in needy):
-        return Choice(plan=Plan(step=step, tier="memory", receivers=receivers), why=f"snapshots of step {step} are in memory")
+        return Choice(plan=Plan(step=step, tier="memory", receivers=receivers, over=over), why=f"snapshots of step {step} are in memory")
     return _back(accounts, step, committed, poison)
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from resilient.core.messages import NONE, RunState, TierName, VerdictName
+from resilient.core.messages import NONE, Finding, RunState, TierName, VerdictName
 
 
 def _snake(name: str) -> str:
@@ -162,3 +162,18 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     ranks: tuple[RankStatus, ...]
     standbys: tuple[StandbyStatus, ...]
+
+
+def finding(fact: Finding, node: str) -> FindingLine:
+    """The line for a finding."""
+    return FindingLine(
+        kind=fact.kind,
+        node=node,
+        rank=fact.rank,
+        worker=fact.worker,
+        pid=fact.pid,
+        step=fact.step,
+        round=fact.round,
+        exit_code=fact.exit_code,
+        text=fact.text,
+    )

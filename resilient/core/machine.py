@@ -123,7 +123,6 @@ class Exited(Msg):
     worker: str
     exit_code: int  # Python's convention: -9 = killed by signal 9
     text: str = ""  # what its error file says, if it left one
-    record: Record | None = None  # its page's last word, read after its death
 
 
 class Said(Msg):

@@ -185,7 +185,6 @@ class Plan(Msg):
     receivers: tuple[int, ...] = ()  # ranks that must be given shared state; everybody else keeps its own
     sources: tuple[int, ...] = ()  # tier="live": ranks that hold `step`
     repeat: tuple[int, ...] = ()  # receivers whose own state is one step old: they repeat it with the gate shut
-    absent: tuple[int, ...] = ()  # ranks that finished their loop and exited: they take no part in this round's groups
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
 
 
@@ -329,5 +328,5 @@ class Leave(Msg):
     reason: str = ""
 
 
-WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked
+WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked | Refused
 WorkerDown = Segments | Seated | Recorded | Fenced | Leave

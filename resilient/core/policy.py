@@ -3,9 +3,10 @@
 Think of triage in a hospital: the nurse at the door does not treat anybody, she reads the symptom and says who goes where. The table is
 hers, it can be read aloud, and no finding is without a line in it.
 
-Contract: `judge` is pure but for `Trials`, which remembers which exceptions were seen at which step. Hardware is never the user's fault:
-a text that says so wins over everything else, and costs no restart. An exception that leaves a broken step is nobody's fault.
-The same exception at the same step twice, or on two ranks before any step was done, is the program's: another try would not help.
+Contract: `Policy.judge` is a table, and a memory of which exceptions were seen at which step. Hardware is never the user's fault: a text
+that says so wins over everything else, and costs no restart. An exception that leaves a broken step is nobody's fault. The same
+exception at the same step twice, or on two ranks before any step was done, is the program's: another try would not help.
+A group that does not use this library is judged as torchrun does, but a signal is not the user's failure.
 The texts are those of torch, NCCL, gloo, CUDA and HCCL as their sources and users' logs show them; "out of memory", "invalid argument"
 and a failed device-side assert are deliberately absent: they are the program's.
 """
@@ -42,6 +43,7 @@ TABLE: Final[dict[str, Verdict]] = {
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")
+FOREIGN: Final = Verdict(verdict="watch", why="the group does not use this library: only exits count")
 
 # Lower case, to be found in the lower-cased text of an exception: infrastructure, not the program. One line per layer.
 _INFRASTRUCTURE: Final = (
@@ -54,76 +56,79 @@ _INFRASTRUCTURE: Final = (
     # NCCL: everything but invalid argument and invalid usage
     r"nccl(unhandledcuda|system|internal|remote)error|unhandled (cuda|system) error|remote process exited|nccl communicator was aborted",
     r"async fatal event|exceeded error retry count|ibv_\w+ .*failed|got completion from peer|port error|connection closed by remote peer",
-    # CUDA and the device
+    # CUDA and the device; "cuda error" alone counts unless the program caused it, see below
     r"uncorrectable (ecc|nvlink) error|hardware stack error|device\(s\) is/are busy or unavailable|no cuda-capable device",
-    r"cuda error: (unspecified launch failure|unknown error|initialization error|system not yet initialized|driver shutting down)",
-    r"fallen off the bus|gpu is lost|\becc error|nvrm: xid|\bxid \(pci|sxid|memory page retirement|row remapp",
+    r"fallen off the bus|gpu is lost|\becc error|nvrm: xid|\bxid \(pci|sxid|memory page retirement|row remapp|cuda error",
     # Ascend
     r"\be[ij]000[126]\b|\bee1002\b|507046|507048|507054|hccl .*time-?out",
     # the host
     r"input/output error|stale file handle|remote i/o error|bus error|no space left on device: '/dev/shm",
 )
+_PATTERN: Final = re.compile("|".join(_INFRASTRUCTURE))
 _CUDA_BY_PROGRAM: Final = re.compile(
     r"out of memory|device-side assert|illegal memory access|illegal instruction|misaligned address|invalid pc|invalid device ordinal"
-    r"|no kernel image|driver version is insufficient"
+    r"|no kernel image|driver version is insufficient|invalid argument|invalid configuration"
 )
-_PATTERN: Final = re.compile("|".join(_INFRASTRUCTURE) + r"|cuda error")
 
 
 def infrastructure(text: str) -> str:
     """The words in `text` that mean infrastructure, "" if there are none.
 
-    Only the last line that is not blank counts: it is the exception; the lines above it quote source code.
+    text: a traceback, or just a message. Only what comes after its last frame counts: the frames quote source code.
     """
-    lines = [line for line in text.lower().splitlines() if line.strip()]
-    last = _message(lines)
-    found = _PATTERN.search(last)
-    if found is None or (found[0] == "cuda error" and _CUDA_BY_PROGRAM.search(last)):
+    rows = text.lower().splitlines()
+    frames = [i for i, row in enumerate(rows) if row.startswith(("  file ", "    "))]
+    message = "\n".join(rows[frames[-1] + 1 :] if frames else rows)
+    found = _PATTERN.search(message)
+    if found is None or (found[0] == "cuda error" and _CUDA_BY_PROGRAM.search(message)):
         return ""
     return found[0]
 
 
-def _message(lines: list[str]) -> str:
-    """From the traceback's last unindented `Type: text` line to the end: messages of torch go over several lines."""
-    frames = [i for i, line in enumerate(lines) if line.startswith(("  file ", "    "))]
-    return "\n".join(lines[frames[-1] + 1 :] if frames else lines)
+class Policy:
+    """The table, and what was seen before."""
 
+    def __init__(self, max_restarts: int) -> None:
+        """max_restarts: torchrun's, for groups that do not use this library."""
+        self._max_restarts = max_restarts
+        self._failures = 0
+        self._count: dict[tuple[int, str], int] = {}  # (step, fingerprint) -> times seen
+        self._ranks: dict[tuple[int, str], set[int]] = {}
 
-class Trials:
-    """Which exceptions were seen, where and when."""
+    def judge(self, finding: Finding, *, managed: bool, first: bool) -> Verdict:
+        """The verdict on one finding. first: it is the one that breaks the round; later ones of the round cost no restart."""
+        if not managed:
+            return self._judge_foreign(finding, first=first)
+        failed = finding.kind == "exit" and (finding.exit_code or 0) > 0
+        if finding.kind != "exception" and not failed:
+            return TABLE.get(finding.kind, UNKNOWN)
+        if finding.consequence:
+            return Verdict(verdict="replace", why="it left a broken step: nobody's fault")
+        if words := infrastructure(finding.text):
+            return Verdict(verdict="replace", why=f"infrastructure, not the program: {words!r}")
+        return self._try_again(finding, finding.fingerprint or f"exit code {finding.exit_code}")
 
-    def __init__(self) -> None:
-        """Nothing seen yet."""
-        self._ranks: dict[tuple[int, str], set[int]] = {}  # (step, fingerprint) -> ranks
-        self._count: dict[tuple[int, str], int] = {}
+    def _try_again(self, finding: Finding, fingerprint: str) -> Verdict:
+        key = (finding.step, fingerprint)
+        self._count[key] = times = self._count.get(key, 0) + 1
+        ranks = self._ranks.setdefault(key, set())
+        ranks.add(finding.rank)
+        where = "in the set-up" if finding.step == NONE else f"at step {finding.step}"
+        if len(ranks) > 1 and finding.step <= 0:
+            return Verdict(verdict="halt", why=f"the same error on {len(ranks)} ranks before any step was done")
+        if times > 1:
+            return Verdict(verdict="halt", why=f"the same error {where} for the second time")
+        return Verdict(verdict="replace", why=f"first time {where}: may be transient")
 
-    def add(self, finding: Finding) -> tuple[int, int]:
-        """Take in an exception; returns how often it was seen at this step, and on how many ranks."""
-        key = (finding.step, finding.fingerprint)
-        self._count[key] = self._count.get(key, 0) + 1
-        self._ranks.setdefault(key, set()).add(finding.rank)
-        return self._count[key], len(self._ranks[key])
-
-
-def judge(finding: Finding, trials: Trials) -> Verdict:
-    """The verdict on one finding. Exceptions are remembered in `trials`."""
-    if finding.kind != "exception":
-        return TABLE.get(finding.kind, UNKNOWN)
-    if finding.consequence:
-        return Verdict(verdict="replace", why="it left a broken step: nobody's fault")
-    if words := infrastructure(finding.text):
-        return Verdict(verdict="replace", why=f"infrastructure, not the program: {words!r}")
-    times, ranks = trials.add(finding)
-    if ranks > 1 and finding.step <= 0:
-        return Verdict(verdict="halt", why=f"the same exception on {ranks} ranks before any step was done")
-    if times > 1:
-        return Verdict(verdict="halt", why=f"the same exception at step {_step(finding)} for the {_nth(times)} time")
-    return Verdict(verdict="replace", why=f"first time at step {_step(finding)}: may be transient")
-
-
-def _step(finding: Finding) -> str:
-    return "set-up" if finding.step == NONE else str(finding.step)
-
-
-def _nth(times: int) -> str:
-    return {2: "second", 3: "third"}.get(times, f"{times}th")
+    def _judge_foreign(self, finding: Finding, *, first: bool) -> Verdict:
+        if finding.kind not in ("exit", "exception"):
+            known = TABLE.get(finding.kind, FOREIGN)
+            return known if known.verdict in ("halt", "restart") or finding.kind == "node_lost" else FOREIGN
+        if finding.exit_code is not None and finding.exit_code < 0:
+            return Verdict(verdict="restart", why="killed by a signal: the group starts again")
+        if words := infrastructure(finding.text):
+            return Verdict(verdict="restart", why=f"infrastructure, or a neighbour's death: {words!r}")
+        self._failures += first
+        if self._failures > self._max_restarts:
+            return Verdict(verdict="halt", why=f"exit code {finding.exit_code}, --max-restarts {self._max_restarts}")
+        return Verdict(verdict="restart", why=f"failure {self._failures} of --max-restarts {self._max_restarts}")

@@ -63,7 +63,7 @@ def seat(hall: Hall) -> Seating:
     places, moved, homeless, why = _places(hall, gone | over, copies)
     if homeless:
         return Seating(places=hall.places, homeless=homeless)
-    starting = not hall.activated.issuperset(hall.places)
+    starting = not set(hall.places) <= hall.activated
     stranded = sorted(r for r in moved if not copies.get(r) and r not in over)
     again = hall.again or not hall.managed or starting or bool(stranded)
     if stranded and hall.managed and not starting:
@@ -83,7 +83,7 @@ def seat(hall: Hall) -> Seating:
             node = places[rank].node
             put_down[node] = (*put_down.get(node, ()), chairs[rank].worker)
     fetch = _fetches(hall, choice, places, chairs, emptied, copies)
-    plan = msgspec.structs.replace(choice.plan, absent=tuple(sorted(over - emptied)))
+    plan = choice.plan
     if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
         plan = msgspec.structs.replace(plan, tier="peer")
     return Seating(

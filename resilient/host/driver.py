@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 E = TypeVar("E")
 A = TypeVar("A")
+E_contra = TypeVar("E_contra", contravariant=True)
+A_co = TypeVar("A_co", covariant=True)
 _EVENTS_PER_TURN: Final = 256  # then the loop may read sockets again
 
 
-class Machine(Protocol[E, A]):
+class Machine(Protocol[E_contra, A_co]):
     """What core/coordinator.py and core/agent.py have in common."""
 
-    def step(self, event: E, now: float) -> list[A]:
+    def step(self, event: E_contra, now: float) -> Sequence[A_co]:
         """Take one event, give the actions that follow from it."""
         ...
 

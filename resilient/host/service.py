@@ -101,8 +101,7 @@ class Service:
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._strangers >= STRANGERS_MAX:
-            text = f"more than {STRANGERS_MAX} connections in their handshake"
-            raise ProtocolError(text)
+            raise ProtocolError(f"more than {STRANGERS_MAX} connections in their handshake")
         self._strangers += 1
         try:
             connection = await link.accept(reader, writer, Report, token=self._token, run=self._run)
@@ -124,8 +123,7 @@ class Service:
     async def _read(self, connection: link.Link) -> None:
         while (report := await connection.recv()) is not None:
             if report.node != connection.name:
-                text = f"link from {connection.name}: a report of that node expected, one of {report.node!r} found"
-                raise ProtocolError(text)
+                raise ProtocolError(f"link from {connection.name}: a report of that node expected, one of {report.node!r} found")
             self.driver.put(report)
 
     # ------------------------------------------------------------------ actions
@@ -157,4 +155,3 @@ class Service:
             )
         elif isinstance(line, RunStarted):
             self._say(f"run {line.run_id}: {line.world_size} ranks on {len(line.nodes)} node(s); {self._journal.directory}")
-

@@ -56,7 +56,7 @@ def heal(world: World) -> None:
 
 def seated(world: World) -> list[Script]:
     """Processes that hold a chair."""
-    return [s for s in _scripts(world) if any(p.worker and p.worker.name == s.name for p in s.host.agent.chairs.values())]
+    return [s for s in _scripts(world) if any(p.worker and p.worker.name == s.name for p in s.host.agent.crew.places.values())]
 
 
 def standbys(world: World) -> list[Script]:

@@ -43,9 +43,10 @@ class Invariants:
 
     def coordinator(self, it: Coordinator) -> None:
         """After each of its steps."""
-        self._world.check(it.round >= self._round and it.fence >= self._fence, "I4: a round went back")
-        self._world.check(it.fence <= it.round <= it.fence + 1, f"round {it.round} and fence {it.fence}")
-        self._round, self._fence = it.round, it.fence
+        number, fence = it.round.number, it.round.fence
+        self._world.check(number >= self._round and fence >= self._fence, "I4: a round went back")
+        self._world.check(fence <= number <= fence + 1, f"round {number} and fence {fence}")
+        self._round, self._fence = number, fence
 
     def agent(self, host: Host) -> None:
         """After each of its steps."""

@@ -42,9 +42,10 @@ class Segment:
 class Script:
     """One process."""
 
-    def __init__(self, host: Host, name: str, role: str, rank: int, pid: int) -> None:
+    def __init__(self, host: Host, name: str, role: str, rank: int, pid: int, restart: int) -> None:
         """Forked just now."""
         self.host, self.world, self.name, self.role, self.rank, self.pid = host, host.world, name, role, rank, pid
+        self.restart = restart
         self.alive, self.os_state, self.parked, self.fence = True, "R", False, 0
         self.round, self.step, self.entered, self.completed = 0, NONE, 0, 0
         self.phase: Phase = "setup"
@@ -54,9 +55,10 @@ class Script:
         self.seated: Seated | None = None
         self.recalled = 0
         self._set_up = role == "standby"
+        self._broken_s = 0.0
         self._act = 0  # a newer act voids everything scheduled before
         self._late: list[Callable[[], None]] = []  # what came due while the process was stopped
-        self._then(self.world.spec.boot_s, self._join)
+        self._then(self.world.spec.boot_s, self._join if self.world.spec.managed else lambda: self._foreign(0))
 
     # ------------------------------------------------------------------ seen from outside
 
@@ -129,13 +131,18 @@ class Script:
         self.host.said(self, Raised(step=self.step, round=self.round, fingerprint=fingerprint, text=text, consequence=consequence))
         self.world.after(0.002, lambda: self.exit(1))
 
-    def exit(self, code: int) -> None:
+    def exit(self, code: int, text: str = "") -> None:
         """The process is gone; its agent sees it a moment later."""
         if self.alive:
             self.alive = False
             self._act += 1
             self.world.died(self)
-            self.world.after(0.001, lambda: self.host.exited(self, code))
+            self.world.after(0.001, lambda: self.host.exited(self, code, text))
+
+    @property
+    def meeting_place(self) -> int:
+        """What keeps collectives of different rounds (of a foreign script: of different starts) apart."""
+        return self.restart if not self.world.spec.managed else self.seated.round if self.seated else 0
 
     # ------------------------------------------------------------------ the life of a rank
 
@@ -155,7 +162,6 @@ class Script:
 
     def _meet(self, key: str, act: Callable[[], None]) -> None:
         """A collective of this round."""
-        assert self.seated is not None
         self.entered += 1
         self.beat = self.world.now
 
@@ -163,13 +169,22 @@ class Script:
             self.completed += 1
             act()
 
-        self.world.meet((self.seated.round, key), self, len(self.world.ranks) - len(self.seated.plan.absent), lambda seconds: self._then(seconds, done))
+        self.world.meet((self.meeting_place, key), self, len(self.world.ranks), lambda seconds: self._then(seconds, done))
 
     def broken(self) -> None:
         """A neighbour in this worker's collective died and its sockets were reset."""
-        if self.alive and self.seated is not None and self.os_state == "R" and self.role != "spinning":
+        if not self.world.spec.managed:
+            self.exit(1, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
+        elif self.alive and self.seated is not None and self.os_state == "R" and self.role != "spinning":
             self.completed = self.entered
             self.host.said(self, Suspect(round=self.seated.round, text="connection closed by peer"))
+
+    def _foreign(self, step: int) -> None:
+        """The life of a script that does not use this library."""
+        if step < self.world.spec.steps:
+            self._then(self.world.spec.step_s, lambda: self._meet(f"work {step}", lambda: self._foreign(step + 1)))
+        else:
+            self.exit(0)
 
     def _join(self) -> None:
         self.host.said(self, Join(worker=self.name, pid=self.pid, token=""))
@@ -198,13 +213,16 @@ class Script:
         if self.seated.store != self.world.store:
             self.world.after(0.01, self.broken)
             return
-        self.marks = [self.world.now if self.round else 0.0, 0.0, 0.0, 0.0]
-        self._meet("group", self._grouped)
+        self._broken_s = self.world.now if self.round else 0.0
+        if self.seated.plan.over:
+            self._then(0.001, self._grouped)
+        else:
+            self._meet("group", self._grouped)
 
     def _grouped(self) -> None:
         assert self.seated is not None
         self.round = self.seated.round
-        self.marks[1] = self.world.now
+        self.marks = [self._broken_s, self.world.now, 0.0, 0.0]
         if self._set_up:
             self._restore()
         else:
@@ -220,7 +238,9 @@ class Script:
             self._restore()
 
     def _restore(self) -> None:
-        self._then(self.world.spec.restore_s, lambda: self._meet("restore", self._take_plan))
+        assert self.seated is not None
+        meets = self.seated.plan.tier == "live"
+        self._then(self.world.spec.restore_s, lambda: self._meet("restore", self._take_plan) if meets else self._take_plan())
 
     def _take_plan(self) -> None:
         """Have what the plan says, or find out that it cannot be had."""
@@ -230,7 +250,9 @@ class Script:
         if self.rank not in plan.receivers:
             held = {self.step, self.step + 1} if self.phase in ("voted", "committing") else {self.step, NONE if self.phase != "setup" else 0}
             self.world.check(want in held, f"{self.name} (rank {self.rank}) holds {self.step} {self.phase} and is no receiver of {plan}")
-            self.world.check(not self.torn, f"{self.name} is torn and no receiver")
+            if self.torn:
+                self.host.said(self, Suspect(round=self.round, text="torn"))
+                return
         elif plan.tier == "live":
             own = want in copies.own or (self.rank in plan.repeat and want - 1 in copies.own and copies.gate == want) or self.phase != "setup"
             self.world.check(own, f"rank {self.rank} has no own state of {want}: {copies}")
@@ -244,7 +266,10 @@ class Script:
     def _begin(self) -> None:
         assert self.seated is not None
         if self.step >= self.world.spec.steps:
-            if self.seated.plan.absent:
+            self.host.segment(self.rank).seal_own(self.step)
+            self.host.segment(self.rank).seal_snapshot(self.step)
+            self.host.sealed(self.rank)
+            if self.seated.plan.over:
                 self._finish()
             else:
                 self._meet("end", self._finish)
@@ -278,6 +303,4 @@ class Script:
 
     def _finish(self) -> None:
         self.phase = "done"
-        self.host.segment(self.rank).seal_snapshot(self.step)
-        self.host.sealed(self.rank)
         self._then(0.02, lambda: self.exit(0))

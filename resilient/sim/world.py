@@ -70,6 +70,7 @@ class Spec:
     standbys: int = 1
     spare_nodes: int = 0
     steps: int = 50
+    managed: bool = True  # the script uses this library
     replicated: bool = True
     snapshots: bool = False
     persist_every: int = 0
@@ -92,7 +93,15 @@ class Host:
         self.boot, self.leads = boot, name == "n0"
         self.agent = Agent(
             AgentSettings(
-                run="run", node=name, boot=boot, slots=spec.slots, standbys=spec.standbys, host=name, data_port=1, hosts_store=self.leads, managed=True
+                run="run",
+                node=name,
+                boot=boot,
+                slots=spec.slots,
+                standbys=spec.standbys,
+                host=name,
+                data_port=1,
+                hosts_store=self.leads,
+                managed=spec.managed,
             )
         )
         self.scripts: dict[str, Script] = {}
@@ -127,7 +136,7 @@ class Host:
         match action:
             case Fork():
                 pid = world.pid()
-                self.scripts[action.worker] = script = Script(self, action.worker, action.role, action.rank, pid)
+                self.scripts[action.worker] = script = Script(self, action.worker, action.role, action.rank, pid, action.restart)
                 return [Forked(worker=script.name, pid=pid)]
             case Kill():
                 if script := self.scripts.get(action.worker):
@@ -180,9 +189,9 @@ class Host:
         """A frame from a worker."""
         self.world.after(0.0002, lambda: self.step(Said(worker=script.name, message=message)))
 
-    def exited(self, script: Script, code: int) -> None:
+    def exited(self, script: Script, code: int, text: str) -> None:
         """A pidfd woke us."""
-        self.step(Exited(worker=script.name, exit_code=code, record=script.record()))
+        self.step(Exited(worker=script.name, exit_code=code, text=text))
 
     def segment(self, rank: int) -> Segment:
         """Its chair's copies."""
@@ -404,9 +413,9 @@ class World:
 
     def died(self, script: Script) -> None:
         """Neighbours in its round see a reset, sooner or later or (their own neighbour lives) not at all."""
-        for (round_, _), meeting in list(self._meetings.items()):
-            if script.seated and round_ == script.seated.round:
-                for other in meeting:
+        for (place, _), meeting in list(self._meetings.items()):
+            if place == script.meeting_place:
+                for other in list(meeting):
                     if other is not script and self.random.random() < 0.5:
                         self.after(self.random.uniform(0.0, 0.03), other.broken)
 

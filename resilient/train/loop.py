@@ -17,6 +17,7 @@ Used in two forms: `run.steps` (train/run.py) and `@resilient.step` (train/step.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -24,9 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
-from resilient.checkpoint.snapshot import Slot
 from resilient.core.messages import NONE, Marked, Plan, Raised, Seated, Suspect
-from resilient.errors import CheckpointError, RoundAborted, UsageError
+from resilient.errors import CheckpointError, GoneError, RoundAborted, UsageError
 from resilient.train import restore, wrappers
 from resilient.train.gates import Gates
 
@@ -71,6 +71,7 @@ class Loop:
         self.warmed = desk.standby
         self.pending: dict[str, float] = {}  # run.log
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
+        self._late: list[Callable[[], Any]] = []  # of the step before, which may yet be rolled back
         self.committers: list[Callable[[], None]] = []  # replayable iterators
         self.gates = Gates(self)
         self._own = b""
@@ -212,6 +213,7 @@ class Loop:
         if self.ledger.fenced():
             return self._decided(step, round_)
         self.scope.snapshot = bool(wish.item())
+        self._settled()
         return True
 
     def _decided(self, step: int, round_: int) -> bool:
@@ -246,15 +248,29 @@ class Loop:
             self.recover()
 
     def _publish(self) -> None:
-        """Effects that were held back until the commit."""
+        """Effects that were held back until the commit.
+
+        Where a rollback to the snapshot before is possible, that is where some rank's shard of this step may never be sealed, they wait
+        for the next vote: it passes only when every rank has this step behind it.
+        """
         for commit in self.committers:
             commit()
-        if self.pending:
-            scalars, self.pending = {name: float(value) for name, value in self.pending.items()}, {}
-            self.desk.send(Marked(step=self.ledger.step, scalars=scalars))
         effects, self.effects = self.effects, []
-        for effect in effects:
-            effect()
+        if self.pending:
+            effects.insert(0, functools.partial(self._mark, self.ledger.step, self.pending))
+            self.pending = {}
+        if self.tracked.undo_needed:
+            self._late = effects
+        else:
+            _run(effects)
+
+    def _mark(self, step: int, scalars: dict[str, Any]) -> None:
+        self.desk.send(Marked(step=step, scalars={name: float(value) for name, value in scalars.items()}))
+
+    def _settled(self) -> None:
+        """A vote passed: the step before is behind every rank."""
+        late, self._late = self._late, []
+        _run(late)
 
     def _undo(self) -> None:
         """Back to the start of the step: own state, gradients; whoever finds shared state changed is torn. Then into the next round."""
@@ -341,6 +357,7 @@ class Loop:
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"
+        self._late = []
         if not newcomer:
             self.ledger.write("running", torn=True)
         try:
@@ -354,17 +371,17 @@ class Loop:
             else:
                 self._load(seated, plan)
                 self.ledger.step = plan.step
+        except GoneError as error:
+            self.leave(str(error))
         except CheckpointError as error:
             self.desk.send(restore.refusal(plan, self.comm.rank, error))
             self._ask_again(seated, str(error))
 
     def _load(self, seated: Seated, plan: Plan) -> None:
-        slot = Slot(seated.snapshot, writable=False)
-        try:
+        """From this chair's own slots, else from where the agent put what it fetched."""
+        with self.tier0.reading(plan.step, seated.snapshot) as slot:
             found = slot.read(rank=self.comm.rank, step=plan.step)
-            restore.load(self.tracked, found, seated.snapshot)
-        finally:
-            slot.close()
+            restore.load(self.tracked, found, slot.where)
 
     # ------------------------------------------------------------------ the end
 
@@ -383,6 +400,7 @@ class Loop:
         except RoundAborted:
             self.recover()
             return
+        self._settled()
         self.over = True
         self.ledger.write("done")
 
@@ -405,3 +423,8 @@ class Loop:
         sys.stderr.flush()
         self.desk.send(Raised(step=self.ledger.step, round=self.ledger.round, fingerprint="", text=why, consequence=True, torn_down=True))
         os._exit(LEAVE_CODE)
+
+
+def _run(effects: list[Callable[[], Any]]) -> None:
+    for effect in effects:
+        effect()

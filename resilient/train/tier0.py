@@ -9,15 +9,19 @@ overwritten. Cost: own state about 20 us for 16 KB; a snapshot one pass of memor
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from resilient.checkpoint import capture
 from resilient.checkpoint.ring import OwnSegment, Ring
-from resilient.checkpoint.snapshot import slot_bytes
+from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.core.messages import NONE, Layout
+from resilient.errors import SnapshotMissing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from resilient.train.desk import Desk
     from resilient.train.state import Tracked
 
@@ -105,6 +109,22 @@ class Tier0:
         self._ring.seal(step)
         self.taken_s = time.monotonic()
         self.cost_s = self.taken_s - begin
+
+    @contextlib.contextmanager
+    def reading(self, step: int, path: str) -> Iterator[Slot]:
+        """The snapshot of `step`: in this chair's slots, else the one at `path`. Raises SnapshotMissing."""
+        held = self._ring.find(step) if self._ring is not None else None
+        if held is not None:
+            yield held
+            return
+        if not path:
+            msg = f"snapshot rank={self._rank} step={step}: neither in this chair's slots nor fetched"
+            raise SnapshotMissing(msg)
+        slot = Slot(path, writable=False)
+        try:
+            yield slot
+        finally:
+            slot.close()
 
     def sealed(self, step: int) -> bool:
         """Whether a snapshot of `step` is there."""

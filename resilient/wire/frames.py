@@ -32,24 +32,22 @@ def encode(message: Msg) -> bytes:
     """One whole frame. Raises ProtocolError if it would be larger than any receiver takes."""
     body = _encoder.encode(message)
     if len(body) > FRAME_BYTES_MAX:
-        text = f"frame {type(message).__name__}: at most {FRAME_BYTES_MAX} bytes expected, {len(body)} found"
-        raise ProtocolError(text, remote=False)
+        raise ProtocolError(f"frame {type(message).__name__}: at most {FRAME_BYTES_MAX} bytes expected, {len(body)} found", remote=False)
     return HEADER.pack(len(body)) + body
 
 
-def body_bytes(header: bytes, *, limit: int = FRAME_BYTES_MAX) -> int:
+def body_bytes(header: bytes | bytearray, *, limit: int = FRAME_BYTES_MAX) -> int:
     """How many bytes follow this 4-byte header."""
     length: int = HEADER.unpack(header)[0]
     if not 0 < length <= limit:
-        text = f"frame: 1 to {limit} bytes expected, {length} announced (is this a program of ours?)"
-        raise ProtocolError(text)
+        raise ProtocolError(f"frame: 1 to {limit} bytes expected, {length} announced (is this a program of ours?)")
     return length
 
 
 class Decoder(Generic[M]):
     """Cuts a byte stream into messages of the types in `kind` (one struct, or a union of structs)."""
 
-    def __init__(self, kind: Any, *, limit: int = FRAME_BYTES_MAX) -> None:  # noqa: ANN401 - a union is no `type`
+    def __init__(self, kind: Any, *, limit: int = FRAME_BYTES_MAX) -> None:
         """`limit`: longest body taken, in bytes."""
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
         self._limit = limit
@@ -75,8 +73,7 @@ class Decoder(Generic[M]):
         try:
             return self._decoder.decode(body)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8 in a string
-            text = f"frame: a known message expected, {len(body)} other bytes found ({error})"
-            raise ProtocolError(text) from error
+            raise ProtocolError(f"frame: a known message expected, {len(body)} other bytes found ({error})") from error
 
     @property
     def pending_bytes(self) -> int:

@@ -90,14 +90,14 @@ def _mac(token: str, side: bytes, hello: Hello, nonce: bytes) -> bytes:
 class Link:
     """One authenticated connection carrying frames; owns `reader` and `writer`, which may carry bulk bytes between frames."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: Any, name: str) -> None:  # noqa: ANN401
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: Any, name: str) -> None:
         """`kind`: the messages that may come in. `name`: who is at the other end, as they said."""
         self.reader = reader
         self.writer = writer
         self.name = name
         self._decoder: Decoder[Any] = Decoder(kind)
 
-    async def recv(self) -> Any:  # noqa: ANN401 - one of the types given as `kind`
+    async def recv(self) -> Any:
         """The next message; None when the other side has closed or is gone. Raises ProtocolError for anything else."""
         try:
             return await _read(self.reader, self._decoder)
@@ -131,13 +131,13 @@ async def _close(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def _read(reader: asyncio.StreamReader, decoder: Decoder[Any], limit: int = FRAME_BYTES_MAX) -> Any:  # noqa: ANN401
+async def _read(reader: asyncio.StreamReader, decoder: Decoder[Any], limit: int = FRAME_BYTES_MAX) -> Any:
     """One frame. Raises EOFError (IncompleteReadError) if the other side closed."""
     length = body_bytes(await reader.readexactly(HEADER.size), limit=limit)
     return decoder.decode(await reader.readexactly(length))
 
 
-async def connect(host: str, port: int, kind: Any, *, token: str, run: str, name: str, timeout_s: float = HANDSHAKE_S) -> Link:  # noqa: ANN401
+async def connect(host: str, port: int, kind: Any, *, token: str, run: str, name: str, timeout_s: float = HANDSHAKE_S) -> Link:
     """Connect and prove each other. Raises OSError if nobody answers, ProtocolError if somebody else does."""
     where = f"{host}:{port}"
     async with asyncio.timeout(timeout_s):
@@ -149,12 +149,10 @@ async def connect(host: str, port: int, kind: Any, *, token: str, run: str, name
             writer.write(encode(Proof(mac=_mac(token, b"connecting", hello, challenge.nonce))))
             welcome = _unless_refused(await _read(reader, _Fourth, HELLO_BYTES_MAX), where)
             if not hmac.compare_digest(welcome.mac, _mac(token, b"accepting", hello, challenge.nonce)):
-                text = f"link to {where}: wrong token (the other side does not hold ours)"
-                raise RefusedError(text)
+                raise RefusedError(f"link to {where}: wrong token (the other side does not hold ours)")
         except EOFError as error:
             await _close(writer)
-            text = f"link to {where}: a handshake expected, the connection was closed (is this a program of ours?)"
-            raise ProtocolError(text) from error
+            raise ProtocolError(f"link to {where}: a handshake expected, the connection was closed (is this a program of ours?)") from error
         except BaseException:
             writer.transport.abort()
             raise
@@ -162,17 +160,16 @@ async def connect(host: str, port: int, kind: Any, *, token: str, run: str, name
     return Link(reader, writer, kind, where)
 
 
-def _unless_refused(answer: Any, where: str) -> Any:  # noqa: ANN401
+def _unless_refused(answer: Any, where: str) -> Any:
     if isinstance(answer, Refusal):
-        text = f"link to {where}: {answer.reason}"
-        raise RefusedError(text)
+        raise RefusedError(f"link to {where}: {answer.reason}")
     return answer
 
 
 async def accept(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    kind: Any,  # noqa: ANN401
+    kind: Any,
     *,
     token: str,
     run: str,
@@ -196,18 +193,16 @@ async def accept(
         with contextlib.suppress(ProtocolError):
             writer.write(encode(Refusal(reason=str(error))))
         await _close(writer)
-        text = f"link from {where}: {error}"
-        raise ProtocolError(text) from None
+        raise ProtocolError(f"link from {where}: {error}") from None
     except (ProtocolError, OSError, EOFError) as error:  # TimeoutError is an OSError
         writer.transport.abort()
         reason = str(error) if isinstance(error, ProtocolError) else f"no handshake ({type(error).__name__})"
-        text = f"link from {where}: {reason}"
-        raise ProtocolError(text) from None
+        raise ProtocolError(f"link from {where}: {reason}") from None
     _no_delay(writer)
     return Link(reader, writer, kind, hello.name)
 
 
-class _Refused(Exception):  # noqa: N818 - never leaves this file
+class _Refused(Exception):
     pass
 
 
@@ -228,16 +223,17 @@ class AgentLine:
     Thread-safety: any thread may `send`; one thread calls `recv`. After a fork only the parent may use it.
     """
 
-    def __init__(self, raw: socket.socket, kind: Any = WorkerDown) -> None:  # noqa: ANN401
+    def __init__(self, raw: socket.socket, kind: Any = WorkerDown) -> None:
         """Take over a connected socket; `connect` makes one. `kind`: what may come in."""
         self._socket = raw
         self._sending = threading.Lock()
+        self._receiving = threading.RLock()
         self._decoder: Decoder[Any] = Decoder(kind)
         self._ready: list[Any] = []
         self._closed = threading.Event()
 
     @classmethod
-    def connect(cls, path: str, *, kind: Any = WorkerDown, timeout_s: float = 10.0) -> AgentLine:  # noqa: ANN401
+    def connect(cls, path: str, *, kind: Any = WorkerDown, timeout_s: float = 10.0) -> AgentLine:
         """Connect to the agent's socket at `path`. Raises OSError if nobody listens there."""
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         raw.settimeout(timeout_s)
@@ -259,38 +255,34 @@ class AgentLine:
         frame = encode(message)
         with self._sending:
             if self.closed:
-                text = "the line to the agent is closed"
-                raise ConnectionError(text)
+                raise ConnectionError("the line to the agent is closed")
             try:
                 self._socket.sendall(frame)
             except OSError as error:  # also a timeout: part of a frame may be out, nothing can follow it
                 self.close()
-                text = f"the line to the agent broke: {error}"
-                raise ConnectionError(text) from error
+                raise ConnectionError(f"the line to the agent broke: {error}") from error
 
-    def recv(self, timeout_s: float | None = None) -> Any:  # noqa: ANN401 - one of `kind`, or None
+    def recv(self, timeout_s: float | None = None) -> Any:
         """The next message; None if none came in `timeout_s` (None: for ever) or the line closed (`closed` tells which)."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._ready:
-            if self.closed or not self._readable(until):
-                return None
-            try:
-                data = self._socket.recv(1 << 16)
-            except OSError:  # reset, or closed by another thread
-                data = b""
-            if not data:
-                self.close()
-                return None
-            self._ready = self._decoder.feed(data)
-        return self._ready.pop(0)
+        with self._receiving:
+            while not self._ready:
+                if self.closed or not self._readable(until):
+                    return None
+                try:
+                    data = self._socket.recv(1 << 16)
+                except OSError:  # reset
+                    data = b""
+                if not data:
+                    self.close()
+                    return None
+                self._ready = self._decoder.feed(data)
+            return self._ready.pop(0)
 
     def _readable(self, until: float | None) -> bool:
         """Wait for bytes; another thread's `close` shuts the socket and so ends the wait."""
         poll = select.poll()
-        try:
-            poll.register(self._socket, select.POLLIN)
-        except ValueError:  # closed in between
-            return False
+        poll.register(self._socket, select.POLLIN)
         left_ms = None if until is None else max(0, (until - time.monotonic()) * 1000)
         return bool(poll.poll(left_ms))
 
@@ -300,3 +292,5 @@ class AgentLine:
             self._closed.set()
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
+            with self._receiving:  # a descriptor is never closed under a thread that waits on it
+                self._socket.close()

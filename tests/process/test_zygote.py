@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from conftest import alive, environment, wait_for
+from outside import alive, environment, wait_for
 from resilient_agents import kernel
 from resilient_agents.nursery import Nursery, SpawnFailed, ZygoteLost
 from resilient_agents.orders import Launch, Misused, Spawn
@@ -84,7 +83,9 @@ async def born(nursery: Nursery, launch: Launch, out: Path, **more: Any) -> tupl
 
 
 def cold(*command: str | Path) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-u", *map(str, command)], capture_output=True, text=True, timeout=60, check=True, start_new_session=True)
+    done = subprocess.run(
+        [sys.executable, "-u", *map(str, command)], capture_output=True, text=True, timeout=60, check=True, start_new_session=True
+    )
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
@@ -100,7 +101,7 @@ def test_a_child_is_what_a_cold_start_makes(way: str, tmp_path: Path, monkeypatc
     expected = cold(*words)
 
     async def scene(nursery: Nursery, launch: Launch) -> None:
-        pid, code = await born(nursery, launch, tmp_path / "out")
+        _, code = await born(nursery, launch, tmp_path / "out")
         assert code == 0, (tmp_path / "out.err").read_text()
         found = json.loads((tmp_path / "out").read_text())
         assert found == expected
@@ -133,8 +134,7 @@ def test_more_than_one_thread_is_refused_by_name(tmp_path: Path, monkeypatch: py
     startup = tmp_path / "startup"
     startup.mkdir()
     (startup / "sitecustomize.py").write_text(
-        "import sys, threading, time\n"
-        "if '-c' in sys.orig_argv: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "import sys, threading, time\nif '-c' in sys.orig_argv: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{startup}{os.pathsep}{os.environ['PYTHONPATH']}")
     script = tmp_path / "s.py"
@@ -243,7 +243,9 @@ def test_pickle_and_spawned_processes_find_the_scripts_main(tmp_path: Path) -> N
 def test_threads_and_matrix_products_work_in_children(tmp_path: Path) -> None:
     """A parallel region in the parent would hang every child in its first one."""
     script = tmp_path / "s.py"
-    script.write_text("import torch, numpy\na = torch.randn(600, 600)\nprint((a @ a).shape, (numpy.ones((600, 600)) @ numpy.ones((600, 600))).sum())")
+    script.write_text(
+        "import torch, numpy\na = torch.randn(600, 600)\nprint((a @ a).shape, (numpy.ones((600, 600)) @ numpy.ones((600, 600))).sum())"
+    )
 
     async def scene(nursery: Nursery, launch: Launch) -> None:
         for _ in range(2):
@@ -357,5 +359,3 @@ def test_what_the_command_line_means(argv: list[str], code: int, text: str) -> N
             await nursery.close()
 
     asyncio.run(whole())
-
-

@@ -43,7 +43,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_an_unknown_variable_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'RESILIENT_CHECKPOINT_EVRY' in the environment; .* 'RESILIENT_CHECKPOINT_EVERY'"):
+    with pytest.raises(ConfigError, match=r"'RESILIENT_CHECKPOINT_EVRY' in the environment; .* 'RESILIENT_CHECKPOINT_EVERY'"):
         config.resolve({}, {"RESILIENT_CHECKPOINT_EVRY": "1"}, None)
 
 
@@ -69,7 +69,7 @@ def test_a_wrong_value_names_key_value_and_place(flags: dict[str, str], complain
 
 def test_a_wrong_type_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text('checkpoint = 3\n')
+    file.write_text("checkpoint = 3\n")
     with pytest.raises(ConfigError, match="option 'checkpoint' in"):
         config.resolve({}, {}, str(file))
 

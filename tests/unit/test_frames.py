@@ -66,7 +66,9 @@ def test_a_known_frame_of_an_unwanted_type_is_refused() -> None:
         decoder.feed(encode(Suspect(round=1, text="")))
 
 
-@pytest.mark.parametrize("body", [b"\xc1", b"\xdb\xff\xff\xff\xff", b"\x91" * 900, msgspec.msgpack.encode({"type": "Join"}), b"\xa2\xff\xfe"])
+@pytest.mark.parametrize(
+    "body", [b"\xc1", b"\xdb\xff\xff\xff\xff", b"\x91" * 900, msgspec.msgpack.encode({"type": "Join"}), b"\xa2\xff\xfe"]
+)
 def test_broken_messagepack_is_a_protocol_error(body: bytes) -> None:
     decoder: Decoder[WorkerUp] = Decoder(WorkerUp)
     with pytest.raises(ProtocolError):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from resilient.errors import GoneError
 from resilient.train.replay import Replayable
 
 
@@ -32,11 +33,32 @@ def test_one_that_ran_ahead_in_its_warm_up_goes_back() -> None:
     assert next(it) == 1
 
 
-def test_what_was_let_go_or_never_was_is_refused() -> None:
-    it = Replayable(range(3))
-    next(it)
-    it.committed()
-    with pytest.raises(ValueError, match="item 0 was let go, the first one kept is 1"):
-        it.load_state_dict({"taken": 0})
+def test_it_goes_back_two_commits() -> None:
+    it = Replayable(itertools.count())
+    starts = []
+    for _ in range(5):
+        starts.append(it.state_dict())
+        next(it)
+        next(it)
+        it.committed()
+    it.load_state_dict(starts[3])
+    assert [next(it) for _ in range(5)] == [6, 7, 8, 9, 10]
+
+
+def test_further_back_a_list_begins_again_and_a_generator_cannot() -> None:
+    for source in (list(range(20)), iter(range(20))):
+        it = Replayable(source)
+        for _ in range(6):
+            next(it)
+            it.committed()
+        if isinstance(source, list):
+            it.load_state_dict({"taken": 1})
+            assert [next(it), next(it)] == [1, 2]
+        else:
+            with pytest.raises(GoneError, match="item 1 is wanted, the first one kept is 4"):
+                it.load_state_dict({"taken": 1})
+
+
+def test_more_than_there_is_is_refused() -> None:
     with pytest.raises(ValueError, match="9 items expected, the iterator ended after 3"):
-        it.load_state_dict({"taken": 9})
+        Replayable(range(3)).load_state_dict({"taken": 9})

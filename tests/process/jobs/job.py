@@ -179,10 +179,22 @@ for optimizer in filter(None, (opt, second)):
     optimizer.register_step_post_hook(lambda *_: strike("optimizer_end"))
 
 
+def await_collective() -> None:
+    """To be hit inside a collective: the victim goes ahead into its all-reduce, the others come later, and a timer strikes between."""
+    for text in filter(None, args.strike.split(",")):
+        who, when, moment = text.split(":", 2)
+        if moment.endswith("collective") and int(when) == now and not run.is_standby:
+            if int(who) == rank:
+                threading.Timer(0.1, lambda: strike("collective")).start()
+            elif not (args.out / f"struck-{who}-{when}-{moment.replace(':', '-')}").exists():
+                time.sleep(0.3)
+
+
 def body(step: int) -> float:
     """One step."""
     global now
     now = int(step)
+    await_collective()
     parts = 2 if "accum" in features else 1
     total = 0.0
     for part in range(parts):
@@ -194,8 +206,6 @@ def body(step: int) -> float:
             loss = (net(x + noise) ** 2).mean() / parts
             (scaler.scale(loss) if scaler is not None else loss).backward()
         total += loss.item()
-    if any(m.endswith("collective") for w, m in strikes if w == now) and not run.is_standby:
-        threading.Timer(0.05, lambda: strike("collective")).start()
     if "delay" in features and rank == 0:
         time.sleep(0.15)
     if "reduce" in features:

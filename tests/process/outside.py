@@ -1,4 +1,4 @@
-"""What all tests share: starting `resilient-run` for real, looking at it from outside, and ending everything by its own pid.
+"""A launcher as seen from outside: started for real, looked at through /proc and its files, ended by its own pid.
 
 A `Run` is one launcher. It is killed with SIGKILL at the end of its test, if it has not ended; its workers and its zygote then die with
 it (that is one of the things we promise), and those that do not are killed one by one, by pid, and make the test fail.
@@ -11,15 +11,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 
 
@@ -113,7 +112,9 @@ class Run:
 
     def said(self, text: str, count: int = 1, timeout_s: float = 30.0) -> None:
         """Wait until the output has this text `count` times."""
-        wait_for(f"{text!r} in the output, which is:\n{self.output}", lambda: self.output.count(text) >= count or not alive(self.pid), timeout_s)
+        wait_for(
+            f"{text!r} in the output, which is:\n{self.output}", lambda: self.output.count(text) >= count or not alive(self.pid), timeout_s
+        )
         assert self.output.count(text) >= count, self.output
         self.look()
 
@@ -159,36 +160,3 @@ class Run:
         for path in Path("/dev/shm").glob(f"resilient.{self.pid}-*"):
             path.unlink(missing_ok=True)
         assert not left, f"outlived their launcher: {left}"
-
-
-Start = Callable[..., Run]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start `resilient-run` with these arguments; `module` for another launcher."""
-    runs: list[Run] = []
-
-    def starter(*arguments: str | Path, module: str = "resilient.run", run_dir: Path | None = None, **env: str) -> Run:
-        directory = run_dir or tmp_path / f"run{len(runs)}"
-        ours = ["--run-dir", str(directory)] if module == "resilient.run" else []
-        command = [sys.executable, "-m", module, *ours, *map(str, arguments)]
-        run = Run(command, directory, tmp_path, environment(**env))
-        runs.append(run)
-        return run
-
-    yield starter
-    for run in runs:
-        run.end()
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Callable[..., Path]:
-    """Write a script and give its path."""
-
-    def writer(text: str, name: str = "script.py") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return writer

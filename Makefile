@@ -1,0 +1,40 @@
+# Daily commands. `make demo` and `make test` are the two of the README; without make: `bash .ci/demo`, `bash .ci/test`.
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+export VENV
+
+.PHONY: help install demo test check dev sim chaos bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*##/  make \1	/p' $(MAKEFILE_LIST)
+
+install:  ## everything into .venv
+	@bash .ci/install
+
+demo:  ## train, kill a rank, see it recover
+	@bash .ci/demo
+
+test:  ## all tests that need neither a GPU nor much time
+	@bash .ci/test
+
+dev: install  ## the linters too
+	@$(PYTHON) -m pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[dev]'
+
+check: dev  ## ruff, mypy, and the tests that start no process: under a minute
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -q tests/unit tests/golden tests/property
+
+sim: install  ## the whole fleet on a virtual clock: many seeds, loss, partitions
+	$(PYTHON) -m pytest -q tests/sim
+
+chaos: install  ## many kills at random moments; prints its seed
+	$(PYTHON) -m pytest -q -s -m chaos tests
+
+bench: install  ## the numbers: a table and JSON
+	$(PYTHON) -m pytest -q -s -m bench tests/bench
+
+clean:  ## remove what the commands above made, .venv excepted
+	rm -rf runs bench build dist .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

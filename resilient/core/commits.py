@@ -1,0 +1,45 @@
+"""Commits: which checkpoints of the persistent tier are whole.
+
+Think of a jury whose members hand in their votes one by one: when the last one lies on the table the foreman (the leader's agent) is
+told to announce it, and only his word makes it a verdict.
+
+Contract: `take` is called with every report. A step is complete when every rank's file is reported; then `commit` and `manifest` name it
+for the leader's assignment. It is committed when the leader says that the marker is written. Older steps that were never complete are
+dropped with that. I8: a step is in `committed` only if its marker was seen, or written, by the leader.
+"""
+
+from __future__ import annotations
+
+from resilient.core.messages import NONE, Persisted, Report
+
+
+class Commits:
+    """What lies on the persistent tier."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self.committed: set[int] = set()
+        self.commit = NONE  # the step whose marker the leader is to write
+        self.manifest: tuple[Persisted, ...] = ()
+        self._pending: dict[int, dict[int, Persisted]] = {}  # step -> rank -> file
+
+    def take(self, report: Report, before: Report | None, *, leads: bool, world_size: int) -> int:
+        """Take in what a node says; returns the step that was committed by it, or NONE. `before`: its last report."""
+        news = NONE
+        if leads:
+            self.committed.update(report.available or ())
+            if report.committed not in (NONE, *self.committed):
+                news = report.committed
+                self.committed.add(news)
+        if before is None or report.persisted != before.persisted:
+            for item in report.persisted:
+                if item.step not in self.committed:
+                    self._pending.setdefault(item.step, {})[item.rank] = item
+        newest = max(self.committed, default=NONE)
+        if news != NONE:
+            self._pending = {step: files for step, files in self._pending.items() if step > newest}
+        whole = max((step for step, files in self._pending.items() if len(files) == world_size), default=NONE)
+        if whole > self.commit:
+            self.commit = whole
+            self.manifest = tuple(item for _, item in sorted(self._pending[whole].items()))
+        return news

@@ -1,0 +1,66 @@
+"""Culprit: of all ranks that stand still, which one keeps the others waiting.
+
+Think of a dance in which everybody has stopped: those with their hands out are waiting, the one with his hands in his pockets is why.
+A rank inside a collective (entered, not completed) waits; one that is outside of all and does not move did not arrive.
+
+Contract: `blame` is pure. `Standstill` remembers the findings of kind "stalled" until a round is seated, and forgets those whose worker
+has moved since. When all that stand still wait inside a collective, it gives a culprit's report `culprit_s` to arrive; then the round is
+formed again with the same people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from resilient.core.messages import Chair, Finding, Msg
+
+
+class Blame(Msg):
+    """Why nothing moves."""
+
+    ranks: tuple[int, ...] = ()  # they keep the others waiting
+    why: str = ""
+    wait: bool = False  # there is a good reason: nobody is to blame
+
+
+def blame(chairs: Iterable[Chair], stalled: Collection[int]) -> Blame:
+    """Who is to blame when the ranks `stalled` do not move."""
+    active = [(c.rank, c.record) for c in chairs if c.state == "active" and c.record is not None]
+    outside = tuple(rank for rank, record in active if rank in stalled and record.entered == record.completed)
+    if outside:
+        return Blame(ranks=outside, why="did not arrive in the collective that the others wait in")
+    sections = [rank for rank, record in active if record.section]
+    if sections:
+        return Blame(wait=True, why=f"rank {sections[0]} is in a section, the others wait for it")
+    return Blame(why="all that stand still wait inside a collective")
+
+
+@dataclass(slots=True)
+class Standstill:
+    """The ranks that were reported as stalled."""
+
+    culprit_s: float
+    found: dict[int, tuple[Finding, Chair]] = field(default_factory=dict)  # with the chair as it was then
+    since: float = 0.0
+
+    def add(self, finding: Finding, chair: Chair, now: float) -> None:
+        """A rank does not move."""
+        self.since = self.since if self.found else now
+        self.found[finding.rank] = (finding, chair)
+
+    def look(self, chairs: Iterable[Chair]) -> Blame:
+        """Who is to blame now. chairs: as they were last reported."""
+        current = {c.rank: c for c in chairs}
+        self.found = {r: (f, c) for r, (f, c) in self.found.items() if r in current and not _moved(c, current[r])}
+        return blame(current.values(), self.found) if self.found else Blame(wait=True)
+
+    def due(self) -> float | None:
+        """When waiting for a culprit's report is over."""
+        return self.since + self.culprit_s if self.found else None
+
+
+def _moved(before: Chair, after: Chair) -> bool:
+    """Whether its worker has made progress since, or is another one."""
+    a, b = before.record, after.record
+    return a is None or b is None or before.worker != after.worker or (a.step, a.phase, a.entered, a.completed) != (b.step, b.phase, b.entered, b.completed)

@@ -1,0 +1,88 @@
+"""Round: the seating in force, and how far its ranks have come.
+
+Think of the seating plan on the foyer wall, with a pencil mark beside each row that has arrived.
+
+Contract: plain bookkeeping for coordinator.py, which decides. `seat` puts up a new plan, `take` marks what a node's report says about
+its chairs, O(chairs of that node). `fence == number` while the plan is not valid any more and no new one is up yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from resilient.core.messages import NONE, Assignment, Chair, Report, Seat
+from resilient.core.placement import ring
+from resilient.core.seating import Seating
+
+
+class Round:
+    """The newest round."""
+
+    def __init__(self) -> None:
+        """Round 0: nobody is seated."""
+        self.number = self.fence = self.restart = 0
+        self.seating = Seating(places={})
+        self.ranks: dict[str, tuple[int, ...]] = {}  # node -> its ranks, ascending
+        self.activated: set[int] = set()  # ranks that finished the set-up since the group was last started
+        self.uncommitted: set[str] = set()  # nodes whose ranks have not all committed in this round
+        self.unfinished: set[str] = set()  # nodes with a rank that is not at its end
+        self._order: dict[str, int] = {}  # node -> torchrun's GROUP_RANK
+        self._peers: dict[str, str] = {}  # node -> vault that its copies go to
+
+    def seat(self, seating: Seating, addresses: Mapping[str, str]) -> None:
+        """A new plan is up. addresses: node -> its vault."""
+        if seating.again:
+            self.restart += self.number > 0
+            self.activated.clear()
+        self.number, self.seating = self.fence + 1, seating
+        ranks: dict[str, list[int]] = {}
+        for rank, place in sorted(seating.places.items()):
+            ranks.setdefault(place.node, []).append(rank)
+        self.ranks = {node: tuple(held) for node, held in ranks.items()}
+        self._order = {node: i for i, node in enumerate(self.ranks)}
+        self._peers = {node: addresses[peer] for node, peer in ring(list(self.ranks)).items()}
+        self.uncommitted, self.unfinished = set(self.ranks), set(self.ranks)
+
+    def take(self, report: Report, *, managed: bool) -> None:
+        """What a node's chairs say. managed: the group uses this library."""
+        if report.round != self.number or report.node not in self.ranks:
+            return
+        chairs = [c for c in report.chairs if c.rank in self.seating.places]
+        self.activated.update(c.rank for c in chairs if c.state in ("active", "finished") and c.record and c.record.phase != "setup")
+        if self.fence == self.number or len(chairs) < len(self.ranks[report.node]):
+            return
+        if all(c.state == "finished" for c in chairs):
+            self.unfinished.discard(report.node)
+        if report.node in self.uncommitted and all(self._arrived(c, managed=managed) for c in chairs):
+            self.uncommitted.discard(report.node)
+
+    def _arrived(self, chair: Chair, *, managed: bool) -> bool:
+        """Whether the start, or the fault, is over for this rank."""
+        if chair.state == "finished":
+            return True
+        if not managed:
+            return chair.state == "starting" and chair.pid > 0
+        record = chair.record
+        return record is not None and record.round == self.number and (record.committed_s > 0 or record.phase == "done")
+
+    def sheet(self, run: str, node: str) -> Assignment:
+        """What the plan says for one node; the rest of the assignment is the coordinator's to fill in."""
+        seating = self.seating
+        fresh = frozenset(seating.emptied) if seating.again else frozenset()
+        peer = self._peers.get(node)
+        return Assignment(
+            run=run,
+            node=node,
+            seq=0,
+            fence=self.fence,
+            round=self.number,
+            world_size=len(seating.places),
+            node_rank=self._order.get(node, NONE),
+            nodes=len(self.ranks),
+            seats=tuple(Seat(rank=r, local_rank=seating.places[r].local_rank, fresh=r in fresh) for r in self.ranks.get(node, ())),
+            plan=seating.plan,
+            put_down=seating.put_down.get(node, ()),
+            peers=(peer,) if peer else (),
+            fetch=seating.fetch.get(node, ()),
+            restart=self.restart,
+        )

@@ -1,0 +1,108 @@
+"""Plays a scenario file on the simulated fleet and writes down what happened.
+
+A file opens with its story, then commands, one per line, then ---- and the trace that must come out. `python tests/golden/play.py FILE...`
+writes the trace anew: read the difference before you commit it.
+
+Commands:
+    fleet [nodes=1] [slots=2] ...   the world: fields of sim.world.Spec, and seed=N
+    run SECONDS                     let time pass
+    until TEXT                      let time pass until a line of the trace contains TEXT (60 s at most)
+    kill NODE/RANK | NODE/standby | NODE        SIGKILL a rank's process, a standby, a whole node
+    stop | spin | torn NODE/RANK    SIGSTOP; an endless loop; tracked state changed by hand
+    raise NODE/RANK TEXT            an uncaught exception
+    store | zygote NODE             the store process dies; a zygote dies
+    cut NODE SECONDS                the control link is silent
+    start NODE                      the node comes back
+    damage STEP                     the persistent copies of a step are damaged
+    finish                          let time pass until the run is over (120 s at most)
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from resilient.sim.faults import seated, standbys
+from resilient.sim.world import Spec, World
+
+
+class Player:
+    def __init__(self) -> None:
+        self.world = World(Spec())
+
+    def do(self, command: str) -> None:
+        verb, *words = command.split()
+        getattr(self, verb)(*words)
+
+    def fleet(self, *pairs: str) -> None:
+        given = dict(pair.split("=", 1) for pair in pairs)
+        seed = int(given.pop("seed", "1"))
+        self.world = World(Spec(**{name: ast.literal_eval(value) for name, value in given.items()}), seed)
+
+    def run(self, seconds: str) -> None:
+        self.world.run(float(seconds))
+
+    def until(self, *words: str) -> None:
+        text = " ".join(words)
+        start = len(self.world.trace.lines)
+        assert self.world.run(60.0, lambda: any(text in line for _, line in self.world.trace.lines[start:])), f"never seen: {text}"
+
+    def _one(self, where: str):
+        node, _, which = where.partition("/")
+        among = standbys(self.world) if which == "standby" else [s for s in seated(self.world) if s.rank == int(which)]
+        return next(s for s in among if s.host.name == node)
+
+    def kill(self, *where: str) -> None:
+        targets = [self._one(w) if "/" in w else self.world.hosts[w] for w in where]
+        for target in targets:
+            target.exit(-9) if hasattr(target, "exit") else target.kill()
+
+    def stop(self, where: str) -> None:
+        self._one(where).stop()
+
+    def spin(self, where: str) -> None:
+        script = self._one(where)
+        assert self.world.run(5.0, lambda: script.phase == "running")
+        script.spin()
+
+    def torn(self, where: str) -> None:
+        self._one(where).torn = True
+
+    def throw(self, where: str, *words: str) -> None:
+        text = " ".join(words)
+        self._one(where).throw(text, text)
+
+    def store(self) -> None:
+        self.world.kill_store()
+
+    def zygote(self, node: str) -> None:
+        self.world.kill_zygote(node)
+
+    def cut(self, node: str, seconds: str) -> None:
+        self.world.cut(node, float(seconds), reset=False)
+
+    def start(self, node: str) -> None:
+        self.world.start_node(node)
+
+    def damage(self, *steps: str) -> None:
+        self.world.damaged.update(int(s) for s in steps)
+
+    def finish(self) -> None:
+        assert self.world.run(120.0, self.world.over), f"not over\n{self.world.trace.tail()}"
+
+
+def play(path: Path) -> tuple[str, list[str], list[str]]:
+    """(head of the file, trace that it expects, trace that came out)."""
+    head, _, expected = path.read_text().partition("----\n")
+    player = Player()
+    for row in head.splitlines():
+        if row.strip() and not row.startswith("#"):
+            player.do(row.replace("raise ", "throw ", 1))
+    return head, expected.splitlines(), [text.replace("\n", " | ") for _, text in player.world.trace.lines]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        head, _, found = play(Path(name))
+        Path(name).write_text(head + "----\n" + "\n".join(found) + "\n")

@@ -1,0 +1,44 @@
+"""Phases are measured by the clock of the house where they happened."""
+
+from __future__ import annotations
+
+from resilient.core.incident import Incident, phases
+from resilient.core.messages import Chair, Finding, Plan, Record, Report
+from resilient.core.policy import Verdict
+
+
+def report(node, acted, *marks):
+    chairs = tuple(
+        Chair(rank=i, local_rank=i, record=Record(round=2, step=3, regrouped_s=a, restored_s=b, committed_s=c)) for i, (a, b, c) in enumerate(marks)
+    )
+    return Report(run="r", node=node, boot=1, seq=1, round=2, acted_s=acted, chairs=chairs)
+
+
+def test_the_last_rank_counts_and_clocks_are_never_compared():
+    reports = [report("n0", 1000.0, (1000.1, 1000.2, 1000.4)), report("n1", 5.0, (5.3, 5.35, 5.5))]
+    regroup, restore, replay = phases(reports, 2)
+    assert [round(x, 3) for x in (regroup, restore, replay)] == [0.3, 0.05, 0.15]
+    assert phases(reports, 3) == (0.0, 0.0, 0.0)
+
+
+def test_the_gravest_finding_is_the_cause_and_downtime_is_the_sum():
+    incident = Incident(1, opened=50.0)
+    watch, replace = Verdict(verdict="watch", why=""), Verdict(verdict="replace", why="")
+    incident.take(Finding(seq=1, kind="suspect", rank=0), watch, "n0")
+    incident.take(Finding(seq=2, kind="exit", rank=1, pid=7, age_s=0.25), replace, "n1")
+    incident.take(Finding(seq=3, kind="exit", rank=2), replace, "n1")
+    incident.decide(Plan(step=8, tier="memory"), 2, 50.5)
+    incident.decide(Plan(step=7, tier="memory"), 0, 51.0)
+    line = incident.close([report("n0", 0.0, (0.1, 0.2, 0.4))], 2, 60.0)
+    assert (line.cause, line.rank, line.pid, line.node, line.verdict) == ("exit", 1, 7, "n1", "replace")
+    assert (line.detect, line.decide, line.regroup, line.restore, line.replay) == (0.25, 1.0, 0.1, 0.1, 0.2)
+    assert line.downtime_s == 1.65
+    assert (line.restored_from, line.steps_lost) == ("memory", 3)
+
+
+def test_a_consequence_is_not_the_cause():
+    incident = Incident(1, opened=0.0)
+    replace = Verdict(verdict="replace", why="")
+    incident.take(Finding(seq=1, kind="exception", rank=0, consequence=True), replace, "n0")
+    incident.take(Finding(seq=1, kind="exit", rank=1), replace, "n1")
+    assert incident.cause == "exit"

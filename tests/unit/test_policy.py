@@ -1,0 +1,100 @@
+"""Whose fault is it? Lines that users have seen, and what must come out."""
+
+from __future__ import annotations
+
+import pytest
+
+from resilient.core.messages import Finding
+from resilient.core.policy import TABLE, Policy, infrastructure
+
+TRACEBACK = '''Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    raise ConnectionError("CUDA error in the source line")  # quoted source must not count
+{message}
+'''
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3333",
+        "RuntimeError: Timed out waiting 1800000ms for recv operation to complete",
+        "torch.distributed.DistBackendError: NCCL error in: ../NCCLUtils.hpp:301, unhandled cuda error",
+        "torch.distributed.DistBackendError: ncclRemoteError: A call failed possibly due to a network error",
+        "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported",
+        "RuntimeError: CUDA error: unspecified launch failure",
+        "torch.distributed.DistStoreError: Timed out after 901 seconds waiting for clients. 1/2 clients joined.",
+        "RuntimeError: DataLoader worker (pid 12) is killed by signal: Bus error.",
+        "RuntimeError: NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus",
+        "OSError: [Errno 5] Input/output error: '/data/x'",
+    ],
+)
+def test_infrastructure(message):
+    assert infrastructure(TRACEBACK.format(message=message))
+    verdict = Policy(0).judge(Finding(seq=1, kind="exception", text=TRACEBACK.format(message=message)), managed=True, first=True)
+    assert verdict.verdict == "replace"
+    assert "infrastructure" in verdict.why
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ValueError: shapes do not match",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        "RuntimeError: CUDA error: device-side assert triggered",
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "RuntimeError: CUDA error: invalid device ordinal",
+        "KeyError: 'excident'",
+        "torch.distributed.DistBackendError: ncclInvalidUsage: This usually reflects invalid usage of NCCL library",
+    ],
+)
+def test_the_program(message):
+    assert infrastructure(TRACEBACK.format(message=message)) == ""
+
+
+def exception(step, fingerprint="ValueError", rank=0, **more):
+    return Finding(seq=1, kind="exception", step=step, fingerprint=fingerprint, rank=rank, text="ValueError: x", **more)
+
+
+def test_the_same_exception_at_the_same_step_twice_halts():
+    policy = Policy(0)
+    assert policy.judge(exception(7), managed=True, first=True).verdict == "replace"
+    assert policy.judge(exception(8), managed=True, first=True).verdict == "replace"
+    assert policy.judge(exception(7, "KeyError"), managed=True, first=True).verdict == "replace"
+    assert policy.judge(exception(7, rank=1), managed=True, first=True).verdict == "halt"
+
+
+def test_two_ranks_before_any_step_halt_at_once():
+    policy = Policy(0)
+    assert policy.judge(exception(-1), managed=True, first=True).verdict == "replace"
+    assert "2 ranks" in policy.judge(exception(-1, rank=1), managed=True, first=True).why
+
+
+def test_a_consequence_is_nobodys_fault():
+    policy = Policy(0)
+    for _ in range(3):
+        assert policy.judge(exception(7, consequence=True), managed=True, first=True).verdict == "replace"
+
+
+def test_an_exit_code_that_comes_again_is_the_programs():
+    policy = Policy(0)
+    left = Finding(seq=1, kind="exit", exit_code=3, step=5, text="exit code 3")
+    assert policy.judge(left, managed=True, first=True).verdict == "replace"
+    assert policy.judge(left, managed=True, first=True).verdict == "halt"
+    killed = Finding(seq=1, kind="exit", exit_code=-9, step=5)
+    assert {policy.judge(killed, managed=True, first=True).verdict for _ in range(5)} == {"replace"}
+
+
+def test_a_foreign_group_is_judged_as_torchrun_does_but_signals_are_free():
+    policy = Policy(1)
+    killed = Finding(seq=1, kind="exit", exit_code=-9)
+    failed = Finding(seq=1, kind="exit", exit_code=1, text="ValueError: x")
+    neighbour = Finding(seq=1, kind="exit", exit_code=1, text="RuntimeError: Connection closed by peer")
+    assert [policy.judge(f, managed=False, first=True).verdict for f in (killed, neighbour, failed, failed)] == ["restart", "restart", "restart", "halt"]
+    assert Policy(0).judge(failed, managed=False, first=False).verdict == "restart"  # it died of the first
+    assert Policy(0).judge(Finding(seq=1, kind="stopped"), managed=False, first=True).verdict == "watch"
+
+
+def test_every_kind_has_a_line():
+    assert Policy(0).judge(Finding(seq=1, kind="something new"), managed=True, first=True).verdict == "watch"
+    assert all(v.why for v in TABLE.values())

@@ -1,0 +1,96 @@
+"""One sheet per round: who stays, who goes, who brings what."""
+
+from __future__ import annotations
+
+from resilient.core.messages import Chair, Fetch, Holding, Layout, Record, Report, Standby  # noqa: F401
+from resilient.core.placement import Place
+from resilient.core.seating import Hall, seat
+
+
+def chair(rank, state="active", step=5, phase="running", round=1, **more):
+    record = Record(round=round, step=step, phase=phase) if state in ("active", "dead", "finished", "joined") else None
+    facts = {"replicated": True, "layout": "net", "own_step": step, "own_steps": (step - 1, step), **more}
+    return Chair(rank=rank, local_rank=rank, state=state, worker=f"w{rank}", record=record, **facts)
+
+
+def report(node, *chairs, **more):
+    return Report(run="r", node=node, boot=1, seq=1, slots=2, host=node, data_port=7, round=1, chairs=chairs, **more)
+
+
+def hall(*reports, ranks=None, **more):
+    places = ranks or {c.rank: Place(node=r.node, local_rank=c.local_rank, why="") for r in reports for c in r.chairs}
+    facts = {"activated": frozenset(places), "managed": True, **more}
+    return Hall(places=places, reports={r.node: r for r in reports}, joined={r.node: i for i, r in enumerate(reports)}, **facts)
+
+
+def test_a_dead_rank_is_replaced_and_nobody_else_moves():
+    sheet = seat(hall(report("n0", chair(0), chair(1, "dead"))))
+    assert (sheet.emptied, sheet.put_down, sheet.again) == ((1,), {"n0": ("w1",)}, False)
+    assert (sheet.plan.tier, sheet.plan.receivers, sheet.plan.sources) == ("live", (1,), (0,))
+    assert not sheet.fetch
+
+
+def test_a_condemned_worker_loses_its_chair_alive():
+    sheet = seat(hall(report("n0", chair(0), chair(1)), condemned=frozenset({"w1"})))
+    assert sheet.put_down == {"n0": ("w1",)}
+
+
+def test_a_newcomer_on_its_way_keeps_the_chair():
+    sheet = seat(hall(report("n0", chair(0), chair(1, "joined", phase="setup", round=0))))
+    assert (sheet.emptied, sheet.put_down) == ((), {})
+    assert sheet.plan.receivers == (1,)
+
+
+def test_a_lost_nodes_chairs_move_to_the_holder_with_their_copies():
+    ranks = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n1", local_rank=0, why="")}
+    held = Holding(rank=1, own_step=5, own_steps=(4, 5))
+    sheet = seat(hall(report("n0", chair(0), holdings=(held,), spares=1), ranks=ranks))
+    assert (sheet.places[1].node, sheet.emptied, sheet.put_down) == ("n0", (1,), {})
+    assert sheet.fetch == {"n0": (Fetch(rank=1, step=5, tier="peer", source="n0:7"),)}
+    assert sheet.plan.tier == "live"
+    assert "holds its copies" in sheet.why[1]
+
+
+def test_a_moved_shard_is_fetched_from_its_holder():
+    ranks = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n1", local_rank=0, why="")}
+    shard = {"replicated": False, "snapshots": (4, 5)}
+    holder = report("n2", holdings=(Holding(rank=1, own_step=5, snapshots=(4, 5)),))
+    sheet = seat(hall(report("n0", chair(0, **shard), spares=5), holder, ranks=ranks))
+    assert sheet.plan.tier in ("memory", "peer")
+    assert sheet.places[1].node == "n2", "the holder has room"
+
+
+def test_no_room_is_said():
+    ranks = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n0", local_rank=1, why=""), 2: Place(node="n1", local_rank=0, why="")}
+    assert seat(hall(report("n0", chair(0), chair(1)), ranks=ranks)).homeless == (2,)
+
+
+def test_a_group_that_does_not_use_this_library_starts_again_whole():
+    sheet = seat(hall(report("n0", chair(0, "starting"), chair(1, "dead")), managed=False))
+    assert (sheet.again, sheet.emptied, sheet.put_down) == (True, (0, 1), {"n0": ("w0", "w1")})
+
+
+def test_a_fault_during_start_up_keeps_those_who_were_not_seated():
+    unseated, seated = chair(0, "joined", phase="setup", round=0, own_steps=(), own_step=-1), chair(1, "joined", phase="setup", own_steps=(), own_step=-1)
+    dead = chair(2, "dead", phase="setup", round=0, own_steps=(), own_step=-1)
+    sheet = seat(hall(report("n0", unseated, seated, dead), activated=frozenset()))
+    assert (sheet.again, sheet.emptied, sheet.put_down) == (True, (1, 2), {"n0": ("w1", "w2")})
+
+
+def test_leaving_the_loop_early_empties_the_chair_when_others_go_on():
+    sheet = seat(hall(report("n0", chair(0), chair(1, "finished"))))
+    assert sheet.put_down == {"n0": ("w1",)}
+
+
+def test_finished_ranks_need_nothing():
+    over = chair(0, "finished", phase="done", snapshots=(5,))
+    sheet = seat(hall(report("n0", over, chair(1, "dead", phase="done", snapshots=(5,)))))
+    assert (sheet.emptied, sheet.plan.receivers, sheet.plan.over, sheet.plan.tier) == ((1,), (1,), True, "memory")
+
+
+def test_persistent_state_is_fetched_for_every_chair():
+    shard = {"replicated": False, "own_steps": (), "own_step": -1}
+    sheet = seat(hall(report("n0", chair(0, **shard), chair(1, "dead", **shard)), committed=frozenset({3})))
+    assert sheet.plan.tier == "persistent"
+    assert sheet.fetch == {"n0": tuple(Fetch(rank=r, step=3, tier="persistent") for r in range(2))}
+    assert (sheet.put_down, sheet.lost) == ({"n0": ("w1",)}, 2)
