@@ -49,7 +49,8 @@ class Block(nn.Module):
         q, k, v = self.to_qkv(self.norm1(x)).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         x = x + self.from_heads(seen.transpose(1, 2).reshape(batch, context, width))
-        return x + self.mlp(self.norm2(x))
+        more: Tensor = self.mlp(self.norm2(x))
+        return x + more
 
 
 class GPT(nn.Module):

@@ -41,12 +41,12 @@ def main() -> None:
         inputs, targets = text.batch(args.seed, step, run.rank, size=args.batch, context=args.context)
         loss = model(inputs.to(run.device), targets.to(run.device))
         loss.backward()
+        mean.add(loss.item())  # before the optimizer: what is computed in a step is kept up to there (docs/api.md)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        mean.add(loss.item())
         if (step + 1) % args.show_every == 0:
             run.on_commit(partial(show, step, mean.take()))
 

@@ -39,8 +39,8 @@ class Drain:
 
     def __init__(self, url: str, every: int, *, run: str, lane: Lane, changed: Callable[[], None]) -> None:
         """`every`: steps between two checkpoints, 0 = none are written. `lane`: for copies in memory. Raises TierUnavailable."""
-        self.available: tuple[int, ...] | None = None
-        self.committed = NONE
+        self.available: tuple[int, ...] | None = None  # committed steps that were there at the start; None = not listed yet
+        self.committed = NONE  # the newest one since
         self.tier = DiskTier(url)
         self._every = every
         self._run = run
@@ -133,7 +133,6 @@ class Drain:
                 return
             await asyncio.sleep(pause_s)
         self.committed = step
-        self.available = tuple(sorted({*(self.available or ()), step}))
         self._distrusted.discard(step)
         self._forget(key for key in self._persisted if key.step <= step)
         self._changed()

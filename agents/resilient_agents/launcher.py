@@ -3,16 +3,14 @@
 Think of the person who unlocks the theatre in the morning and locks it at night: decides nothing about the play, forgets no light.
 
 Contract: everything that can be wrong with what the user gave is found here, before a worker is started, and is a ConfigError (exit 2).
-Whatever happens afterwards, `_close` runs: nothing of ours is left, neither process nor file. The first signal ends the run in order, the
-second at once.
+Whatever happens afterwards, everything is closed again: nothing of ours is left, neither process nor file. The first signal ends the
+run in order, the second at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -21,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +32,7 @@ from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
 from resilient_agents import kernel, logs
 from resilient_agents.main import Host, names_us
+from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
@@ -42,13 +40,13 @@ from resilient_agents.vault import Vault
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from resilient_agents.meeting import Meeting
     from resilient_agents.nursery import Nursery
 
 USAGE_EXIT: Final = 2
 CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this long does without them
 FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
 ALONE_S: Final = 0.2  # there is nobody to tell
-LOOPBACK: Final = "127.0.0.1"
 log = logging.getLogger("resilient")
 
 
@@ -89,7 +87,7 @@ async def _run(nursery: Nursery) -> int:
         options = config.resolve(launch.ours, os.environ, launch.config or None)
         _check_program(launch)
         _check_memory(launch, options)
-        meeting = _meeting(launch, options)
+        meeting = meeting_of(launch, options)
         return await _Node(nursery, launch, options, meeting).run()
     finally:
         await nursery.close()
@@ -123,114 +121,13 @@ def _standbys(launch: Launch, options: config.Options) -> int:
     return launch.slots if options.shadows == "all" else options.standbys
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """Where the nodes of the run meet, and whether this one holds the place."""
-
-    run_id: str
-    token: str
-    host: str  # where the coordinator is reached
-    port: int
-    listener: socket.socket | None  # bound, if this node hosts
-    alone: bool  # no other node can come
-    local: bool  # all nodes are on this machine
-
-
-def _meeting(launch: Launch, options: config.Options) -> _Meeting:
-    alone = launch.nodes_max == 1
-    run_id = launch.run_id
-    if launch.standalone or (alone and run_id in {"", "none"}):
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    local = launch.standalone or _is_loopback(launch.host)
-    token = _token(options, run_id, alone=alone, local=local)
-    if launch.standalone:
-        ours = _bind(LOOPBACK, 0)
-        return _Meeting(run_id, token, LOOPBACK, ours.getsockname()[1], ours, alone=True, local=True)
-    if launch.port == 0 and not alone:
-        raise ConfigError("--rdzv-endpoint: a port that all nodes know expected, 0 found")
-    entitled, must = _entitled(launch)
-    listener: socket.socket | None = None
-    if entitled:
-        try:
-            listener = _bind(LOOPBACK if local else "", launch.port)
-        except OSError as error:
-            if must or alone:
-                raise ConfigError(f"--rdzv-endpoint {launch.host}:{launch.port}: cannot listen there ({error.strerror})") from error
-    port = launch.port if listener is None else listener.getsockname()[1]
-    host = LOOPBACK if local else launch.host
-    return _Meeting(run_id, token, host, port, listener, alone=alone, local=local)
-
-
-def _entitled(launch: Launch) -> tuple[bool, bool]:
-    """Whether this node may host the coordinator, and whether it must (torchrun's rules)."""
-    if launch.backend == "static":
-        return launch.node_rank == 0, launch.node_rank == 0
-    said = launch.endpoint_conf.get("is_host")
-    if said is not None:
-        yes = said.lower() in {"1", "true", "t", "yes", "y"}
-        return yes, yes
-    return launch.is_here, False
-
-
-def _token(options: config.Options, run_id: str, *, alone: bool, local: bool) -> str:
-    given = os.environ.get("RESILIENT_TOKEN", "")
-    if options.token_file:
-        try:
-            given = Path(options.token_file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"--token-file {options.token_file}: cannot be read ({error.strerror})") from error
-    if given:
-        return given
-    if alone:
-        return secrets.token_hex(16)
-    if local:  # whoever can connect is on this machine already
-        return hashlib.sha256(f"resilient run {run_id}".encode()).hexdigest()
-    text = (
-        "several nodes need a secret that all of them know: make one with "
-        "`python -c 'import secrets; print(secrets.token_hex(16))' > token`, and give it to every node with --token-file token "
-        "or in RESILIENT_TOKEN"
-    )
-    raise ConfigError(text)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if host:
-        return socket.create_server((host, port), backlog=2048)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048)
-    return socket.create_server(("", port), backlog=2048)
-
-
-def _address(launch: Launch, meeting: _Meeting) -> str:
-    """How other nodes reach this one."""
-    if launch.local_addr:
-        return launch.local_addr
-    if meeting.local:
-        return LOOPBACK
-    if meeting.listener is not None:
-        return meeting.host
-    family, kind, _, _, there = socket.getaddrinfo(meeting.host, meeting.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(there)  # sends nothing: asks the routing table which of our addresses leads there
-        return str(probe.getsockname()[0])
-
-
 # --------------------------------------------------------------------------- one node
 
 
 class _Node:
     """All that runs on this node."""
 
-    def __init__(self, nursery: Nursery, launch: Launch, options: config.Options, meeting: _Meeting) -> None:
+    def __init__(self, nursery: Nursery, launch: Launch, options: config.Options, meeting: Meeting) -> None:
         self._nursery = nursery
         self._launch = launch
         self._options = options
@@ -277,7 +174,7 @@ class _Node:
             journal=journal,
             archive=archive,
             console=console,
-            store_bind=LOOPBACK if meeting.local or meeting.alone else "",
+            store_bind=LOOPBACK if meeting.local else "",
         )
         self._listen_to_signals()
         try:
@@ -299,8 +196,8 @@ class _Node:
                 checkpoint_every=options.checkpoint_every,
                 token=meeting.token,
                 node=node,
-                host=_address(self._launch, meeting),
-                bind=LOOPBACK if meeting.local or meeting.alone else "",
+                host=address(self._launch, meeting),
+                bind=LOOPBACK if meeting.local else "",
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
@@ -361,7 +258,7 @@ class _Node:
             boot=1 if self._meeting.alone else int(time.time()),
             slots=launch.slots,
             standbys=_standbys(launch, options),
-            host=_address(launch, self._meeting),
+            host=address(launch, self._meeting),
             data_port=data_port,
             node_rank=launch.node_rank if static else NONE,
             hosts_store=hosts,

@@ -127,13 +127,14 @@ class Console:
         with self._lock:
             if worker in self._tails or files.directory is None:
                 return
-            tails = []
+            tails: list[_Tail] = []
             if not launch.local_ranks_shown or local_rank in launch.local_ranks_shown:
                 only_filed = launch.redirects[local_rank] & ~launch.tee[local_rank]
                 for i, name in enumerate(NAMES):
-                    if not only_filed & (1 << i):
-                        Path(files.path(f"{name}.log")).touch()
-                        tails.append(_Tail(files.path(f"{name}.log"), self._prefix(rank, local_rank), i + 1))
+                    with contextlib.suppress(OSError):  # a full disk: the worker will say so itself
+                        if not only_filed & (1 << i):
+                            Path(files.path(f"{name}.log")).touch()
+                            tails.append(_Tail(files.path(f"{name}.log"), self._prefix(rank, local_rank), i + 1))
             for tail in tails if from_now else ():
                 tail.seek_to_end()
             self._tails[worker] = tails

@@ -10,10 +10,8 @@ before its death is told. When `run` has returned, `close` leaves nothing of our
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
-import os
 import signal
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ from resilient.core import machine as m
 from resilient.core.agent import Agent
 from resilient.core.messages import Join, Msg, Seated
 from resilient.host.driver import Driver
-from resilient_agents import kernel, stores
+from resilient_agents import kernel, orphans, stores
 from resilient_agents.doors import Doors
 from resilient_agents.evidence import Evidence
 from resilient_agents.nursery import SpawnFailed, ZygoteLost
@@ -170,21 +168,8 @@ class Host:
         for worker in self._workers.values():
             self._console.ended(worker.name)
             worker.forget()
-        self._kill_orphans()
+        orphans.kill_sessions({worker.pid for worker in self._workers.values()}, CLEANUP_S)
         memory.remove_all(self._memory_dir, self._key)
-
-    def _kill_orphans(self) -> None:
-        """What our workers left behind in their sessions, and nobody else's (a daemon that made a session of its own may stay)."""
-        sessions = {worker.pid for worker in self._workers.values()}
-        until = time.monotonic() + CLEANUP_S
-        while time.monotonic() < until:
-            left = [pid for pid in kernel.children(os.getpid()) if (seen := kernel.stat(pid)) is not None and seen.session in sessions]
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-            if not left:
-                return
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -210,7 +195,7 @@ class Host:
             now = time.monotonic()
             if now >= strays_at:
                 strays_at = now + 1.0
-                self._reap_strays()
+                orphans.reap(self._known())
             await asyncio.sleep(self._agent.look_every_s())
 
     def _looked(self, fence: int = 0) -> m.Looked:
@@ -221,14 +206,9 @@ class Host:
             fence=fence,
         )
 
-    def _reap_strays(self) -> None:
-        """Grandchildren that became ours when their parent died, and ended."""
-        ours = {worker.pid for worker in self._workers.values() if worker.alive} | {self._nursery.pid}
-        with contextlib.suppress(ChildProcessError):
-            while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                if found.si_pid in ours or self._stores.owns(found.si_pid):
-                    return  # its own watch collects it; what waits behind it, the next time
-                os.waitpid(found.si_pid, os.WNOHANG)
+    def _known(self) -> set[int]:
+        """Children whose end somebody here waits for."""
+        return {worker.pid for worker in self._workers.values() if worker.alive} | {self._nursery.pid, self._stores.pid}
 
     # ------------------------------------------------------------------ what workers say
 
@@ -381,16 +361,7 @@ class Host:
 
     def _zygote_down(self, reason: str) -> None:
         self._driver.put(m.ZygoteDown(reason=reason))
-        self._loop.call_later(UNKNOWN_S, self._kill_unknown)
-
-    def _kill_unknown(self) -> None:
-        """A zygote may die between a fork and its answer: that child is ours, and nobody knows its name."""
-        known = {worker.pid for worker in self._workers.values()} | {self._nursery.pid}
-        for pid in kernel.children(os.getpid()):
-            seen = kernel.stat(pid)
-            if seen is not None and seen.session == pid and pid not in known and not self._stores.owns(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        self._loop.call_later(UNKNOWN_S, lambda: orphans.kill_unknown(self._known()))
 
     # ------------------------------------------------------------------ the store
 

@@ -79,9 +79,10 @@ class Stores:
         self._doors.tell(NAME, StoreTurn())
         return f"{self._host}:{self._ports[0]}"
 
-    def owns(self, pid: int) -> bool:
-        """Whether this is the process that lives now."""
-        return self._pidfd >= 0 and pid == self._pid
+    @property
+    def pid(self) -> int:
+        """Of the process that lives now, 0 if none does."""
+        return self._pid if self._pidfd >= 0 else 0
 
     def _ended(self, pid: int) -> None:
         self._end()

@@ -14,6 +14,7 @@ Rejected: CLONE_PARENT (passes by glibc's fork handlers); multiprocessing's fork
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -49,6 +50,7 @@ PRELOAD: Final = (  # what training scripts import; measured in tests/bench: eac
     "resilient",
     "resilient.train.run",
 )
+_KNOWN: Final = "_RESILIENT_OMP"  # from a zygote that guessed wrong to itself, started again
 _ADOPTION_S: Final = 5.0  # the middle process only has to end
 _PID: Final = struct.Struct("<q")
 _stacks_file: object = None  # faulthandler keeps only the descriptor
@@ -60,10 +62,10 @@ def main() -> None:
     agent = int(sys.argv[2])
     kernel.die_with(agent)
     argv = sys.argv[3:]
-    _read_early(argv)
+    guess = _read_early(argv)
     answer = arguments.parse(argv)
     if isinstance(answer, Launch):
-        _start_again_if_guessed_wrong(answer, argv)
+        _start_again_if_guessed_wrong(answer, guess=guess)
     line.sendall(encode(answer))
     if not isinstance(answer, Launch):
         return
@@ -82,24 +84,25 @@ def main() -> None:
         script.run(order.program, order.local_rank)
 
 
-def _read_early(argv: Sequence[str]) -> None:
-    """Set what libraries read while they are loaded."""
-    guess = os.environ.pop("_RESILIENT_OMP", None)
-    wanted = arguments.wants_one_thread(argv) if guess is None else guess == "1"
-    if wanted:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _read_early(argv: Sequence[str]) -> bool | None:
+    """Set what libraries read while they are loaded. Whether we guess that torchrun would have set it; None = we know."""
+    told = os.environ.pop(_KNOWN, None)
+    one_thread = arguments.wants_one_thread(argv) if told is None else told == "1"
+    if "OMP_NUM_THREADS" in os.environ:
+        return None  # the user has spoken
+    if one_thread:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    return one_thread if told is None else None
 
 
-def _start_again_if_guessed_wrong(launch: Launch, argv: Sequence[str]) -> None:
-    """OMP_NUM_THREADS was read when torch was loaded; if it should have been different, load torch again."""
-    guessed = arguments.wants_one_thread(argv)
+def _start_again_if_guessed_wrong(launch: Launch, *, guess: bool | None) -> None:
+    """Load torch again where OMP_NUM_THREADS should have been different when it was loaded. At most once: then we know."""
     needed = launch.slots > 1
-    if guessed == needed or (guessed and os.environ.get("OMP_NUM_THREADS") != "1"):
+    if guess is None or guess == needed:
         return
-    if guessed:
-        del os.environ["OMP_NUM_THREADS"]
-    os.environ["_RESILIENT_OMP"] = "1" if needed else "0"
-    os.set_inheritable(int(sys.argv[1]), True)  # noqa: FBT003
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ[_KNOWN] = "1" if needed else "0"
+    os.set_inheritable(int(sys.argv[1]), True)  # noqa: FBT003 - it has no name
     os.execv(sys.executable, [sys.executable, "-u", "-c", BOOT, *sys.argv[1:]])  # noqa: S606
 
 
@@ -180,7 +183,7 @@ def _become_a_worker(order: Spawn, agent: int, middle: int) -> None:
     while os.getppid() == middle and time.monotonic() < until:
         time.sleep(0.0002)
     kernel.die_with(agent)  # leaves at once if somebody else became the parent
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    _close_all_but_standard()
     for path, fd in ((order.stdout, 1), (order.stderr, 2)):
         if path:
             opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -202,6 +205,14 @@ def _become_a_worker(order: Spawn, agent: int, middle: int) -> None:
         multiprocessing.current_process().authkey = os.urandom(32)
     if order.numa_binding:
         _bind_to_node(order.local_rank, order.numa_binding)
+
+
+def _close_all_but_standard() -> None:
+    """By what is open, not by what could be: the limit is a thousand million in some containers."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 def _bind_to_node(local_rank: int, mode: str) -> None:

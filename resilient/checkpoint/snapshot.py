@@ -99,8 +99,7 @@ def parse(
     header = bytes(view[:HEADER_BYTES]) if header is None else header
     num_bytes = announced_bytes(header, where)
     words = memoryview(header).cast("q")
-    found = _FIELDS.unpack(header[_BODY])
-    found_step, found_rank, world_size, round_, layout_len, own_len, payload_at, _, found_run = found
+    found_step, found_rank, world_size, round_, layout_len, own_len, payload_at, _, found_run = _FIELDS.unpack(header[_BODY])
     subject = f"snapshot rank={found_rank} step={found_step}"
     if num_bytes > len(view):
         raise SnapshotCorrupt(f"{subject}: {num_bytes} bytes expected, {len(view)} found ({where})")
@@ -110,7 +109,7 @@ def parse(
         raise SnapshotCorrupt(f"{subject}: header, layout or own state are not what was sealed ({where})")
     if words[_ECHO] != ~words[_SEAL] or (words[_SEAL] & _SEALED) - 1 != found_step:
         raise SnapshotCorrupt(f"{subject}: the seal {words[_SEAL]:#x} is not that of its header ({where})")
-    if run is not None and _run_digest(run) != found_run:
+    if run is not None and xxhash.xxh3_128_digest(run.encode()) != found_run:
         raise SnapshotMismatch(f"{subject}: run {run!r} expected, another run's found ({where})")
     for name, wanted, there in (("rank", rank, found_rank), ("step", step, found_step)):
         if wanted is not None and wanted != there:
@@ -124,8 +123,7 @@ def parse(
         raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
     if verify and is_stamped and payload and _hash(payload) != header[_PAYLOAD_DIGEST]:
         raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
-    layout, own = head[:layout_len], head[layout_len:]
-    return Snapshot(found_step, found_rank, world_size, round_, layout, own, payload, num_bytes, is_stamped)
+    return Snapshot(found_step, found_rank, world_size, round_, head[:layout_len], head[layout_len:], payload, num_bytes, is_stamped)
 
 
 def announced_bytes(header: bytes, where: str = "header") -> int:
@@ -225,7 +223,7 @@ class Slot:
         if not payload_bytes:
             m[_STAMP_ALL] = bytes(24)  # no stamp, ever: so that a flipped bit there is seen as well
         sizes = (len(layout), len(own), payload_at, payload_bytes)
-        _FIELDS.pack_into(m, _BODY.start, NONE, rank, world_size, round, *sizes, _run_digest(run))
+        _FIELDS.pack_into(m, _BODY.start, NONE, rank, world_size, round, *sizes, xxhash.xxh3_128_digest(run.encode()))
         m[HEADER_BYTES:own_at] = layout
         m[own_at:head_end] = own
         m[head_end:payload_at] = bytes(payload_at - head_end)
@@ -380,10 +378,6 @@ class Slot:
 def _payload_offset(layout_bytes: int, own_bytes: int, payload_bytes: int) -> int:
     head_end = HEADER_BYTES + layout_bytes + own_bytes
     return -(-head_end // ALIGN) * ALIGN if payload_bytes else head_end
-
-
-def _run_digest(run: str) -> bytes:
-    return xxhash.xxh3_128_digest(run.encode())
 
 
 def _hash(payload: memoryview) -> bytes:

@@ -56,6 +56,7 @@ class Coordinator:
         self.round = Round()
         self.evidence = 0  # the incident whose stacks are to be saved
         self.nodes: dict[str, Node] = {}
+        self._lost = 0  # how many of them are not alive
         self.incident: Incident | None = None
         self.exit_code, self.message = 0, ""
         self._managed = self._again = False  # the script uses this library; somebody asked for a restart of the whole group
@@ -149,6 +150,7 @@ class Coordinator:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)
         if not node.alive:
             node.alive, self._lack = True, ""
+            self._lost -= 1
             if self.stage == "broken" and node.name in self.round.ranks:
                 self._unfenced.add(node.name)
         if report.store != node.report.store:
@@ -222,9 +224,9 @@ class Coordinator:
         """Whatever is due."""
         if self.stage == "gathering":
             self._gather(now)
+        if self.stage == "seated" and self._standstill.found:
+            self._find_culprit(now)
         if self.stage == "seated":
-            if self._standstill.found:
-                self._find_culprit(now)
             if not self.round.unfinished:
                 self._end("finished", 0, "", now)
             elif not self.round.uncommitted and (self.state == "forming" or self.incident):
@@ -242,7 +244,7 @@ class Coordinator:
         began = self._began or 0.0
         match self.stage:
             case "gathering":
-                calling = self._enough is not None and len(self._alive()) < self.settings.nodes_max
+                calling = self._enough is not None and len(self.nodes) - self._lost < self.settings.nodes_max
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
                 due = self._standstill.due()
@@ -255,19 +257,20 @@ class Coordinator:
                 return NEVER
 
     def _gather(self, now: float) -> None:
-        alive, s, began = self._alive(), self.settings, self._began or 0.0
-        self._enough = None if len(alive) < s.nodes_min else self._enough if self._enough is not None else now
-        called = self._enough is not None and (len(alive) >= s.nodes_max or now >= self._enough + s.last_call_s)
+        s, began = self.settings, self._began or 0.0
+        came = len(self.nodes) - self._lost
+        self._enough = None if came < s.nodes_min else self._enough if self._enough is not None else now
+        called = self._enough is not None and (came >= s.nodes_max or now >= self._enough + s.last_call_s)
         leader = self.nodes.get(s.leader)
         if called and leader is not None and leader.alive and leader.report.store and leader.report.available is not None:
-            rooms = [Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=n.joined) for n in alive]
+            rooms = [Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=n.joined) for n in self._alive()]
             rooms = in_order(sorted(rooms, key=lambda r: (r.node != s.leader, r.joined))[: s.nodes_max])
             self.round.seating = Seating(places=seat_all(rooms))
             self._tell(lines.RunStarted(run_id=s.run, world_size=len(self.round.seating.places), nodes=tuple(r.node for r in rooms)))
             self.stage = "broken"
             self._decide(now)
         elif now >= began + s.join_timeout_s:
-            lack = f"{len(alive)} of {s.nodes_min} nodes came" if len(alive) < s.nodes_min else "the leader has no store, or could not list the checkpoints"
+            lack = f"{came} of {s.nodes_min} nodes came" if came < s.nodes_min else "the leader has no store, or could not list the checkpoints"
             self._end("failed", 1, f"the run did not start within {s.join_timeout_s:.0f} s: {lack}", now)
 
     def _break(self, now: float) -> None:
@@ -330,7 +333,7 @@ class Coordinator:
         self._standstill.found.clear()
         plan, incident = seating.plan, self.incident
         if incident is not None:
-            incident.decide(plan, seating.lost, now)
+            incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(
             round=self.round.number,
             reason="start" if incident is None else f"{incident.cause} of rank {incident.rank}",
@@ -390,6 +393,7 @@ class Coordinator:
         if not node.alive:
             return
         node.alive, node.stale = False, True
+        self._lost += 1
         self._leases.drop(name)
         self._unfenced.discard(name)
         self._unheard.discard(name)

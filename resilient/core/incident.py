@@ -35,7 +35,7 @@ class Incident:
     verdict: VerdictName = "watch"
     detect_s: float = 0.0
     decided: float = 0.0  # coordinator's clock: when the newest round was sent out
-    reached: int = NONE  # the highest step that anybody had completed
+    reached: int = NONE  # the newest step that every rank was known to have completed
     plan: Plan = Plan()  # of the newest round
     known: bool = True  # steps are known (the group uses this library)
     _weight: int = -1
@@ -48,10 +48,10 @@ class Incident:
             self.cause, self.rank, self.node, self.pid = finding.kind, finding.rank, node, finding.pid
             self.verdict, self.detect_s = verdict.verdict, max(0.0, finding.age_s)
 
-    def decide(self, plan: Plan, lost: int, now: float) -> None:
+    def decide(self, plan: Plan, reached: int, now: float) -> None:
         """A round is out."""
         self.plan, self.decided = plan, now
-        self.reached = max(self.reached, max(plan.step, 0) + lost)
+        self.reached = max(self.reached, reached)
 
     def close(self, reports: Iterable[Report], round: int, now: float) -> IncidentClosed:
         """Every rank has committed in `round`."""

@@ -52,10 +52,15 @@ class Choice(Msg):
     """A plan, or the reason why there is none."""
 
     plan: Plan = Plan()
-    lost: int = 0  # steps completed by somebody that must be done again
+    reached: int = NONE  # the newest step that every rank is known to have completed
     fresh: bool = False  # the script starts again on every rank
     why: str = ""
     error: str = ""
+
+    @property
+    def lost(self) -> int:
+        """Steps completed by all ranks that must be done again."""
+        return max(0, self.reached - max(self.plan.step, 0))
 
 
 def claim(record: Record) -> int:
@@ -65,11 +70,11 @@ def claim(record: Record) -> int:
 
 def choose(accounts: Sequence[Account], committed: Collection[int], poison: Collection[Poison] = ()) -> Choice:
     """The plan for the next round. committed: steps with a commit marker on the persistent tier."""
+    reached = min((s for a in accounts if (s := _known(a)) != NONE), default=NONE)
     accounts = [_sound(a, poison) for a in accounts] if poison else accounts
     records = [(a, a.record) for a in accounts if a.record is not None and a.record.phase != "setup"]
     if not records:
-        reached = max((s for a in accounts for c in a.copies for s in (*c.own_steps, *c.snapshots)), default=NONE)
-        return _back(accounts, reached, committed, poison)
+        return _back(accounts, max((s for a in accounts for s in _snapshots(a)), default=NONE), reached, committed, poison)
     step = max(claim(r) for _, r in records)
     over = any(r.phase == "done" for _, r in records)  # the last vote passed: all are at `step`, and nobody meets in groups any more
     survivors = {a.rank: r for a, r in records if not a.finished}
@@ -79,34 +84,40 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
     torn = {rank for rank in able if survivors[rank].torn}
     receivers = tuple(sorted(torn | {a.rank for a in newcomers}))
     if not receivers:
-        return Choice(plan=Plan(step=step, over=over), why=f"all ranks hold step {step}")
+        return Choice(plan=Plan(step=step, over=over), reached=reached, why=f"all ranks hold step {step}")
     sources = [r for r in sorted(able - torn) if claim(survivors[r]) == step] or sorted(able - torn)
     if sources and not over and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
         repeat = tuple(a.rank for a in newcomers if not _owns(a, step))
         if all(_repeats(a, step) for a in newcomers if a.rank in repeat):
             plan = Plan(step=step, tier="live", receivers=receivers, sources=tuple(sources[:SOURCES_MAX]), repeat=repeat)
-            return Choice(plan=plan, why=f"{len(sources)} ranks hold step {step} live, own states are in memory")
+            return Choice(plan=plan, reached=reached, why=f"{len(sources)} ranks hold step {step} live, own states are in memory")
     needy = frozenset(receivers)
     if all(step in _snapshots(a) for a in seated if a.rank in needy):
-        return Choice(plan=Plan(step=step, tier="memory", receivers=receivers, over=over), why=f"snapshots of step {step} are in memory")
-    return _back(accounts, step, committed, poison)
+        plan = Plan(step=step, tier="memory", receivers=receivers, over=over)
+        return Choice(plan=plan, reached=reached, why=f"snapshots of step {step} are in memory")
+    return _back(accounts, step, reached, committed, poison)
 
 
-def _back(accounts: Sequence[Account], reached: int, committed: Collection[int], poison: Collection[Poison]) -> Choice:
-    """Everybody goes back to the newest step of which every rank has a copy."""
+def _back(accounts: Sequence[Account], newest: int, reached: int, committed: Collection[int], poison: Collection[Poison]) -> Choice:
+    """Everybody goes back to the newest step, up to `newest`, of which every rank has a copy."""
     everyone = tuple(a.rank for a in accounts)
-    memory = max((s for s in _common(accounts) if s <= reached), default=NONE)
+    memory = max((s for s in _common(accounts) if s <= newest), default=NONE)
     refused = {s for t, s, _ in poison if t == "persistent"}
     persistent = max((s for s in committed if s not in refused), default=NONE)
     step, tier = (memory, "memory") if memory >= persistent else (persistent, "persistent")
-    lost = max(0, reached - max(step, 0))
     if step != NONE:
         plan = Plan(step=step, tier=tier, receivers=everyone)  # type: ignore[arg-type]
-        return Choice(plan=plan, lost=lost, why=f"step {step} is the newest of which every rank has a copy ({tier})")
+        return Choice(plan=plan, reached=reached, why=f"step {step} is the newest of which every rank has a copy ({tier})")
     if committed:
         steps = ", ".join(str(s) for s in sorted(refused & set(committed)))
-        return Choice(lost=lost, error=f"every committed checkpoint was refused (steps {steps}); remove them, or give another URL, to start from nothing")
-    return Choice(lost=lost, fresh=True, why="no copy of any step exists for every rank: the script starts again")
+        return Choice(error=f"every committed checkpoint was refused (steps {steps}); remove them, or give another URL, to start from nothing")
+    return Choice(reached=reached, fresh=True, why="no copy of any step exists for every rank: the script starts again")
+
+
+def _known(account: Account) -> int:
+    """The newest step that this rank is known to have completed."""
+    held = (s for c in account.copies for s in (*c.own_steps, *c.snapshots))
+    return max(account.record.step if account.record is not None else NONE, max(held, default=NONE))
 
 
 def _common(accounts: Iterable[Account]) -> set[int]:

@@ -26,6 +26,7 @@ class Round:
         self.activated: set[int] = set()  # ranks that finished the set-up since the group was last started
         self.uncommitted: set[str] = set()  # nodes whose ranks have not all committed in this round
         self.unfinished: set[str] = set()  # nodes with a rank that is not at its end
+        self._fresh: frozenset[int] = frozenset()  # ranks whose script starts from its first line
         self._order: dict[str, int] = {}  # node -> torchrun's GROUP_RANK
         self._peers: dict[str, str] = {}  # node -> vault that its copies go to
 
@@ -35,6 +36,7 @@ class Round:
             self.restart += self.number > 0
             self.activated.clear()
         self.number, self.seating = self.fence + 1, seating
+        self._fresh = frozenset(seating.emptied) if seating.again else frozenset()
         ranks: dict[str, list[int]] = {}
         for rank, place in sorted(seating.places.items()):
             ranks.setdefault(place.node, []).append(rank)
@@ -68,7 +70,6 @@ class Round:
     def sheet(self, run: str, node: str) -> Assignment:
         """What the plan says for one node; the rest of the assignment is the coordinator's to fill in."""
         seating = self.seating
-        fresh = frozenset(seating.emptied) if seating.again else frozenset()
         peer = self._peers.get(node)
         return Assignment(
             run=run,
@@ -79,7 +80,7 @@ class Round:
             world_size=len(seating.places),
             node_rank=self._order.get(node, NONE),
             nodes=len(self.ranks),
-            seats=tuple(Seat(rank=r, local_rank=seating.places[r].local_rank, fresh=r in fresh) for r in self.ranks.get(node, ())),
+            seats=tuple(Seat(rank=r, local_rank=seating.places[r].local_rank, fresh=r in self._fresh) for r in self.ranks.get(node, ())),
             plan=seating.plan,
             put_down=seating.put_down.get(node, ()),
             peers=(peer,) if peer else (),

@@ -35,7 +35,7 @@ class Seating(Msg):
     put_down: dict[str, tuple[str, ...]] = {}  # node -> workers
     fetch: dict[str, tuple[Fetch, ...]] = {}  # node -> copies to bring
     homeless: tuple[int, ...] = ()  # ranks for which no node has room: there is no round then
-    lost: int = 0  # steps
+    reached: int = NONE  # the newest step that every rank is known to have completed
     why: tuple[str, ...] = ()
     error: str = ""  # there is no way to go on
 
@@ -93,7 +93,7 @@ def seat(hall: Hall) -> Seating:
         emptied=tuple(sorted(emptied)),
         put_down=put_down,
         fetch=fetch,
-        lost=choice.lost,
+        reached=choice.reached,
         why=(choice.why, *why)[:WHY_MAX],
     )
 

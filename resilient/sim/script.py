@@ -78,8 +78,9 @@ class Script:
         )
 
     def cpu_s(self) -> float:
-        """A running process uses its CPU."""
-        return self.world.now - self.started if self.os_state == "R" else 0.0
+        """A process that computes uses its CPU, one that waits does not."""
+        computes = self.role == "spinning" or (self.phase in ("running", "committing") and self.fence < self.round)
+        return self.world.now - self.started if computes else 0.0
 
     def hear(self, message: WorkerDown) -> None:
         """A frame from the agent; the control thread takes it also while the script works."""
@@ -126,6 +127,9 @@ class Script:
         """An uncaught exception."""
         if not self.alive:
             return
+        if not self.world.spec.managed:
+            self.exit(1, text)
+            return
         self._act += 1
         consequence = self.fence >= self.round > 0
         self.host.said(self, Raised(step=self.step, round=self.round, fingerprint=fingerprint, text=text, consequence=consequence))
@@ -171,8 +175,10 @@ class Script:
 
         self.world.meet((self.meeting_place, key), self, len(self.world.ranks), lambda seconds: self._then(seconds, done))
 
-    def broken(self) -> None:
-        """A neighbour in this worker's collective died and its sockets were reset."""
+    def broken(self, place: int) -> None:
+        """A neighbour in a collective at this meeting place died and its sockets were reset."""
+        if place != self.meeting_place:
+            return  # that round is over for this worker
         if not self.world.spec.managed:
             self.exit(1, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
         elif self.alive and self.seated is not None and self.os_state == "R" and self.role != "spinning":
@@ -211,7 +217,8 @@ class Script:
             return
         self.completed = self.entered
         if self.seated.store != self.world.store:
-            self.world.after(0.01, self.broken)
+            place = self.meeting_place
+            self.world.after(0.01, lambda: self.broken(place))
             return
         self._broken_s = self.world.now if self.round else 0.0
         if self.seated.plan.over:
@@ -283,6 +290,7 @@ class Script:
 
     def _vote(self) -> None:
         self.host.segment(self.rank).gate = self.step + 1
+        self.host.sealed(self.rank)
         self.phase = "voted"
         if self.fence < self.round:
             self._meet(f"vote {self.step}", self._voted)

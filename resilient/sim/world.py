@@ -405,7 +405,7 @@ class World:
         meeting = self._meetings.setdefault(key, {})
         meeting[script] = complete
         if any(not s.alive for s in meeting):
-            self.after(self._delay(), script.broken)
+            self.after(self._delay(), lambda: script.broken(key[0]))
         if len(meeting) == count and all(s.alive for s in meeting):
             del self._meetings[key]
             for done in meeting.values():
@@ -417,7 +417,7 @@ class World:
             if place == script.meeting_place:
                 for other in list(meeting):
                     if other is not script and self.random.random() < 0.5:
-                        self.after(self.random.uniform(0.0, 0.03), other.broken)
+                        self.after(self.random.uniform(0.0, 0.03), lambda other=other, place=place: other.broken(place))
 
     def committed(self, script: Script) -> None:
         """A rank completed a step."""

@@ -17,7 +17,7 @@ from launched import Launched, digests
 
 pytestmark = pytest.mark.chaos
 
-WORLD, STEPS, KILLS = 3, 400, 20
+WORLD, STEPS, KILLS = 3, 250, 20
 FEATURES = {"ddp": "bn,dropout,sched,clip,average,stream,scaler", "fsdp": "dropout,sched,clip,stream"}
 
 

@@ -8,6 +8,7 @@ Commands:
     run SECONDS                     let time pass
     until TEXT                      let time pass until a line of the trace contains TEXT (60 s at most)
     kill NODE/RANK | NODE/standby | NODE        SIGKILL a rank's process, a standby, a whole node
+    done NODE/RANK                  let time pass until this rank is past its loop
     stop | spin | torn NODE/RANK    SIGSTOP; an endless loop; tracked state changed by hand
     raise NODE/RANK TEXT            an uncaught exception
     store | zygote NODE             the store process dies; a zygote dies
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 
 from resilient.sim.faults import seated, standbys
-from resilient.sim.world import Spec, World
+from resilient.sim.world import Host, Spec, World
 
 
 class Player:
@@ -51,12 +52,17 @@ class Player:
     def _one(self, where: str):
         node, _, which = where.partition("/")
         among = standbys(self.world) if which == "standby" else [s for s in seated(self.world) if s.rank == int(which)]
-        return next(s for s in among if s.host.name == node)
+        found = [s for s in among if s.host.name == node]
+        assert found, f"nobody at {where}\n{self.world.trace.tail()}"
+        return found[0]
 
     def kill(self, *where: str) -> None:
         targets = [self._one(w) if "/" in w else self.world.hosts[w] for w in where]
         for target in targets:
-            target.exit(-9) if hasattr(target, "exit") else target.kill()
+            if isinstance(target, Host):
+                target.kill()
+            else:
+                target.exit(-9)
 
     def stop(self, where: str) -> None:
         self._one(where).stop()
@@ -65,6 +71,10 @@ class Player:
         script = self._one(where)
         assert self.world.run(5.0, lambda: script.phase == "running")
         script.spin()
+
+    def done(self, where: str) -> None:
+        script = self._one(where)
+        assert self.world.run(60.0, lambda: script.phase == "done")
 
     def torn(self, where: str) -> None:
         self._one(where).torn = True

@@ -93,4 +93,4 @@ def test_persistent_state_is_fetched_for_every_chair():
     sheet = seat(hall(report("n0", chair(0, **shard), chair(1, "dead", **shard)), committed=frozenset({3})))
     assert sheet.plan.tier == "persistent"
     assert sheet.fetch == {"n0": tuple(Fetch(rank=r, step=3, tier="persistent") for r in range(2))}
-    assert (sheet.put_down, sheet.lost) == ({"n0": ("w1",)}, 2)
+    assert (sheet.put_down, sheet.reached) == ({"n0": ("w1",)}, 5)

@@ -1,0 +1,91 @@
+"""Seeded fleets in bad weather: safety after every step, and when the weather is over, progress.
+
+A seed that fails becomes a golden scenario in the same change. Play one by hand: World(...), storm(...), print(world.trace.tail()).
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from resilient.sim.faults import KINDS, heal, storm
+from resilient.sim.world import Spec, World
+
+BLOCK = 20  # seeds per test: the report stays short
+
+
+def weather(seed: int) -> tuple[World, list[tuple[float, str]]]:
+    """A small fleet and what will happen to it."""
+    draw = random.Random(seed)
+    nodes = draw.choice([1, 1, 2, 3])
+    snapshots = draw.random() < 0.5
+    spec = Spec(
+        nodes=nodes,
+        slots=draw.choice([1, 2, 3]),
+        standbys=draw.choice([0, 1, 2, 3]) if nodes == 1 else 3,
+        spare_nodes=draw.choice([0, 1]) if nodes > 1 else 0,
+        steps=60,
+        replicated=draw.random() < 0.5,
+        snapshots=snapshots,
+        persist_every=draw.choice([0, 10]) if snapshots else 0,
+        loss=draw.choice([0.0, 0.0, 0.2]),
+    )
+    world = World(spec, seed)
+    return world, storm(world, draw.randint(1, 6), 6.0, KINDS)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_after_the_storm_the_run_finishes(block):
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        world, faults = weather(seed)
+        world.run(6.0, world.over)
+        heal(world)
+        assert world.run(150.0, world.over), f"seed {seed}: no progress after {faults}\n{world.trace.tail()}"
+        assert world.finish is not None
+        assert world.finish.exit_code == 0, f"seed {seed}: {world.finish} after {faults}\n{world.trace.tail()}"
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_nothing_is_lost_while_a_copy_lives(block):
+    """One node, snapshots at every step: whatever happens to processes, no completed step is done again."""
+    kinds = ("kill", "kill_successor", "kill_standby", "exception", "torn", "store", "zygote", "stop")
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        draw = random.Random(seed)
+        spec = Spec(slots=draw.choice([2, 3, 4]), standbys=draw.choice([0, 1, 2]), steps=60, replicated=draw.random() < 0.5, snapshots=True)
+        world = World(spec, seed)
+        storm(world, draw.choice([1, 2, 4]), 6.0, kinds)
+        world.run(6.0, world.over)
+        heal(world)
+        assert world.run(150.0, world.over), f"seed {seed}\n{world.trace.tail()}"
+        assert [line.steps_lost for line in world.invariants.closed if line.steps_lost] == [], f"seed {seed}\n{world.trace.tail()}"
+
+
+def test_twenty_kills_in_one_run():
+    for seed in range(5):
+        world = World(Spec(slots=4, standbys=1, steps=300, snapshots=True), seed)
+        storm(world, 20, 25.0, ("kill",))
+        assert world.run(200.0, world.over), world.trace.tail()
+        assert world.finish is not None
+        assert world.finish.exit_code == 0
+        assert not any(line.steps_lost for line in world.invariants.closed)
+
+
+def test_foreign_scripts_survive_kills():
+    for seed in range(10):
+        world = World(Spec(nodes=2, slots=2, steps=30, managed=False), seed)
+        storm(world, 2, 4.0, ("kill", "node", "zygote"))
+        world.run(4.0, world.over)
+        heal(world)
+        assert world.run(200.0, world.over), f"seed {seed}\n{world.trace.tail()}"
+        assert world.finish is not None
+        assert world.finish.exit_code == 0, f"seed {seed}: {world.finish}\n{world.trace.tail()}"
+
+
+def test_the_same_seed_gives_the_same_evening():
+    def evening():
+        world, _ = weather(7)
+        world.run(20.0, world.over)
+        return world.trace.lines
+
+    assert evening() == evening()
