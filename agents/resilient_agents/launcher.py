@@ -175,6 +175,7 @@ class _Node:
             archive=archive,
             console=console,
             store_bind=LOOPBACK if meeting.local else "",
+            checkpoint_every=options.checkpoint_every if options.checkpoint else 0,
         )
         self._listen_to_signals()
         try:

@@ -129,7 +129,7 @@ class Console:
                 return
             tails: list[_Tail] = []
             if not launch.local_ranks_shown or local_rank in launch.local_ranks_shown:
-                only_filed = launch.redirects[local_rank] & ~launch.tee[local_rank]
+                only_filed = _of(launch.redirects, local_rank) & ~_of(launch.tee, local_rank)
                 for i, name in enumerate(NAMES):
                     with contextlib.suppress(OSError):  # a full disk: the worker will say so itself
                         if not only_filed & (1 << i):
@@ -207,3 +207,8 @@ class Console:
         if kept and path:
             with contextlib.suppress(OSError), open(path, "ab") as file:
                 file.write(b"".join(kept))
+
+
+def _of(settings: tuple[int, ...], local_rank: int) -> int:
+    """The setting for a chair; one that came here from a lost node has a number beyond --nproc-per-node."""
+    return settings[local_rank % len(settings)]

@@ -63,6 +63,7 @@ class Host:
         archive: Archive,
         console: Console,
         store_bind: str,
+        checkpoint_every: int,
     ) -> None:
         """`key` names what we leave in `memory_dir`; `store_bind`: "127.0.0.1", or "" = all interfaces."""
         self._launch = launch
@@ -92,6 +93,7 @@ class Host:
             "RESILIENT_RUN_DIR": str(journal.directory),
             "RESILIENT_SOCKET": socket,
             "RESILIENT_TOKEN": token,
+            "RESILIENT_CHECKPOINT_EVERY": str(checkpoint_every),
         }
         store_env = {**self._env, "RESILIENT_WORKER": stores.NAME, "RESILIENT_STORE_HOST": store_bind}
         self._stores = stores.Stores(nursery, self._doors, store_env, settings.host, self._store_up, self._store_down)

@@ -189,7 +189,7 @@ class Vault:
         self.set_peers(wish.peers)
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
-        self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch and (not here or self._holds(f))}
+        self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
         for fetch in wish.fetch:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)

@@ -195,6 +195,7 @@ class Fetch(Msg):
     step: int
     tier: TierName  # "peer" or "persistent"
     source: str = ""  # "host:port" of the vault that holds it
+    round: int = 0  # the round that needs it: the same copy may be wanted again later, when it has been overwritten
 
 
 class Assignment(Msg):

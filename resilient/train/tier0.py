@@ -62,7 +62,7 @@ class Tier0:
         segments = self._desk.segments_for(wish)
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
         self._own.world_size = world_size
-        self._ring = Ring.open(segments.slots) if segments.slots else None
+        self._ring = Ring.open(segments.slots, populate=True) if segments.slots else None
         if not adopt:
             for ring in (self._own.starts, self._own.gate, self._ring):
                 for slot in ring.slots if ring is not None else ():
