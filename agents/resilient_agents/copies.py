@@ -21,7 +21,7 @@ from resilient.checkpoint.peer import Notes, Peer
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot, Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey
-from resilient.core.messages import Recorded
+from resilient.core.messages import NONE, Recorded
 from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
 from resilient_agents.lane import Errands, Lane
 
@@ -48,7 +48,20 @@ class Copies:
         self._resting: dict[str, float] = {}  # peer -> until
         self._busy: set[int | str] = set()  # ranks whose state, peers whose notes are on their way
         self._kept: list[Recorded] = []
+        self._arrived: dict[tuple[str, int, Kind], int] = {}  # peer, rank, kind -> newest step there
+        self._on_copied: Callable[[int], None] = lambda _rank: None
         self._errands = Errands()
+
+    def watch(self, on_copied: Callable[[int], None]) -> None:
+        """`on_copied(rank)` is called when `copied` of that rank may have changed."""
+        self._on_copied = on_copied
+
+    def copied(self, chest: Chest) -> int | None:
+        """Newest step of which all that a successor on another node needs lies there; None if there is no other node."""
+        if not self._peers:
+            return None
+        kinds: list[Kind] = ["start"] if chest.replicated or chest.snapshots is None else ["start", "snapshot"]
+        return max(min(self._arrived.get((address, chest.rank, kind), NONE) for kind in kinds) for address in self._peers)
 
     def peer(self, address: str) -> Peer:
         """A client of that vault."""
@@ -60,6 +73,7 @@ class Copies:
             self._peers.pop(address).close()
             self._outbox.pop(address, None)
             self._sent = {key: mark for key, mark in self._sent.items() if key[0] != address}
+            self._arrived = {key: step for key, step in self._arrived.items() if key[0] != address}
         for address in addresses:
             if address not in self._peers:
                 self._peers[address] = self.peer(address)
@@ -119,6 +133,8 @@ class Copies:
                 for address in lacking:
                     if await self._try(address, lambda peer, key=key, sealed=sealed: peer.put(key, sealed)):  # type: ignore[misc]
                         self._sent[address, chest.rank, kind] = mark
+                        self._arrived[address, chest.rank, kind] = key.step
+                        self._on_copied(chest.rank)
         finally:
             self._busy.discard(chest.rank)
 

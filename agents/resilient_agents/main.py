@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 from resilient.checkpoint import memory
 from resilient.core import machine as m
 from resilient.core.agent import Agent
-from resilient.core.messages import Join, Msg, Seated
+from resilient.core.messages import NONE, Join, Msg, Sealed, Seated
 from resilient.host.driver import Driver
+from resilient.wire.page import UNCOPIED
 from resilient_agents import kernel, orphans, stores
 from resilient_agents.doors import Doors
 from resilient_agents.evidence import Evidence
@@ -107,6 +108,7 @@ class Host:
         self._vault.watch(
             changed=lambda: put(self._vault.known()),
             note=lambda recorded: put(m.Said(worker="", message=recorded)),
+            copied=self._copied,
         )
         put(self._vault.known())
         self._uplink.start(
@@ -202,11 +204,20 @@ class Host:
 
     def _looked(self, fence: int = 0) -> m.Looked:
         now_ns = time.monotonic_ns()
+        for rank in {worker.chair for worker in self._workers.values()} - {NONE}:
+            self._copied(rank)
         return m.Looked(
             workers={worker.name: worker.look(now_ns) for worker in self._workers.values()},
             seals=self._vault.all_seals(),
             fence=fence,
         )
+
+    def _copied(self, rank: int) -> None:
+        """Show the worker of this chair how far its copies on another node have come."""
+        step = self._vault.copied(rank)
+        for worker in self._workers.values():
+            if worker.chair == rank and worker.alive:
+                worker.page.set_copied(UNCOPIED if step is None else step)
 
     def _known(self) -> set[int]:
         """Children whose end somebody here waits for."""
@@ -220,6 +231,9 @@ class Host:
     def _heard(self, name: str, message: Msg) -> None:
         if isinstance(message, StoreOpen):
             self._stores.opened(message)
+            return
+        if isinstance(message, Sealed):
+            self._vault.poke()
             return
         if isinstance(message, Join):
             self._managed = True
@@ -275,6 +289,8 @@ class Host:
     def _tell(self, action: m.Tell) -> None:
         self._doors.tell(action.worker, action.message)
         if isinstance(action.message, Seated) and (worker := self._workers.get(action.worker)) is not None:
+            worker.chair = action.message.rank
+            self._copied(worker.chair)
             self._console.follow(worker.name, worker.files, action.message.rank, action.message.local_rank, from_now=True)
 
     def _kill(self, action: m.Kill) -> None:

@@ -112,8 +112,14 @@ class Vault:
             if self._claim is not None:
                 self._claim.release()
 
-    def watch(self, changed: Callable[[], None], note: Callable[[Recorded], None] | None = None) -> None:
-        """`changed` is called whenever `known()` has changed; `note` with each Recorded that came with a fetched rank."""
+    def watch(
+        self,
+        changed: Callable[[], None],
+        note: Callable[[Recorded], None] | None = None,
+        copied: Callable[[int], None] = lambda _rank: None,
+    ) -> None:
+        """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied`."""
+        self._copies.watch(copied)
         self._on_change = changed
         self._on_note = note or self._on_note
 
@@ -194,6 +200,11 @@ class Vault:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
         self._changed()
+
+    def copied(self, rank: int) -> int | None:
+        """See Copies.copied; None also for a rank of which nothing is known."""
+        chest = self._memory.chests.get(rank)
+        return self._copies.copied(chest) if chest is not None else None
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Vaults that copies from here go to."""

@@ -14,6 +14,7 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from resilient.core.machine import Fork, Look
+from resilient.core.messages import NONE
 from resilient.wire.page import Page
 from resilient_agents import kernel
 
@@ -34,6 +35,7 @@ class Worker:
         self.name = fork.worker
         self.files = files
         self.page = Page(page, create=True)
+        self.chair = NONE  # the rank it was last seated as
         self.pid = 0
         self.pidfd = -1
         self.exit_code: int | None = None

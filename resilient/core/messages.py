@@ -282,6 +282,10 @@ class Raised(Msg):
     torn_down: bool = False  # it left because it could not be put back (see train/step.py), not by an error
 
 
+class Sealed(Msg):
+    """worker -> agent: a step was sealed, copy it to the other node now. Sent only where the page says that copies are made."""
+
+
 class Marked(Msg):
     """worker -> agent: something for events.jsonl (`run.log` values after their commit)."""
 
@@ -329,5 +333,5 @@ class Leave(Msg):
     reason: str = ""
 
 
-WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked | Refused
+WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked | Refused | Sealed
 WorkerDown = Segments | Seated | Recorded | Fenced | Leave

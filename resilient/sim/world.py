@@ -374,7 +374,9 @@ class World:
     # ------------------------------------------------------------------ nodes, stores, collectives
 
     def start_node(self, name: str) -> None:
-        """The first start of a node, or another one."""
+        """The first start of a node, or another one; not when there is nobody any more to talk to."""
+        if self.finish is not None:
+            return
         old = self.hosts.get(name)
         self.hosts[name] = Host(self, name, old.boot + 1 if old else 1)
 

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
-from resilient.core.messages import NONE, Marked, Plan, Raised, Seated, Suspect
-from resilient.errors import CheckpointError, GoneError, RoundAborted, UsageError
+from resilient.core.messages import NONE, Marked, Plan, Raised, Sealed, Seated, Suspect
+from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMissing, UsageError
 from resilient.train import restore, wrappers
 from resilient.train.gates import Gates
+from resilient.wire.page import UNCOPIED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
 LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
+COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
 SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
 
 
@@ -150,6 +152,8 @@ class Loop:
         self._own = self.tracked.own()
         self.tier0.own_start(step, self.ledger.round, self._own)
         self.ledger.write("running")
+        if self.page.copied() != UNCOPIED:
+            self.desk.send(Sealed())
 
     def end_step(self) -> bool:
         """The body ended. True: the step is committed; False: it will be done again (or was not a real one)."""
@@ -195,13 +199,14 @@ class Loop:
         if self.warming:
             return True
         if self.repeating:
-            self.tracked.load_own(restore.own_gate(self.desk.latest(), self.ledger.step + 1))
+            self._load_gate()
             return False
         if self.broken:
             return False
         if self.comm.kind == "nccl":
             torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
         step, round_ = self.ledger.step, self.ledger.round
+        self._await_copies(step)
         self.tier0.own_gate(step + 1, round_, self.tracked.own())
         self.ledger.write("voted")
         wish = torch.tensor([int(self._wants_snapshot())], dtype=torch.int32)
@@ -215,6 +220,29 @@ class Loop:
         self.scope.snapshot = bool(wish.item())
         self._settled()
         return True
+
+    def _load_gate(self) -> None:
+        """What the predecessor's own state was at this gate, if that is known: where its node is lost the copy may be missing.
+
+        Then the own state that the repeat has computed stands; of it, only module buffers may depend on the parameters, which are a step
+        ahead here.
+        """
+        try:
+            own = self.tier0.read_gate(self.ledger.step + 1)
+        except SnapshotMissing:
+            if self.tracked.has_buffers:
+                sys.stderr.write(f"resilient: rank {self.comm.rank}: module buffers of step {self.ledger.step + 1} were computed again, not copied\n")
+            return
+        self.tracked.load_own(own)
+
+    def _await_copies(self, step: int) -> None:
+        """Where copies go to another node they lag by one step at most, so that the loss of this node loses nothing.
+
+        What was sealed when this step began has had the whole step to get there; a peer that hangs holds nobody up for ever.
+        """
+        until = time.monotonic() + COPIES_TIMEOUT_S
+        while self.page.copied() < step and not self.broken and time.monotonic() < until:
+            time.sleep(0.0005)
 
     def _decided(self, step: int, round_: int) -> bool:
         """Voted, and the round broke: wait for the coordinator to say whether the step counts.
@@ -365,7 +393,7 @@ class Loop:
                 restore.take(self.comm, self.tracked, plan)
                 if newcomer:
                     again = self.comm.rank in plan.repeat
-                    self.tracked.load_own(restore.own_start(seated, plan.step - again))
+                    self.tracked.load_own(self.tier0.read_start(plan.step - again))
                     self.ledger.step = plan.step - again
                     self.repeating = self.comm.solo = again
             else:

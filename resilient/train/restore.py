@@ -1,4 +1,4 @@
-"""Restore: state from a live replica, from this chair's own segment, from a snapshot.
+"""Restore: shared state from a live replica, everything from a snapshot.
 
 Think of a player who comes in late: the printed part is copied from the neighbour's desk, what was pencilled in is in the predecessor's
 own folder, and never in the neighbour's.
@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resilient.checkpoint import capture
-from resilient.checkpoint.ring import OwnSegment
 from resilient.core.messages import Plan, Refused
-from resilient.errors import SnapshotMismatch, SnapshotMissing
+from resilient.errors import SnapshotMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from resilient.checkpoint.snapshot import Snapshot
-    from resilient.core.messages import Seated
     from resilient.errors import CheckpointError
     from resilient.train.comm import Comm
     from resilient.train.state import Item, Tracked
@@ -67,24 +65,6 @@ def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
         _unpack(flat, items)
 
 
-def own_start(seated: Seated, step: int) -> bytes:
-    """The own state with which this chair began step `step`."""
-    segment = _own(seated)
-    try:
-        return segment.read_start(step)
-    finally:
-        segment.close()
-
-
-def own_gate(seated: Seated, step: int) -> bytes:
-    """The own state at the gate of the step that made it `step` steps."""
-    segment = _own(seated)
-    try:
-        return segment.read_gate(step)
-    finally:
-        segment.close()
-
-
 def load(tracked: Tracked, found: Snapshot, where: str) -> None:
     """Everything from a verified snapshot."""
     tracked.shape_like(found.layout, where)
@@ -95,13 +75,6 @@ def load(tracked: Tracked, found: Snapshot, where: str) -> None:
 def refusal(plan: Plan, rank: int, error: CheckpointError) -> Refused:
     """What to tell the agent of a copy that cannot be used."""
     return Refused(tier=plan.tier, step=plan.step, rank=rank, reason=str(error))
-
-
-def _own(seated: Seated) -> OwnSegment:
-    if not seated.own:
-        msg = f"own state of rank {seated.rank}: no segment on this node"
-        raise SnapshotMissing(msg)
-    return OwnSegment(seated.own, seated.own_bytes, rank=seated.rank, writable=False)
 
 
 def _batches(items: list[Item]) -> Iterator[list[Item]]:

@@ -149,6 +149,11 @@ class Tracked:
         )
         return not self.replicated or len(self.optimizers) > 1 or by_hand
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether modules have buffers that are own state (BatchNorm's statistics)."""
+        return any(True for module in self.modules.values() if not gated(module) for _ in _persistent_buffers(module))
+
     def versions(self) -> list[int]:
         """Version counters of the shared tensors: equal lists mean that nobody wrote to them in between."""
         return [item.local._version for item in self.shared()]  # noqa: SLF001  torch has no public name for it

@@ -82,6 +82,16 @@ class Tier0:
             self._own.round = round_
             self._own.write_start(step, own)
 
+    def read_start(self, step: int) -> bytes:
+        """The own state with which this chair began step `step`, whoever sat there. Raises as OwnSegment.read_start."""
+        assert self._own is not None, "open() comes first"
+        return self._own.read_start(step)
+
+    def read_gate(self, step: int) -> bytes:
+        """The own state at the gate of the step that made it `step` steps. Raises as OwnSegment.read_gate."""
+        assert self._own is not None, "open() comes first"
+        return self._own.read_gate(step)
+
     def own_gate(self, step: int, round_: int, own: bytes) -> None:
         """Seal the own state at the gate of the step that makes it `step` steps."""
         if self._own is not None:

@@ -3,7 +3,7 @@
 Think of a shop window: whoever passes by can look in, also when the shopkeeper sleeps or is dead. A heartbeat is a store of
 eight bytes; nobody is called, nobody answers.
 
-Contract: one worker writes, one agent reads, except the words `FENCE` (agent writes, worker reads). All words are aligned
+Contract: one worker writes, one agent reads, except the words `FENCE` and `COPIED` (agent writes, worker reads). All words are aligned
 int64, little endian, and do not tear. The record (several words) stands under a sequence number: odd while it is being written.
 The agent keeps the file of a dead worker, so the last record can always be read.
 
@@ -28,7 +28,7 @@ PHASES: Final[tuple[Phase, ...]] = ("setup", "clean", "running", "voted", "commi
 
 # word indices
 _MAGIC, _PID = 0, 1
-_FENCE = 8  # agent
+_FENCE, _COPIED = 8, 9  # agent
 _SEQ = 16  # record, under the sequence number
 _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
@@ -36,6 +36,7 @@ _BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single wo
 _GROUPS = 64  # then 128 x (name hash, entered, completed), the last one is the overflow entry
 GROUP_COUNT: Final = 128
 _READ_TRIES: Final = 1000
+UNCOPIED: Final = 1 << 62  # in COPIED: no copies are made, nobody waits for them
 
 
 class Page:
@@ -65,6 +66,7 @@ class Page:
         if create:
             w = self._words
             w[_STEP] = NONE
+            w[_COPIED] = UNCOPIED
             w[_BEAT] = time.monotonic_ns()
             w[_MAGIC] = MAGIC
         elif self._words[_MAGIC] != MAGIC:
@@ -96,6 +98,10 @@ class Page:
     def fence(self) -> int:
         """Rounds up to this one are broken."""
         return self._words[_FENCE]
+
+    def copied(self) -> int:
+        """Newest step of this rank that lies on another node too; UNCOPIED if none is to be awaited."""
+        return self._words[_COPIED]
 
     def section(self, depth: int) -> None:
         """Depth of open `run.section`s."""
@@ -133,6 +139,10 @@ class Page:
             self._words[_FENCE] = round
         with self._barrier:
             pass
+
+    def set_copied(self, step: int) -> None:
+        """What this rank sealed at `step` lies on another node; UNCOPIED = there is no other node."""
+        self._words[_COPIED] = step
 
     def parked(self) -> bool:
         """Whether the standby has finished its warm-up."""
