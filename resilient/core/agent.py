@@ -22,7 +22,7 @@ import msgspec
 from resilient.core import machine as m
 from resilient.core import sheets
 from resilient.core.crew import Crew, Findings, Place, Worker
-from resilient.core.messages import Assignment, Fenced, Join, Layout, Leave, Marked, Raised, Recall, Recorded, Refused, Seat, Suspect
+from resilient.core.messages import Assignment, Fenced, Join, Layout, Leave, Marked, Raised, Recall, Recorded, Refused, Sealed, Seat, Suspect
 from resilient.core.minutes import Minutes
 
 REPORT_S = 1.0
@@ -252,6 +252,8 @@ class Agent:
                     self._fault("suspect", now, worker, text=message.text)
             case Raised():
                 self._on_raised(worker, message, now)
+            case Sealed():
+                pass  # the host's vault has heard it
             case Marked():
                 self._out.append(m.Log(rank=worker.rank, message=message))
             case Refused():

@@ -303,6 +303,7 @@ class Coordinator:
         alive = self._alive()
         leader = self.nodes[self.settings.leader]
         hall = Hall(
+            round=self.round.fence + 1,
             places=self.round.seating.places,
             reports={n.name: n.report for n in alive},
             joined={n.name: n.joined for n in alive},

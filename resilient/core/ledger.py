@@ -139,8 +139,11 @@ def _owns(account: Account, step: int) -> bool:
 
 
 def _repeats(account: Account, step: int) -> bool:
-    """One step old will do: on the node itself the state at the gate is there too, for it was sealed before the vote; a copy on
-    another node may lack it, and then what the body computes again stands (train/loop.py)."""
+    """Whether own state of one step before is there: good enough, the step is repeated with the gate shut.
+
+    On the node itself the state at the gate is there too, for it was sealed before the vote; a copy on another node may lack it, and
+    then what the body computes again stands (train/loop.py).
+    """
     return any(step - 1 in c.own_steps for c in account.copies)
 
 
@@ -169,7 +172,7 @@ def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
     def serves(copy: Copy) -> bool:
         if plan.tier == "memory":
             return step in copy.snapshots
-        return step in copy.own_steps or (account.rank in plan.repeat and copy.gate_step == step and step - 1 in copy.own_steps)
+        return step in copy.own_steps or (account.rank in plan.repeat and step - 1 in copy.own_steps)
 
     able = [c for c in account.copies if serves(c)]
-    return min(able, key=lambda c: (not c.seated, c.node != near, c.node), default=None)
+    return min(able, key=lambda c: (not c.seated, c.gate_step != step, c.node != near, c.node), default=None)

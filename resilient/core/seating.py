@@ -43,6 +43,7 @@ class Seating(Msg):
 class Hall(Msg):
     """What `seat` looks at."""
 
+    round: int  # the one to be seated
     places: dict[int, Place]  # of the last round
     reports: dict[str, Report]  # of living nodes
     joined: dict[str, int]  # node -> order of arrival
@@ -193,12 +194,13 @@ def _fetches(
     for rank in plan.receivers:
         node, chair = places[rank].node, chairs.get(rank)
         if plan.tier == "persistent":
-            fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="persistent"))
+            fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="persistent", round=hall.round))
             continue
         torn_only = plan.tier == "live" and rank not in emptied and chair is not None and chair.state == "active"
         copy = best_copy(Account(rank=rank, copies=copies.get(rank, ())), plan, node)
         if torn_only or copy is None or copy.seated:
             continue
         source = hall.reports[copy.node]
-        fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="peer", source=f"{source.host}:{source.data_port}"))
+        address = f"{source.host}:{source.data_port}"
+        fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="peer", source=address, round=hall.round))
     return {node: tuple(items) for node, items in fetch.items()}

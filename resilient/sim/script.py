@@ -212,6 +212,7 @@ class Script:
 
     def _take_chair(self) -> None:
         assert self.seated is not None
+        self.world.check(self.seated.rank == self.rank, f"{self.name} ran the script as rank {self.rank} and is seated as {self.seated.rank}")
         self._act += 1
         if self.role == "spinning":
             return

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from resilient.wire.page import Page
 
 WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
+WARMUP_MIN: Final = 2
 LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
 COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
 SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
@@ -160,6 +161,8 @@ class Loop:
         if self.warming:
             self.scope.leave()
             self.warming -= 1
+            if self.desk.newest and self.warming <= WARMUP_STEPS - WARMUP_MIN:
+                self.warming = 0  # a chair waits for this newcomer
             if not self.warming:
                 self._park()
             return False

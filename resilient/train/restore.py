@@ -6,7 +6,7 @@ own folder, and never in the neighbour's.
 Contract: `give` and `take` pair by the plan alone (receiver i gets from source i mod n), over the control group; before any tensor the
 giver sends its step and layout, so that nothing is received into memory that does not fit. They raise RoundAborted when the
 round breaks meanwhile: the receiver is then torn until a later plan. Bytes: the state once per receiver over the link; tensors below 1 MiB
-travel packed together.
+travel packed together; all messages are under way at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resilient.core.messages import Plan, Refused
 from resilient.errors import SnapshotMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from resilient.checkpoint.snapshot import Snapshot
     from resilient.errors import CheckpointError
@@ -41,27 +41,27 @@ def give(comm: Comm, tracked: Tracked, plan: Plan) -> None:
     layout, _ = tracked.layout()
     for to in mine:
         head = torch.tensor([plan.step, len(layout)], dtype=torch.int64)
-        _send(comm, head, to)
-        _send(comm, torch.frombuffer(bytearray(layout), dtype=torch.uint8), to)
-        for items in _batches(tracked.shared()):
-            _send(comm, _packed(items), to)
+        _send(comm, [head], to)
+        _send(comm, [torch.frombuffer(bytearray(layout), dtype=torch.uint8)], to)
+        _send(comm, [_packed(items) for items in _batches(tracked.shared())], to)
 
 
 def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
     """Receive shared state of `plan.step`. Raises SnapshotMismatch if the source's layout is not ours."""
     source = plan.sources[plan.receivers.index(comm.rank) % len(plan.sources)]
     head = torch.zeros(2, dtype=torch.int64)
-    _recv(comm, head, source)
+    _recv(comm, [head], source)
     step, length = head.tolist()
     if step != plan.step:
         msg = f"live state of rank {source}: step {plan.step} expected, {step} found"
         raise SnapshotMismatch(msg)
     layout = torch.zeros(length, dtype=torch.uint8)
-    _recv(comm, layout, source)
+    _recv(comm, [layout], source)
     tracked.shape_like(layout.numpy().tobytes(), f"live state of rank {source}")
-    for items in _batches(tracked.shared()):
-        flat = _packed(items) if _whole(items) else torch.empty(sum(i.num_bytes for i in items), dtype=torch.uint8)
-        _recv(comm, flat, source)
+    batches = list(_batches(tracked.shared()))
+    flats = [_bytes(b[0]) if _whole(b) else torch.empty(sum(i.num_bytes for i in b), dtype=torch.uint8) for b in batches]
+    _recv(comm, flats, source)
+    for flat, items in zip(flats, batches, strict=True):
         _unpack(flat, items)
 
 
@@ -120,15 +120,22 @@ def _unpack(flat: torch.Tensor, items: list[Item]) -> None:
             offset += item.num_bytes
 
 
-def _send(comm: Comm, tensor: torch.Tensor, to: int) -> None:
-    if tensor.numel():
-        comm.direct("state for a newcomer", lambda inner: _waited(inner.send([tensor], to, _TAG)))
+def _send(comm: Comm, tensors: list[torch.Tensor], to: int) -> None:
+    """All at once: one by one, every message would wait for both processes to be scheduled, on a busy machine a hundred times."""
+    comm.direct("state for a newcomer", lambda inner: _all(inner.send([t], to, tag) for tag, t in enumerate(tensors, _TAG) if t.numel()))
 
 
-def _recv(comm: Comm, tensor: torch.Tensor, source: int) -> None:
-    if tensor.numel():
-        comm.direct("state from a replica", lambda inner: _waited(inner.recv([tensor], source, _TAG)))
+def _recv(comm: Comm, tensors: list[torch.Tensor], source: int) -> None:
+    comm.direct("state from a replica", lambda inner: _all(inner.recv([t], source, tag) for tag, t in enumerate(tensors, _TAG) if t.numel()))
 
 
-def _waited(work: Any) -> None:
-    work.wait()
+def _all(works: Iterable[Any]) -> None:
+    """Wait for every one, so that nothing is written to any more when the first error goes up."""
+    errors = []
+    for work in list(works):
+        try:
+            work.wait()
+        except RuntimeError as error:  # gloo's only way to say that a peer is gone
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -195,6 +195,10 @@ class Tracked:
                 total += sum(like * (p.numel() * p.element_size() + capture.ALIGN) + other * capture.ALIGN for p in local)
         return total
 
+    def expected_layout_bytes(self) -> int:
+        """At least the bytes of `layout`, whether or not the optimizers have made their state: no optimizer keeps 15 tensors a parameter."""
+        return 16 * len(msgspec.msgpack.encode([item.row() for item in self.shared() if item.owner is None]))
+
     def shape_like(self, layout: bytes, where: str) -> None:
         """Make or drop optimizer state until `shared` has exactly the tensors of `layout`; their values are then to be filled.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from resilient.train.desk import Desk
     from resilient.train.state import Tracked
 
-_OWN_ROOM = 64 << 10  # schedulers and loaders grow a little while they run
+_ROOM = 64 << 10  # schedulers and loaders grow a little while they run
 
 
 class Tier0:
@@ -48,10 +48,12 @@ class Tier0:
         """
         self.close()
         self._rank, self._world_size = rank, world_size
-        layout, digest = self._tracked.layout()
-        own = self._tracked.own()
-        own_bytes = slot_bytes(0, 2 * len(own) + _OWN_ROOM, 0)
-        room = slot_bytes(2 * len(layout) + _OWN_ROOM, 2 * len(own) + _OWN_ROOM, self._tracked.expected_bytes())
+        _, digest = self._tracked.layout()
+        # Rounded so that a newcomer, whose optimizers have made their state already, asks for no more than its predecessor did at the
+        # start: for growing, segments are made anew and copied, in the middle of a recovery.
+        own_room = _rounded(2 * len(self._tracked.own()))
+        own_bytes = slot_bytes(0, own_room, 0)
+        room = slot_bytes(_rounded(self._tracked.expected_layout_bytes()), own_room, self._tracked.expected_bytes())
         wish = Layout(
             rank=rank,
             digest=digest,
@@ -139,6 +141,10 @@ class Tier0:
     def sealed(self, step: int) -> bool:
         """Whether a snapshot of `step` is there."""
         return self._ring is not None and self._ring.find(step) is not None
+
+
+def _rounded(count: int) -> int:
+    return (count + _ROOM - 1) // _ROOM * _ROOM + _ROOM
 
 
 def _pages(count: int) -> int:

@@ -20,7 +20,7 @@ def report(node, *chairs, **more):
 def hall(*reports, ranks=None, **more):
     places = ranks or {c.rank: Place(node=r.node, local_rank=c.local_rank, why="") for r in reports for c in r.chairs}
     facts = {"activated": frozenset(places), "managed": True, **more}
-    return Hall(places=places, reports={r.node: r for r in reports}, joined={r.node: i for i, r in enumerate(reports)}, **facts)
+    return Hall(round=2, places=places, reports={r.node: r for r in reports}, joined={r.node: i for i, r in enumerate(reports)}, **facts)
 
 
 def test_a_dead_rank_is_replaced_and_nobody_else_moves():
@@ -46,7 +46,7 @@ def test_a_lost_nodes_chairs_move_to_the_holder_with_their_copies():
     held = Holding(rank=1, own_step=5, own_steps=(4, 5))
     sheet = seat(hall(report("n0", chair(0), holdings=(held,), spares=1), ranks=ranks))
     assert (sheet.places[1].node, sheet.emptied, sheet.put_down) == ("n0", (1,), {})
-    assert sheet.fetch == {"n0": (Fetch(rank=1, step=5, tier="peer", source="n0:7"),)}
+    assert sheet.fetch == {"n0": (Fetch(rank=1, step=5, tier="peer", source="n0:7", round=2),)}
     assert sheet.plan.tier == "live"
     assert "holds its copies" in sheet.why[1]
 
@@ -92,5 +92,5 @@ def test_persistent_state_is_fetched_for_every_chair():
     shard = {"replicated": False, "own_steps": (), "own_step": -1}
     sheet = seat(hall(report("n0", chair(0, **shard), chair(1, "dead", **shard)), committed=frozenset({3})))
     assert sheet.plan.tier == "persistent"
-    assert sheet.fetch == {"n0": tuple(Fetch(rank=r, step=3, tier="persistent") for r in range(2))}
+    assert sheet.fetch == {"n0": tuple(Fetch(rank=r, step=3, tier="persistent", round=2) for r in range(2))}
     assert (sheet.put_down, sheet.reached) == ({"n0": ("w1",)}, 5)
