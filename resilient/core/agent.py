@@ -22,7 +22,21 @@ import msgspec
 from resilient.core import machine as m
 from resilient.core import sheets
 from resilient.core.crew import Crew, Findings, Place, Worker
-from resilient.core.messages import Assignment, Fenced, Join, Layout, Leave, Marked, Raised, Recall, Recorded, Refused, Sealed, Seat, Suspect
+from resilient.core.messages import (
+    Assignment,
+    Fenced,
+    Join,
+    Layout,
+    Leave,
+    Marked,
+    Raised,
+    Recall,
+    Recorded,
+    Refused,
+    Sealed,
+    Seat,
+    Suspect,
+)
 from resilient.core.minutes import Minutes
 
 REPORT_S = 1.0

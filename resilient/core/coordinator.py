@@ -22,15 +22,26 @@ import msgspec
 
 from resilient.core import fleet, lines
 from resilient.core.commits import Commits
-from resilient.core.culprit import Blame, Standstill
+from resilient.core.court import Court
 from resilient.core.fleet import Node
 from resilient.core.incident import Incident
 from resilient.core.leases import Leases
-from resilient.core.ledger import Poison
-from resilient.core.machine import Announce, Assign, CoordinatorAction, CoordinatorEvent, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
+from resilient.core.machine import (
+    Announce,
+    Assign,
+    CoordinatorAction,
+    CoordinatorEvent,
+    CoordinatorSettings,
+    Finish,
+    NodeLost,
+    NodeUp,
+    StatusDue,
+    Stop,
+    Tick,
+)
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
 from resilient.core.placement import Room, in_order, seat_all
-from resilient.core.policy import TABLE, Policy, Verdict
+from resilient.core.policy import TABLE, Verdict
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
 
@@ -54,21 +65,17 @@ class Coordinator:
         self.stage: Stage = "gathering"
         self.state: RunState = "forming"
         self.round = Round()
-        self.evidence = 0  # the incident whose stacks are to be saved
+        self._evidence = 0  # the incident whose stacks are to be saved
         self.nodes: dict[str, Node] = {}
         self._lost = 0  # how many of them are not alive
         self.incident: Incident | None = None
         self.exit_code, self.message = 0, ""
-        self._managed = self._again = False  # the script uses this library; somebody asked for a restart of the whole group
-        self._condemned: set[str] = set()  # workers that a verdict removed
-        self._poison: set[Poison] = set()
+        self._managed = False  # the script uses this library
+        self._court = Court(settings)
         self._commits = Commits()
-        self._policy = Policy(settings.max_restarts)
         self._leases = Leases(settings.lease_s)
-        self._standstill = Standstill(settings.culprit_s)
         self._unfenced: set[str] = set()  # broken: nodes that have not said so yet
         self._unheard: set[str] = set()  # ending: nodes that may not know it
-        self._judged = 0  # newest round of which a finding was judged
         self._fruitless = 0  # rounds since the last one in which all ranks committed
         self._began: float | None = None  # of the stage
         self._enough: float | None = None  # gathering: since when there are `nodes_min`
@@ -168,9 +175,10 @@ class Coordinator:
         self._managed = self._managed or report.managed
         self.round.take(report, managed=self._managed)
         seen = node.assignment.seen if node.assignment else 0
-        news = sorted((f for f in report.findings if f.seq > seen), key=lambda f: (f.exit_code or 0) >= 0)  # killed ones first: others follow from them
-        verdicts = [(f, self._judge(f, node, now)) for f in news]
-        refused = self._take_refused(node) if before is None or report.refused != before.refused else []
+        news = [f for f in report.findings if f.seq > seen]
+        news.sort(key=lambda f: (f.exit_code or 0) >= 0)  # who was killed comes first: the errors of others follow from it
+        verdicts = [self._judge(f, node, now) for f in news]
+        refused = self._refuse(node) if before is None or report.refused != before.refused else []
         if self.stage == "seated" and (report.fenced >= self.round.number or refused):
             self._break(now)
         if self.incident is not None:
@@ -186,37 +194,22 @@ class Coordinator:
         if self._commits.commit != commit and self.settings.leader in self.nodes:
             self._send(self.nodes[self.settings.leader], now)
 
-    def _judge(self, finding: Finding, node: Node, now: float) -> Verdict:
-        first = finding.round > self._judged
-        self._judged = max(self._judged, finding.round)
-        verdict = self._policy.judge(finding, managed=self._managed, first=first)
+    def _judge(self, finding: Finding, node: Node, now: float) -> tuple[Finding, Verdict]:
+        chair = node.chair(finding.rank) if finding.rank in self.round.ranks.get(node.name, ()) else None
+        verdict = self._court.judge(finding, chair, now, managed=self._managed)
         self._tell_finding(finding, verdict, node.name)
-        if verdict.verdict == "replace" and finding.worker:
-            self._condemned.add(finding.worker)
-        elif verdict.verdict == "halt":
+        if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)
-        if finding.kind == "unrecorded":
-            self._again = True
-        elif finding.kind == "stopped" and self._managed:
-            self.evidence = self.round.number
-        elif finding.kind == "stalled" and finding.rank in self.round.ranks.get(node.name, ()):
-            chair = node.chair(finding.rank)
-            if chair is not None and chair.worker == finding.worker:
-                self._standstill.add(finding, chair, now)
-        return verdict
+        if finding.kind == "stopped" and self._managed:
+            self._evidence = self.round.number
+        return finding, verdict
 
-    def _take_refused(self, node: Node) -> list[tuple[Finding, Verdict]]:
-        """Poison what was refused; returns findings about those that the round in force is built upon."""
-        fresh = {(r.tier, r.step, r.rank): r for r in node.report.refused if (r.tier, r.step, r.rank) not in self._poison}
-        self._poison.update(fresh)
-        needed = []
-        for (tier, step, rank), refused in sorted(fresh.items()):
-            text = f"{tier} copy of step {step} of rank {rank}: {refused.reason}"
-            finding = Finding(seq=0, kind="refused", rank=rank, step=step, round=self.round.number, text=text)
+    def _refuse(self, node: Node) -> list[tuple[Finding, Verdict]]:
+        """Copies that were refused; those that the round in force is built upon are returned."""
+        refused = self._court.refuse(node.report, self.round.number)
+        for finding in refused:
             self._tell_finding(finding, TABLE["refused"], node.name)
-            if step == self.round.seating.plan.step:
-                needed.append((finding, TABLE["refused"]))
-        return needed
+        return [(finding, TABLE["refused"]) for finding in refused if finding.step == self.round.seating.plan.step]
 
     # ------------------------------------------------------------------ stages
 
@@ -224,7 +217,7 @@ class Coordinator:
         """Whatever is due."""
         if self.stage == "gathering":
             self._gather(now)
-        if self.stage == "seated" and self._standstill.found:
+        if self.stage == "seated" and self._court.standstill.found:
             self._find_culprit(now)
         if self.stage == "seated":
             if not self.round.unfinished:
@@ -233,7 +226,7 @@ class Coordinator:
                 self._settle(now)
         if self.stage == "broken":
             if now >= self._patience:
-                self._end("failed", 1, f"{self._lack or 'what was missing'} for {self.settings.join_timeout_s:.0f} s", now)
+                self._end("failed", 1, f"{self._lack or 'a node was awaited'} for {self.settings.join_timeout_s:.0f} s", now)
             elif now >= self._decide_at():
                 self._decide(now)
         if self.stage == "ending" and (not self._unheard or now >= self._stage_deadline()):
@@ -247,7 +240,7 @@ class Coordinator:
                 calling = self._enough is not None and len(self.nodes) - self._lost < self.settings.nodes_max
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
-                due = self._standstill.due()
+                due = self._court.standstill.due()
                 return NEVER if due is None else due
             case "broken":
                 return min(self._patience, self._decide_at())
@@ -263,14 +256,15 @@ class Coordinator:
         called = self._enough is not None and (came >= s.nodes_max or now >= self._enough + s.last_call_s)
         leader = self.nodes.get(s.leader)
         if called and leader is not None and leader.alive and leader.report.store and leader.report.available is not None:
-            rooms = [Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=n.joined) for n in self._alive()]
-            rooms = in_order(sorted(rooms, key=lambda r: (r.node != s.leader, r.joined))[: s.nodes_max])
+            first = sorted(self._alive(), key=lambda n: (n is not leader, n.joined))[: s.nodes_max]
+            rooms = in_order([Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=i) for i, n in enumerate(first)])
             self.round.seating = Seating(places=seat_all(rooms))
             self._tell(lines.RunStarted(run_id=s.run, world_size=len(self.round.seating.places), nodes=tuple(r.node for r in rooms)))
             self.stage = "broken"
             self._decide(now)
         elif now >= began + s.join_timeout_s:
-            lack = f"{came} of {s.nodes_min} nodes came" if came < s.nodes_min else "the leader has no store, or could not list the checkpoints"
+            lack = "the leader has no store, or could not list the checkpoints"
+            lack = f"{came} of {s.nodes_min} nodes came" if came < s.nodes_min else lack
             self._end("failed", 1, f"the run did not start within {s.join_timeout_s:.0f} s: {lack}", now)
 
     def _break(self, now: float) -> None:
@@ -292,46 +286,51 @@ class Coordinator:
         return (self._began or 0.0) + max(quiet, self.settings.suspect_s if vague else self.settings.settle_s)
 
     def _anybody_gone(self) -> bool:
-        return any(c.state == "dead" or c.worker in self._condemned for n in self._alive() for c in n.report.chairs)
+        return any(c.state == "dead" or c.worker in self._court.condemned for n in self._alive() for c in n.report.chairs)
 
     def _decide(self, now: float) -> None:
         if self._fruitless >= self.settings.fruitless_max:
             cause = f"{self.incident.cause} of rank {self.incident.rank}" if self.incident else "none known"
             self._end("failed", 1, f"{self._fruitless} rounds in a row ended without a committed step; the last cause: {cause}", now)
             return
-        self._blame()
+        self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
         alive = self._alive()
         leader = self.nodes[self.settings.leader]
         hall = Hall(
             round=self.round.fence + 1,
             places=self.round.seating.places,
             reports={n.name: n.report for n in alive},
-            joined={n.name: n.joined for n in alive},
-            condemned=self._condemned,
+            condemned=self._court.condemned,
             activated=self.round.activated,
             managed=self._managed,
-            again=self._again,
+            again=self._court.again,
             committed=self._commits.committed,
-            poison=self._poison,
+            poison=self._court.poison,
         )
         seating = seat(hall)
         if seating.error:
             self._end("failed", 1, seating.error, now)
         elif seating.homeless or not leader.report.store:
-            self._lack = f"no node had room for ranks {_listed(seating.homeless)} (start another node, or raise --standbys)" if seating.homeless else "no store"
-            self._patience = min(self._patience, now + self.settings.join_timeout_s)
-            if seating.homeless:
-                self._tell_finding(Finding(seq=0, kind="no_room", rank=seating.homeless[0], round=self.round.number, text=self._lack), TABLE["no_room"], "")
+            self._wait_for(seating.homeless, now)
         else:
             self._seat(seating, now)
+
+    def _wait_for(self, homeless: tuple[int, ...], now: float) -> None:
+        """Something without which no round can be seated is missing; its coming clears `_lack`."""
+        self._patience = min(self._patience, now + self.settings.join_timeout_s)
+        self._lack = "there was no store"
+        if homeless:
+            self._lack = f"no node had room for ranks {_listed(homeless)} (start another node, or raise --standbys)"
+            finding = Finding(seq=0, kind="no_room", rank=homeless[0], round=self.round.number, text=self._lack)
+            self._tell_finding(finding, TABLE["no_room"], "")
 
     def _seat(self, seating: Seating, now: float) -> None:
         """The round is decided: send it out."""
         self.round.seat(seating, {n.name: f"{n.report.host}:{n.report.data_port}" for n in self._alive()})
         self.stage, self._began = "seated", now
-        self._again, self._lack, self._patience = False, "", NEVER
+        self._lack, self._patience = "", NEVER
         self._fruitless += 1
-        self._standstill.found.clear()
+        self._court.adjourn()
         plan, incident = seating.plan, self.incident
         if incident is not None:
             incident.decide(plan, seating.reached, now)
@@ -357,28 +356,21 @@ class Coordinator:
             self._tell(self.incident.close((n.report for n in self._alive()), self.round.number, now))
             self.incident = None
 
-    def _blame(self) -> Blame:
-        """Who keeps the others waiting, of those that have not moved since they were reported, loses its chair."""
-        if not self._standstill.found:
-            return Blame(wait=True)
-        found = self._standstill.look(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
-        self._condemned.update(self._standstill.found[rank][0].worker for rank in found.ranks)
-        return found
-
     def _find_culprit(self, now: float) -> None:
-        found, due = self._blame(), self._standstill.due()
+        """Some ranks stand still: break the round if it is known who is to blame, or nobody will be."""
+        found, blamed = self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
+        due = self._court.standstill.due()
         if due is None:
             return
         if found.wait:
-            self._standstill.since = now if now >= due else self._standstill.since
-        elif found.ranks or now >= due:
-            blamed = [self._standstill.found[rank][0] for rank in found.ranks] or [Finding(seq=0, kind="suspect", text=found.why)]
-            verdict = Verdict(verdict="replace" if found.ranks else "watch", why=found.why)
-            self.evidence = self.round.number
+            self._court.standstill.since = now if now >= due else self._court.standstill.since
+        elif blamed or now >= due:
+            verdict = Verdict(verdict="replace" if blamed else "watch", why=found.why)
+            self._evidence = self.round.number
             self._break(now)
             assert self.incident is not None
-            for finding in blamed:
-                node = self.round.seating.places[finding.rank].node if found.ranks else ""
+            for finding in blamed or [Finding(seq=0, kind="suspect", text=found.why)]:
+                node = self.round.seating.places[finding.rank].node if blamed else ""
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
 
@@ -403,7 +395,9 @@ class Coordinator:
         if self.stage == "seated":
             self._break(now)
         assert self.incident is not None
-        finding = Finding(seq=0, kind="node_lost", rank=self.round.ranks[name][0], text=text, round=self.round.number, age_s=now - node.heard)
+        finding = Finding(
+            seq=0, kind="node_lost", rank=self.round.ranks[name][0], text=text, round=self.round.number, age_s=now - node.heard
+        )
         self._tell_finding(finding, TABLE["node_lost"], name)
         self.incident.take(finding, TABLE["node_lost"], name)
 
@@ -426,7 +420,7 @@ class Coordinator:
 
     def _tell_finding(self, finding: Finding, verdict: Verdict, node: str) -> None:
         self._tell(lines.finding(finding, node))
-        self._tell(lines.VerdictLine(verdict=verdict.verdict, kind=finding.kind, node=node, rank=finding.rank, worker=finding.worker, why=verdict.why))
+        self._tell(lines.judged(finding, verdict.verdict, verdict.why, node))
 
     def _send_all(self, now: float) -> None:
         for node in self._alive():
@@ -435,7 +429,8 @@ class Coordinator:
     def _send(self, node: Node, now: float) -> None:
         """Everything this node should be; only if something on it changed."""
         old, node.stale = node.assignment, False
-        new = self._compose(node, old.seq if old else 0, max((f.seq for f in node.report.findings), default=old.seen if old else 0))
+        seen = max((f.seq for f in node.report.findings), default=old.seen if old else 0)
+        new = self._compose(node, old.seq if old else 0, seen)
         if new != old:
             node.assignment, node.sent = msgspec.structs.replace(new, seq=new.seq + 1), now
             self._out.append(Assign(node=node.name, assignment=node.assignment))
@@ -463,7 +458,7 @@ class Coordinator:
             manifest=self._commits.manifest if leads else (),
             exit_code=self.exit_code,
             message=self.message,
-            evidence=self.evidence,
+            evidence=self._evidence,
         )
 
 

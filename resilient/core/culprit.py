@@ -62,5 +62,9 @@ class Standstill:
 
 def _moved(before: Chair, after: Chair) -> bool:
     """Whether its worker has made progress since, or is another one."""
-    a, b = before.record, after.record
-    return a is None or b is None or before.worker != after.worker or (a.step, a.phase, a.entered, a.completed) != (b.step, b.phase, b.entered, b.completed)
+    return before.worker != after.worker or _marks(before) != _marks(after)
+
+
+def _marks(chair: Chair) -> object:
+    record = chair.record
+    return None if record is None else (record.step, record.phase, record.entered, record.completed)

@@ -13,7 +13,7 @@ regroup, restore, replay                       (each node's clock, since its age
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from resilient.core.lines import IncidentClosed
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
@@ -36,7 +36,7 @@ class Incident:
     detect_s: float = 0.0
     decided: float = 0.0  # coordinator's clock: when the newest round was sent out
     reached: int = NONE  # the newest step that every rank was known to have completed
-    plan: Plan = Plan()  # of the newest round
+    plan: Plan = field(default_factory=Plan)  # of the newest round
     known: bool = True  # steps are known (the group uses this library)
     _weight: int = -1
 

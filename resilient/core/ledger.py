@@ -110,7 +110,8 @@ def _back(accounts: Sequence[Account], newest: int, reached: int, committed: Col
         return Choice(plan=plan, reached=reached, why=f"step {step} is the newest of which every rank has a copy ({tier})")
     if committed:
         steps = ", ".join(str(s) for s in sorted(refused & set(committed)))
-        return Choice(error=f"every committed checkpoint was refused (steps {steps}); remove them, or give another URL, to start from nothing")
+        advice = "remove them, or give another URL, to start from nothing"
+        return Choice(error=f"every committed checkpoint was refused (steps {steps}); {advice}")
     return Choice(reached=reached, fresh=True, why="no copy of any step exists for every rank: the script starts again")
 
 

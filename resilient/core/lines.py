@@ -177,3 +177,8 @@ def finding(fact: Finding, node: str) -> FindingLine:
         exit_code=fact.exit_code,
         text=fact.text,
     )
+
+
+def judged(fact: Finding, verdict: VerdictName, why: str, node: str) -> VerdictLine:
+    """The line for the verdict on it."""
+    return VerdictLine(verdict=verdict, why=why, kind=fact.kind, node=node, rank=fact.rank, worker=fact.worker)

@@ -320,19 +320,7 @@ class Finished(Msg):
 
 
 AgentAction: TypeAlias = (
-    Fork
-    | Kill
-    | Forget
-    | Evidence
-    | Fence
-    | Tell
-    | SendReport
-    | StartStore
-    | Allocate
-    | Keep
-    | VaultDo
-    | Log
-    | Finished
+    Fork | Kill | Forget | Evidence | Fence | Tell | SendReport | StartStore | Allocate | Keep | VaultDo | Log | Finished
 )
 
 # --------------------------------------------------------------------------- coordinator: settings and events

@@ -9,7 +9,7 @@ Nothing moves that does not have to: only emptied chairs of lost nodes get anoth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from resilient.core.messages import NONE, Msg
 
@@ -71,15 +71,24 @@ def seat_emptied(emptied: Mapping[int, Place], rooms: Sequence[Room]) -> tuple[d
         if not able:
             homeless.append(rank)
             continue
-        chosen = min(able, key=lambda room: (rank not in room.shadows, rank not in room.copies, len(taken[room.node]) - room.slots - room.spares, room.node))
+        chosen = min(able, key=lambda room: _order(rank, room, taken[room.node]))
         used = taken[chosen.node]
         local_rank = next(i for i in range(len(used) + 1) if i not in used)
-        free = chosen.slots + chosen.spares - len(used)
+        free = _free(chosen, used)
         places[rank] = Place(node=chosen.node, local_rank=local_rank, why=f"{emptied[rank].node} is lost; {_reason(rank, chosen, free)}")
         used.add(local_rank)
         if free == 1:
             able.remove(chosen)
     return places, tuple(homeless)
+
+
+def _free(room: Room, used: Collection[int]) -> int:
+    return room.slots + room.spares - len(used)
+
+
+def _order(rank: int, room: Room, used: Collection[int]) -> tuple[bool, bool, int, str]:
+    """The best room comes first: a standby for this rank, its copies, most space."""
+    return (rank not in room.shadows, rank not in room.copies, -_free(room, used), room.node)
 
 
 def _reason(rank: int, room: Room, free: int) -> str:

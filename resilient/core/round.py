@@ -64,7 +64,7 @@ class Round:
             return True
         if not managed:
             return chair.state == "starting" and chair.pid > 0
-        record = chair.record
+        record = chair.record if chair.state == "active" else None
         return record is not None and record.round == self.number and (record.committed_s > 0 or record.phase == "done")
 
     def sheet(self, run: str, node: str) -> Assignment:

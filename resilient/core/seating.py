@@ -13,7 +13,7 @@ There are two ways to go on:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -46,7 +46,6 @@ class Hall(Msg):
     round: int  # the one to be seated
     places: dict[int, Place]  # of the last round
     reports: dict[str, Report]  # of living nodes
-    joined: dict[str, int]  # node -> order of arrival
     condemned: AbstractSet[str] = frozenset()  # workers that a verdict removed
     activated: AbstractSet[int] = frozenset()  # ranks that finished the set-up since the group was last started
     managed: bool = False
@@ -58,10 +57,10 @@ class Hall(Msg):
 def seat(hall: Hall) -> Seating:
     """The next round."""
     chairs = {rank: chair for rank, place in hall.places.items() if (chair := _chair(hall, rank, place)) is not None}
-    over = {r for r, c in chairs.items() if c.state == "finished" and (not hall.managed or (c.record is not None and c.record.phase == "done"))}
+    over = {r for r, c in chairs.items() if c.state == "finished" and (not hall.managed or (c.record and c.record.phase == "done"))}
     gone = {r for r in hall.places if r not in over and not _sits(chairs.get(r), hall.condemned)}
     copies = _copies(hall)
-    places, moved, homeless, why = _places(hall, gone | over, copies)
+    places, moved, homeless, why = _places(hall, copies)
     if homeless:
         return Seating(places=hall.places, homeless=homeless)
     starting = not set(hall.places) <= hall.activated
@@ -130,10 +129,8 @@ def _copy(node: str, held: Chair | Holding, *, seated: bool) -> Copy:
     return Copy(node=node, seated=seated, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
 
 
-def _places(
-    hall: Hall, emptied: Collection[int], copies: Mapping[int, tuple[Copy, ...]]
-) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
-    """(all places, ranks that moved, ranks without room, reasons)."""
+def _places(hall: Hall, copies: Mapping[int, tuple[Copy, ...]]) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
+    """(all places, ranks that moved because their node is lost, ranks without room, reasons)."""
     lost = {rank: place for rank, place in hall.places.items() if place.node not in hall.reports}
     if not lost:
         return hall.places, set(), (), []
@@ -149,7 +146,6 @@ def _places(
             node=node,
             slots=report.slots,
             spares=report.spares,
-            joined=hall.joined.get(node, 0),
             taken=frozenset(taken.get(node, ())),
             copies=frozenset(held.get(node, ())),
             shadows=frozenset(s.shadow for s in report.standbys if s.state != "dead"),
@@ -162,7 +158,13 @@ def _places(
 
 
 def _account(
-    rank: int, chairs: Mapping[int, Chair], copies: Mapping[int, tuple[Copy, ...]], gone: AbstractSet[int], over: AbstractSet[int], *, again: bool
+    rank: int,
+    chairs: Mapping[int, Chair],
+    copies: Mapping[int, tuple[Copy, ...]],
+    gone: AbstractSet[int],
+    over: AbstractSet[int],
+    *,
+    again: bool,
 ) -> Account:
     chair = chairs.get(rank)
     keeps = chair is not None and rank not in gone and not again

@@ -60,7 +60,15 @@ def vault_do(new: Assignment) -> VaultDo:
     )
 
 
-def report(settings: AgentSettings, crew: Crew, vault: Vaulted, seals: dict[int, Seals], refused: list[Refused], findings: Findings, now: float) -> Report:
+def report(
+    settings: AgentSettings,
+    crew: Crew,
+    vault: Vaulted,
+    seals: dict[int, Seals],
+    refused: list[Refused],
+    findings: Findings,
+    now: float,
+) -> Report:
     """Everything but the agent's own words and counters (seq, round, fenced, assigned ...), which it adds itself."""
     return Report(
         run=settings.run,

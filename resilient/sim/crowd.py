@@ -43,14 +43,16 @@ class Crowd:
         self.reports = 0
         self.closed: list[IncidentClosed] = []
         self.finish: Finish | None = None
-        self.coordinator = Coordinator(CoordinatorSettings(run="run", leader="n0", nodes_min=nodes + spare, nodes_max=nodes, last_call_s=0.0))
+        settings = CoordinatorSettings(run="run", leader="n0", nodes_min=nodes + spare, nodes_max=nodes, last_call_s=0.0)
+        self.coordinator = Coordinator(settings)
         self._queue: list[tuple[float, int, CoordinatorEvent | str]] = []
         self._count = 0
         self._tick = 0.0
         self.extras: dict[str, Extra] = {}
         for i in range(nodes + spare):
             name = f"n{i}"
-            report = Report(run="run", node=name, boot=1, seq=0, host=name, slots=slots, available=(), store="n0:1" if i == 0 else "", managed=True)
+            store = "n0:1" if i == 0 else ""
+            report = Report(run="run", node=name, boot=1, seq=0, host=name, slots=slots, available=(), store=store, managed=True)
             self.extras[name] = Extra(name, report)
             self._at(self.now + i / (nodes + spare), name)
 

@@ -93,7 +93,8 @@ def _kill_successor(world: World) -> None:
     def act(script: Script) -> None:
         rank = script.rank
         script.exit(-9)
-        world.after(world.random.uniform(0.005, 0.3), lambda: _one(world, [s for s in seated(world) if s.rank == rank], lambda s: s.exit(-9)))
+        soon = world.random.uniform(0.005, 0.3)
+        world.after(soon, lambda: _one(world, [s for s in seated(world) if s.rank == rank], lambda s: s.exit(-9)))
 
     _one(world, seated(world), act)
 

@@ -37,7 +37,8 @@ class Invariants:
         """Something was announced."""
         if isinstance(line, IncidentClosed):
             self.closed.append(line)
-            self._world.check(line.downtime_s >= 0 and min(line.detect, line.decide, line.regroup, line.restore, line.replay) >= 0, f"negative time: {line}")
+            phases = (line.detect, line.decide, line.regroup, line.restore, line.replay)
+            self._world.check(min(phases) >= 0 and abs(sum(phases) - line.downtime_s) < 1e-2, f"wrong times: {line}")
         if isinstance(line, RoundStarted):
             self.rounds.append(line)
 

@@ -212,7 +212,9 @@ class Script:
 
     def _take_chair(self) -> None:
         assert self.seated is not None
-        self.world.check(self.seated.rank == self.rank, f"{self.name} ran the script as rank {self.rank} and is seated as {self.seated.rank}")
+        self.world.check(
+            self.seated.rank == self.rank, f"{self.name} ran the script as rank {self.rank} and is seated as {self.seated.rank}"
+        )
         self._act += 1
         if self.role == "spinning":
             return
@@ -256,17 +258,20 @@ class Script:
         plan, copies = self.seated.plan, self.host.segment(self.rank)
         want = max(plan.step, 0)
         if self.rank not in plan.receivers:
-            held = {self.step, self.step + 1} if self.phase in ("voted", "committing") else {self.step, NONE if self.phase != "setup" else 0}
-            self.world.check(want in held, f"{self.name} (rank {self.rank}) holds {self.step} {self.phase} and is no receiver of {plan}")
+            held = {self.step, self.step + (self.phase in ("voted", "committing")), 0 if self.phase == "setup" else self.step}
+            self.world.check(want in held, f"{self.name} (rank {self.rank}) holds {self.step} {self.phase}, no receiver of {plan}")
             if self.torn:
                 self.host.said(self, Suspect(round=self.round, text="torn"))
                 return
         elif plan.tier == "live":
-            own = want in copies.own or (self.rank in plan.repeat and want - 1 in copies.own and copies.gate == want) or self.phase != "setup"
-            self.world.check(own, f"rank {self.rank} has no own state of {want}: {copies}")
+            repeats = self.rank in plan.repeat and want - 1 in copies.own
+            self.world.check(
+                want in copies.own or repeats or self.phase != "setup", f"rank {self.rank} has no own state of {want}: {copies}"
+            )
             self.world.check(bool(plan.sources), "live, and no source")
         elif plan.tier != "none":
-            self.world.check(want in copies.snapshots and bool(self.seated.snapshot), f"rank {self.rank} has no snapshot of {want}: {copies}")
+            there = want in copies.snapshots and self.seated.snapshot
+            self.world.check(there, f"rank {self.rank} has no snapshot of {want}: {copies}")
         self.step, self.phase, self.torn = want, "clean", False
         self.marks[2] = self.world.now
         self._begin()

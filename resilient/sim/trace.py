@@ -46,6 +46,7 @@ def describe(line: lines.EventLine) -> str:
         case lines.CheckpointCommitted():
             return f"checkpoint {line.step} committed"
         case lines.IncidentClosed():
-            return f"incident {line.incident} closed: {line.cause} of rank {line.rank} on {line.node}, {line.verdict}, state from {line.restored_from}, {line.steps_lost} lost"
+            about = f"{line.cause} of rank {line.rank} on {line.node}, {line.verdict}"
+            return f"incident {line.incident} closed: {about}, state from {line.restored_from}, {line.steps_lost} lost"
         case lines.RunFinished():
             return f"run finished: {line.exit_code} {line.message}".rstrip()

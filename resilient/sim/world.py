@@ -14,6 +14,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from resilient.core.agent import Agent
 from resilient.core.coordinator import Coordinator
@@ -32,9 +33,9 @@ from resilient.core.machine import (
     Fence,
     Finish,
     Finished,
+    Forget,
     Fork,
     Forked,
-    Forget,
     Keep,
     Kill,
     LinkUp,
@@ -139,8 +140,8 @@ class Host:
                 self.scripts[action.worker] = script = Script(self, action.worker, action.role, action.rank, pid, action.restart)
                 return [Forked(worker=script.name, pid=pid)]
             case Kill():
-                if script := self.scripts.get(action.worker):
-                    script.exit(-action.signal)
+                if (killed := self.scripts.get(action.worker)) is not None:
+                    killed.exit(-action.signal)
             case Forget():
                 self.scripts.pop(action.worker, None)
             case Fence():
@@ -148,8 +149,8 @@ class Host:
                     script.fence = max(script.fence, action.round)
                 return [self.vault, self._looked(action.round)]
             case Tell():
-                if script := self.scripts.get(action.worker):
-                    world.after(0.0002, lambda: script.hear(action.message))
+                if (listener := self.scripts.get(action.worker)) is not None:
+                    world.after(0.0002, partial(listener.hear, action.message))
             case SendReport():
                 world.report(self, action.report)
             case StartStore():
@@ -178,7 +179,9 @@ class Host:
     def _looked(self, fence: int) -> Looked:
         looks = {n: Look(record=s.record(), parked=s.parked, os_state=s.os_state, cpu_s=s.cpu_s()) for n, s in self.scripts.items()}
         seals = {
-            r: Seals(own="/own", own_bytes=1, own_steps=tuple(s.own), gate_step=s.gate, snapshots={n: f"/snapshot.{n}" for n in s.snapshots})
+            r: Seals(
+                own="/own", own_bytes=1, own_steps=tuple(s.own), gate_step=s.gate, snapshots={n: f"/snapshot.{n}" for n in s.snapshots}
+            )
             for r, s in self.segments.items()
         }
         return Looked(workers=looks, seals=seals, fence=fence)
@@ -209,7 +212,7 @@ class Host:
     def know(self, **changes: object) -> None:
         """The vault knows something new."""
         fields = {f: getattr(self.vault, f) for f in self.vault.__struct_fields__}
-        self.vault = Vaulted(**{**fields, **changes})  # type: ignore[arg-type]
+        self.vault = Vaulted(**{**fields, **changes})
         self.step(self.vault)
 
     def sealed(self, rank: int) -> None:
@@ -218,7 +221,7 @@ class Host:
         snapshot = Segment(list(copy.own), copy.gate, list(copy.snapshots))
         for peer in self.orders.peers:
             if (host := world.hosts.get(peer.split(":")[0])) is not None:
-                world.after(0.003, lambda host=host: host.hold(rank, snapshot, self.minutes.get(rank, {})))
+                world.after(0.003, partial(host.hold, rank, snapshot, self.minutes.get(rank, {})))
         step, every = max(copy.snapshots, default=NONE), world.spec.persist_every
         if every and step > 0 and step % every == 0 and not any(p.rank == rank and p.step == step for p in self.vault.persisted):
             item = Persisted(rank=rank, step=step, num_bytes=1, digest="0")
@@ -242,10 +245,13 @@ class Host:
             del self.segments[rank]
         for fetch in orders.fetch:
             if fetch not in before.fetch:
-                self.world.after(0.02, lambda fetch=fetch: self._fetch(fetch))
-        if orders.commit != NONE and orders.commit != before.commit:
-            step = orders.commit
-            self.world.after(0.02, lambda: (self.world.stored.add(step), self.know(committed=step)))
+                self.world.after(0.02, partial(self._fetch, fetch))
+        if orders.commit not in (NONE, before.commit):
+            self.world.after(0.02, partial(self._commit, orders.commit))
+
+    def _commit(self, step: int) -> None:
+        self.world.stored.add(step)
+        self.know(committed=step)
 
     def _fetch(self, fetch: Fetch) -> None:
         if self.dead or fetch not in self.orders.fetch:
@@ -279,7 +285,7 @@ class World:
 
     def __init__(self, spec: Spec, seed: int = 0) -> None:
         """All nodes start at once."""
-        self.spec, self.seed, self.random = spec, seed, random.Random(seed)
+        self.spec, self.seed, self.random = spec, seed, random.Random(seed)  # noqa: S311  a seed decides all, nothing is secret
         self.now = 1000.0
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._count = self._pids = self._stores = 0
@@ -407,7 +413,7 @@ class World:
         meeting = self._meetings.setdefault(key, {})
         meeting[script] = complete
         if any(not s.alive for s in meeting):
-            self.after(self._delay(), lambda: script.broken(key[0]))
+            self.after(self._delay(), partial(script.broken, key[0]))
         if len(meeting) == count and all(s.alive for s in meeting):
             del self._meetings[key]
             for done in meeting.values():
@@ -419,12 +425,12 @@ class World:
             if place == script.meeting_place:
                 for other in list(meeting):
                     if other is not script and self.random.random() < 0.5:
-                        self.after(self.random.uniform(0.0, 0.03), lambda other=other, place=place: other.broken(place))
+                        self.after(self.random.uniform(0.0, 0.03), partial(other.broken, place))
 
     def committed(self, script: Script) -> None:
         """A rank completed a step."""
         self.invariants.committed(script)
 
-    def check(self, holds: bool, text: str) -> None:
+    def check(self, holds: object, text: str) -> None:
         """Safety: raise if it does not hold."""
         assert holds, f"seed {self.seed}, t={self.now - 1000:.4f}: {text}\n{self.trace.tail()}"

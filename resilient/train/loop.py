@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import torch
 
 from resilient.core.messages import NONE, Marked, Plan, Raised, Sealed, Seated, Suspect
-from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMissing, UsageError
+from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMismatch, SnapshotMissing, UsageError
 from resilient.train import restore, wrappers
 from resilient.train.gates import Gates
 from resilient.wire.page import UNCOPIED
@@ -115,6 +115,9 @@ class Loop:
         for module in self.tracked.modules.values():
             self.scope.watch(module)
         self.gates.close_over(self.tracked)
+        if not self.warming and self.desk.latest().plan.step > 0:
+            # Resumed: DDP's buckets must be as they were at that step, for the order of a sum is seen in its last bit
+            self.warming, self.warmed, self.comm.solo = WARMUP_MIN, True, True
         if not self.warming:
             self._start()
 
@@ -134,8 +137,8 @@ class Loop:
     def next_step(self, total: int | None) -> int | None:
         """Begin the next step and return its number; None when `total` steps are done on every rank."""
         if self.warming:
-            self._begin(max(self.ledger.step, 0))
-            return max(self.ledger.step, 0)
+            self._begin(0)
+            return 0
         while not self.over and total is not None and self.ledger.step >= total and not self.repeating:
             self.finish()
         if self.over:
@@ -163,8 +166,13 @@ class Loop:
             self.warming -= 1
             if self.desk.newest and self.warming <= WARMUP_STEPS - WARMUP_MIN:
                 self.warming = 0  # a chair waits for this newcomer
-            if not self.warming:
+            if self.warming:
+                return False
+            if self.desk.standby:
                 self._park()
+            else:
+                self.comm.solo = False
+                self._start()
             return False
         if not self.scope.gated:
             self.scope.open = self.gate()
@@ -190,7 +198,11 @@ class Loop:
         return True
 
     def left(self) -> None:
-        """The loop was left by break, return or an exception. Out of a broken step nothing may come: this worker is replaced."""
+        """The loop was left by break, return or an exception. Out of a broken step nothing may come: this worker is replaced.
+
+        In a sound one all ranks are expected to leave; nobody waits for the others, for they may be in a collective that never ends.
+        """
+        self.over = True
         if self.scope.active and self.broken and not self.scope.open and not self.warming:
             self.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
 
@@ -354,6 +366,7 @@ class Loop:
             if not seated.plan.over and not self.comm.join(seated, lambda r=tried: self.desk.newest > r):
                 continue
             self.ledger.regrouped(seated.round, broken_ns)
+            self._rebuild_buckets()
             try:
                 if self.ledger.torn and self.comm.rank not in seated.plan.receivers:
                     self._ask_again(seated, "tracked state was changed in a broken step, outside a gate")
@@ -361,6 +374,11 @@ class Loop:
             except RoundAborted:
                 continue
             return
+
+    def _rebuild_buckets(self) -> None:
+        self.comm.solo = True
+        wrappers.rebuild_buckets(self.tracked)
+        self.comm.solo = False
 
     def _ask_again(self, seated: Seated, text: str) -> NoReturn:
         """This rank cannot go on with that plan: a newer round, made from what the records say now, will help."""
@@ -372,10 +390,11 @@ class Loop:
         """Do this rank's part of the plan."""
         plan = seated.plan
         if self.ledger.phase == "setup":
-            if plan.step == NONE and self.warmed:
+            if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
                 self.leave("the run starts again from nothing, and this standby has made steps")
             self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
         if plan.tier == "live":
+            self._check_first_step(seated)
             restore.give(self.comm, self.tracked, plan)
         if self.comm.rank in plan.receivers:
             self._receive(seated, plan)
@@ -385,6 +404,13 @@ class Loop:
             self.ledger.step = max(plan.step, 0)
         if not self.repeating:
             self.ledger.restored()
+
+    def _check_first_step(self, seated: Seated) -> None:
+        """The first step of all cannot be replayed with a newcomer under DDP: it has its buckets in the order of the later ones."""
+        if seated.plan.step == 0 and any(True for _ in wrappers.replicas(self.tracked)):
+            error = SnapshotMismatch("the first step under DDP is not replayed with a newcomer: its buckets differ; all begin again")
+            self.desk.send(restore.refusal(seated.plan, self.comm.rank, error))
+            self._ask_again(seated, str(error))
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"
@@ -439,11 +465,6 @@ class Loop:
         """The script is at its end: whoever left the loop early, or owns its counter, waits here for the others."""
         if self.warming:
             self.leave("a standby's script ended before its warm-up did")
-        if self.scope.active and not self.over:
-            self.left()
-            self.scope.leave()
-            if self.scope.open:
-                self._commit()
         while not self.over:
             self.finish()
 

@@ -1,7 +1,7 @@
 """Wrappers: whether DDP and FSDP2 are fit for another forward after a step that broke.
 
 Think of a theatre machine that must stand in its first position before the scene can be played again. DDP finds it by itself at the next
-forward. FSDP2 needs its backward for that: after a forward without one its parameters stay gathered, and the next forward would wait for
+forward, but for its buckets. FSDP2 needs its backward for that: after a forward without one its parameters stay gathered, and the next forward would wait for
 ever. Its states are private to torch; they are only read here. Tested per torch version (tests/process).
 """
 
@@ -10,9 +10,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from resilient.train.state import Tracked
+
+
+def replicas(tracked: Tracked) -> Iterator[DistributedDataParallel]:
+    """The DDP wrappers among what is tracked."""
+    return (module for root in tracked.modules.values() for module in root.modules() if isinstance(module, DistributedDataParallel))
+
+
+def rebuild_buckets(tracked: Tracked) -> None:
+    """Let DDP do now what it would do at its next forward: put its buckets into the order of the first backward.
+
+    That takes a broadcast, once, before the second step; a newcomer has it behind itself. Call it in loopback.
+    """
+    for module in replicas(tracked):
+        module.reducer._rebuild_buckets()  # noqa: SLF001  forward() calls the same; it does nothing the second time
 
 
 def settled(tracked: Tracked) -> bool:

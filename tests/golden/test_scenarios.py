@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from play import play  # noqa: E402
+from play import play
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 

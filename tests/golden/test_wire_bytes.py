@@ -56,7 +56,9 @@ def lines():
 
 
 def test_no_message_has_changed_its_bytes():
-    assert FILE.read_text().splitlines() == lines(), f"a format changed: if that is meant, run python {__file__}, and say so in the CHANGELOG"
+    assert FILE.read_text().splitlines() == lines(), (
+        f"a format changed: if that is meant, run python {__file__}, and say so in the CHANGELOG"
+    )
 
 
 @pytest.mark.parametrize("line", FILE.read_text().splitlines() if FILE.exists() else [], ids=lambda line: " ".join(line.split()[:2]))

@@ -108,7 +108,14 @@ def test_the_other_forms_of_a_loop(tmp_path: pathlib.Path, form: str, moment: st
     check_incident(run, [2])
 
 
-@pytest.mark.parametrize("strike", ["1:0:forward", "1:0:optimizer_end", "0:11:between", "2:12:loop_end", "0:1:backward"])
+@pytest.mark.parametrize("strike", ["1:0:forward", "1:0:optimizer"])
+def test_the_very_first_step_begins_again(tmp_path: pathlib.Path, strike: str) -> None:
+    """DDP has its first buckets once only; no step is lost by letting everybody begin again."""
+    run = struck(tmp_path, "ddp", "dropout,sched", strike)
+    assert all(i["steps_lost"] == 0 for i in run.incidents())
+
+
+@pytest.mark.parametrize("strike", ["1:0:optimizer_end", "0:1:forward", "0:11:between", "2:12:loop_end", "0:1:backward"])
 def test_the_first_and_the_last_step(tmp_path: pathlib.Path, strike: str) -> None:
     run = struck(tmp_path, "ddp", "dropout,sched", strike)
     check_incident(run, [int(strike[0])])

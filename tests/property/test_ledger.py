@@ -14,14 +14,21 @@ STEPS = st.integers(0, 4)
 @st.composite
 def copies(draw):
     held = draw(st.lists(st.tuples(st.sets(STEPS, max_size=2), st.integers(NONE, 5), st.sets(STEPS, max_size=2)), max_size=2))
-    return tuple(Copy(node=f"n{i}", seated=i == 0, own_steps=tuple(sorted(o)), gate_step=g, snapshots=tuple(sorted(s))) for i, (o, g, s) in enumerate(held))
+    return tuple(
+        Copy(node=f"n{i}", seated=i == 0, own_steps=tuple(sorted(o)), gate_step=g, snapshots=tuple(sorted(s)))
+        for i, (o, g, s) in enumerate(held)
+    )
 
 
 @st.composite
 def accounts(draw):
     """Records as the vote allows them: claims differ by at most one, those behind wait in their gate."""
     step = draw(STEPS)
-    forms = [("running", step), ("clean", step), ("voted", step)] if draw(st.booleans()) else [("voted", step), ("committing", step), ("clean", step + 1)]
+    forms = (
+        [("running", step), ("clean", step), ("voted", step)]
+        if draw(st.booleans())
+        else [("voted", step), ("committing", step), ("clean", step + 1)]
+    )
     replicated = draw(st.booleans())
     ranks = []
     for number in range(draw(st.integers(1, 5))):
@@ -52,7 +59,9 @@ def test_the_plan_can_be_carried_out(ranks, committed, poison):
         return
     for account in ranks:  # I2: everybody can stand at plan.step
         record = account.record
-        stays = record is not None and (claim(record) == plan.step or (record.phase == "voted" and record.step in (plan.step, plan.step - 1)))
+        stays = record is not None and (
+            claim(record) == plan.step or (record.phase == "voted" and record.step in (plan.step, plan.step - 1))
+        )
         assert account.rank in plan.receivers or choice.fresh or (stays and not record.torn), (account, plan)
     if plan.tier == "live":  # I3
         assert plan.sources

@@ -18,7 +18,12 @@ class Fleet(RuleBasedStateMachine):
     world: World
 
     @initialize(
-        nodes=st.integers(1, 3), slots=st.integers(1, 3), standbys=st.integers(0, 3), replicated=st.booleans(), snapshots=st.booleans(), seed=st.integers(0, 99)
+        nodes=st.integers(1, 3),
+        slots=st.integers(1, 3),
+        standbys=st.integers(0, 3),
+        replicated=st.booleans(),
+        snapshots=st.booleans(),
+        seed=st.integers(0, 99),
     )
     def build(self, nodes, slots, standbys, replicated, snapshots, seed):
         room = standbys if nodes == 1 else slots
@@ -49,4 +54,6 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+TestFleet.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)

@@ -7,7 +7,9 @@ from resilient.core.messages import NONE, Persisted, Report
 
 
 def report(*files, node="n0", **more):
-    return Report(run="r", node=node, boot=1, seq=1, persisted=tuple(Persisted(rank=r, step=s, num_bytes=1, digest="") for r, s in files), **more)
+    return Report(
+        run="r", node=node, boot=1, seq=1, persisted=tuple(Persisted(rank=r, step=s, num_bytes=1, digest="") for r, s in files), **more
+    )
 
 
 def test_all_ranks_then_the_leader():

@@ -15,7 +15,7 @@ class Night:
 
     def __init__(self, step_s=0.1):
         self.watch, self.now, self.beat, self.cpu, self.step, self.step_s = Watch(600.0), 100.0, 100.0, 0.0, 0, step_s
-        self.record = dict(round=1, phase="running", committed_s=1.0)
+        self.record = {"round": 1, "phase": "running", "committed_s": 1.0}
 
     def look(self, os_state="R", **more):
         record = Record(step=self.step, idle_s=self.now - self.beat, **{**self.record, **more.pop("record", {})})
@@ -95,7 +95,7 @@ def test_a_section_is_no_hang_and_teaches_nothing():
 def test_the_first_step_of_a_round_has_its_own_time():
     night = Night()
     night.works(3.0)
-    night.record = dict(round=2, phase="clean", committed_s=0.0)
+    night.record = {"round": 2, "phase": "clean", "committed_s": 0.0}
     assert night.until_told(400.0, cpu=0.0)[0] is None
     assert night.until_told(300.0, cpu=0.0)[0] is not None
 

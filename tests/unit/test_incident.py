@@ -9,7 +9,8 @@ from resilient.core.policy import Verdict
 
 def report(node, acted, *marks):
     chairs = tuple(
-        Chair(rank=i, local_rank=i, record=Record(round=2, step=3, regrouped_s=a, restored_s=b, committed_s=c)) for i, (a, b, c) in enumerate(marks)
+        Chair(rank=i, local_rank=i, record=Record(round=2, step=3, regrouped_s=a, restored_s=b, committed_s=c))
+        for i, (a, b, c) in enumerate(marks)
     )
     return Report(run="r", node=node, boot=1, seq=1, round=2, acted_s=acted, chairs=chairs)
 

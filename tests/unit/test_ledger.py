@@ -101,7 +101,9 @@ def test_after_the_loop_a_newcomer_finishes_alone_from_its_snapshot():
 
 
 def test_the_nearest_copy_is_the_best():
-    account = Account(rank=1, copies=(Copy(node="n2", snapshots=(5,)), Copy(node="n1", snapshots=(5,)), Copy(node="n3", seated=True, snapshots=(4,))))
+    account = Account(
+        rank=1, copies=(Copy(node="n2", snapshots=(5,)), Copy(node="n1", snapshots=(5,)), Copy(node="n3", seated=True, snapshots=(4,)))
+    )
     plan = Plan(step=5, tier="memory", receivers=(1,))
     assert best_copy(account, plan, "n9").node == "n1"
     assert best_copy(account, plan, "n2").node == "n2"

@@ -7,11 +7,11 @@ import pytest
 from resilient.core.messages import Finding
 from resilient.core.policy import TABLE, Policy, infrastructure
 
-TRACEBACK = '''Traceback (most recent call last):
+TRACEBACK = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     raise ConnectionError("CUDA error in the source line")  # quoted source must not count
 {message}
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,12 @@ def test_a_foreign_group_is_judged_as_torchrun_does_but_signals_are_free():
     killed = Finding(seq=1, kind="exit", exit_code=-9)
     failed = Finding(seq=1, kind="exit", exit_code=1, text="ValueError: x")
     neighbour = Finding(seq=1, kind="exit", exit_code=1, text="RuntimeError: Connection closed by peer")
-    assert [policy.judge(f, managed=False, first=True).verdict for f in (killed, neighbour, failed, failed)] == ["restart", "restart", "restart", "halt"]
+    assert [policy.judge(f, managed=False, first=True).verdict for f in (killed, neighbour, failed, failed)] == [
+        "restart",
+        "restart",
+        "restart",
+        "halt",
+    ]
     assert Policy(0).judge(failed, managed=False, first=False).verdict == "restart"  # it died of the first
     assert Policy(0).judge(Finding(seq=1, kind="stopped"), managed=False, first=True).verdict == "watch"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient.core.messages import Chair, Fetch, Holding, Layout, Record, Report, Standby  # noqa: F401
+from resilient.core.messages import Chair, Fetch, Holding, Record, Report
 from resilient.core.placement import Place
 from resilient.core.seating import Hall, seat
 
@@ -20,7 +20,7 @@ def report(node, *chairs, **more):
 def hall(*reports, ranks=None, **more):
     places = ranks or {c.rank: Place(node=r.node, local_rank=c.local_rank, why="") for r in reports for c in r.chairs}
     facts = {"activated": frozenset(places), "managed": True, **more}
-    return Hall(round=2, places=places, reports={r.node: r for r in reports}, joined={r.node: i for i, r in enumerate(reports)}, **facts)
+    return Hall(round=2, places=places, reports={r.node: r for r in reports}, **facts)
 
 
 def test_a_dead_rank_is_replaced_and_nobody_else_moves():
@@ -61,7 +61,11 @@ def test_a_moved_shard_is_fetched_from_its_holder():
 
 
 def test_no_room_is_said():
-    ranks = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n0", local_rank=1, why=""), 2: Place(node="n1", local_rank=0, why="")}
+    ranks = {
+        0: Place(node="n0", local_rank=0, why=""),
+        1: Place(node="n0", local_rank=1, why=""),
+        2: Place(node="n1", local_rank=0, why=""),
+    }
     assert seat(hall(report("n0", chair(0), chair(1)), ranks=ranks)).homeless == (2,)
 
 
@@ -71,7 +75,10 @@ def test_a_group_that_does_not_use_this_library_starts_again_whole():
 
 
 def test_a_fault_during_start_up_keeps_those_who_were_not_seated():
-    unseated, seated = chair(0, "joined", phase="setup", round=0, own_steps=(), own_step=-1), chair(1, "joined", phase="setup", own_steps=(), own_step=-1)
+    unseated, seated = (
+        chair(0, "joined", phase="setup", round=0, own_steps=(), own_step=-1),
+        chair(1, "joined", phase="setup", own_steps=(), own_step=-1),
+    )
     dead = chair(2, "dead", phase="setup", round=0, own_steps=(), own_step=-1)
     sheet = seat(hall(report("n0", unseated, seated, dead), activated=frozenset()))
     assert (sheet.again, sheet.emptied, sheet.put_down) == (True, (1, 2), {"n0": ("w1", "w2")})

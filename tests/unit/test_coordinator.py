@@ -1,0 +1,353 @@
+"""The coordinator's machine, event by event. Whole evenings are played in tests/sim and tests/golden."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from resilient.core import lines
+from resilient.core.coordinator import Coordinator
+from resilient.core.machine import Announce, Assign, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
+from resilient.core.messages import Chair, Finding, Persisted, Record, Report, Standby
+
+
+class House:
+    """A coordinator, and reports that are easy to write."""
+
+    def __init__(self, **settings):
+        self.now, self.done, self.seq = 100.0, [], 0
+        self.coordinator = Coordinator(CoordinatorSettings(run="r", leader="n0", **settings))
+
+    def __call__(self, event, after=0.0):
+        self.now += after
+        done = self.coordinator.step(event, self.now)
+        self.done += done
+        return done
+
+    def report(self, node="n0", after=0.0, **facts):
+        self.seq += 1
+        first = {"store": "s:1", "available": ()} if node == "n0" else {}
+        facts = {
+            "slots": 2,
+            "host": node,
+            "data_port": 7,
+            "managed": True,
+            "round": self.coordinator.round.number,
+            "boot": 1,
+            **first,
+            **facts,
+        }
+        return self(Report(run="r", node=node, seq=self.seq, **facts), after)
+
+    def at(self, node="n0"):
+        """The newest assignment that was sent there."""
+        return next(a.assignment for a in reversed(self.done) if isinstance(a, Assign) and a.node == node)
+
+    def told(self, kind):
+        return [a.line for a in self.done if isinstance(a, Announce) and isinstance(a.line, kind)]
+
+    @property
+    def finish(self):
+        return next((a for a in self.done if isinstance(a, Finish)), None)
+
+
+def chairs(round=1, step=5, ranks=(0, 1), dead=(), phase="running", state="active", committed=1.0):
+    made = []
+    for i, rank in enumerate(ranks):
+        record = Record(round=round, step=step, phase=phase, committed_s=committed, regrouped_s=1.0, restored_s=1.0)
+        facts = {"replicated": True, "layout": "net", "own_step": step, "own_steps": (step,)}
+        made.append(
+            Chair(
+                rank=rank, local_rank=i, state="dead" if rank in dead else state, worker=f"w{rank}", pid=10 + rank, record=record, **facts
+            )
+        )
+    return tuple(made)
+
+
+@pytest.fixture
+def house():
+    h = House()
+    h.report()
+    h.report(chairs=chairs(), fenced=0)
+    assert h.coordinator.state == "running"
+    return h
+
+
+def kill(house, rank=1, **facts):
+    fault = Finding(
+        seq=facts.pop("seq", 1),
+        kind="exit",
+        rank=rank,
+        worker=f"w{rank}",
+        pid=10 + rank,
+        round=house.coordinator.round.number,
+        exit_code=-9,
+    )
+    number = house.coordinator.round.number
+    return house.report(chairs=chairs(dead=(rank,), round=number), fenced=number, findings=(fault,), **facts)
+
+
+def test_the_run_starts_when_store_and_checkpoints_are_known():
+    house = House()
+    house.report(store="", available=None)
+    assert house.coordinator.stage == "gathering"
+    house.report(available=None)
+    assert house.coordinator.stage == "gathering"
+    house.report()
+    sheet = house.at()
+    assert (sheet.round, sheet.world_size, sheet.store, [(s.rank, s.local_rank, s.fresh) for s in sheet.seats]) == (
+        1,
+        2,
+        "s:1",
+        [(0, 0, True), (1, 1, True)],
+    )
+    assert house.told(lines.RunStarted)[0].world_size == 2
+
+
+def test_min_and_max_nodes_and_the_last_call():
+    house = House(nodes_min=2, nodes_max=3, last_call_s=10.0)
+    house.report("n1")
+    house.report("n0")
+    assert house.coordinator.stage == "gathering"
+    assert house.coordinator.deadline() <= house.now + 10.0
+    for _ in range(5):
+        house.report("n0", 2.0)
+        house.report("n1")
+    assert house.coordinator.stage == "seated"
+    assert [s.rank for s in house.at("n0").seats] == [0, 1], "the leader came second, but leads"
+    house.report("n2")
+    assert (house.at("n2").seats, house.at("n2").round) == ((), 1), "a spare node waits"
+
+
+def test_who_does_not_come_is_counted():
+    house = House(nodes_min=2, nodes_max=2, join_timeout_s=5.0)
+    house.report("n0")
+    house.report("n0", 5.0)
+    assert "1 of 2 nodes came" in house.coordinator.message
+    assert house.at().state == "failed"
+
+
+def test_a_dead_rank_makes_one_round(house):
+    kill(house)
+    assert (house.at().fence, house.at().round, house.at().incident, house.at().seen) == (1, 1, 1, 1)
+    house(Tick(), 0.006)
+    sheet = house.at()
+    assert (sheet.round, sheet.put_down, sheet.plan.tier, sheet.plan.receivers) == (2, ("w1",), "live", (1,))
+    house.report(chairs=chairs(round=2), after=0.3, acted_s=0.5)
+    (line,) = house.told(lines.IncidentClosed)
+    assert (line.cause, line.rank, line.pid, line.restored_from, line.steps_lost) == ("exit", 1, 11, "live", 0)
+    assert (line.decide, line.regroup) == (0.006, 0.5)
+    assert house.coordinator.state == "running"
+
+
+def test_deaths_that_are_close_together_make_one_round(house):
+    kill(house)
+    faults = tuple(Finding(seq=n, kind="exit", rank=n - 1, worker=f"w{n - 1}", round=1, exit_code=-9) for n in (1, 2))
+    house.report(chairs=chairs(dead=(0, 1)), fenced=1, findings=faults, after=0.002)
+    house(Tick(), 0.004)
+    assert house.coordinator.round.number == 2
+    assert set(house.at().put_down) == {"w0", "w1"}
+
+
+def test_a_lone_suspicion_waits_for_the_death_report(house):
+    suspect = Finding(seq=1, kind="suspect", rank=0, worker="w0", round=1)
+    house.report(chairs=chairs(), fenced=1, findings=(suspect,))
+    house(Tick(), 0.1)
+    assert house.coordinator.round.number == 1
+    house(Tick(), 0.11)
+    assert (house.coordinator.round.number, house.at().put_down, house.at().plan.receivers) == (2, (), ())
+
+
+def test_every_living_node_fences_before_a_round_is_seated():
+    house = House(nodes_min=2, nodes_max=2)
+    house.report("n0")
+    house.report("n1")
+    house.report("n0", chairs=chairs())
+    house.report("n1", chairs=chairs(ranks=(2, 3)))
+    kill(house)
+    house(Tick(), 3.0)
+    assert house.coordinator.round.number == 1
+    house.report("n1", chairs=chairs(ranks=(2, 3)), fenced=1)
+    assert house.coordinator.round.number == 2
+
+
+def test_an_assignment_that_was_not_heard_is_sent_again(house):
+    kill(house)
+    count = len(house.done)
+    house.report(chairs=chairs(dead=(1,)), fenced=1, after=0.003, assigned=1)
+    assert not [a for a in house.done[count:] if isinstance(a, Assign)], "it may be under way"
+    house(Tick(), 0.003)
+    sheet = house.at()
+    again = house.report(chairs=chairs(dead=(1,)), fenced=1, after=0.3, assigned=1)
+    assert [a.assignment for a in again if isinstance(a, Assign)] == [sheet]
+    quiet = house.report(chairs=chairs(round=2), after=0.5, assigned=sheet.seq)
+    assert not [a for a in quiet if isinstance(a, Assign)]
+    assert [a for a in house.report(chairs=chairs(round=2), after=3.0, assigned=sheet.seq) if isinstance(a, Assign)], "a sign of life"
+
+
+def test_old_and_foreign_reports_are_ignored(house):
+    before = house.coordinator.nodes["n0"].report
+    house(Report(run="r", node="n0", boot=1, seq=1, fenced=9))
+    house(Report(run="another", node="n9", boot=1, seq=1))
+    assert house.coordinator.nodes["n0"].report is before
+    assert "n9" not in house.coordinator.nodes
+
+
+def two_nodes():
+    house = House(nodes_min=2, nodes_max=2)
+    house.report("n0")
+    house.report("n1")
+    house.report("n0", chairs=chairs(), spares=2)
+    house.report("n1", chairs=chairs(ranks=(2, 3)))
+    return house
+
+
+def test_a_reset_connection_may_come_back():
+    house = two_nodes()
+    house(NodeLost(node="n1"))
+    assert house.coordinator.deadline() <= house.now + 1.0
+    house(NodeUp(node="n1"), 0.5)
+    house(Tick(), 2.0)
+    assert house.coordinator.stage == "seated"
+
+
+def test_a_node_that_does_not_come_back_is_lost():
+    house = two_nodes()
+    house(NodeLost(node="n1"))
+    house(Tick(), 1.0)
+    assert [f.kind for f in house.told(lines.FindingLine)] == ["node_lost"]
+    house.report("n0", chairs=chairs(), fenced=1, spares=2)
+    house(Tick(), 0.3)
+    assert [s.rank for s in house.at("n0").seats] == [0, 1, 2, 3]
+    assert "rank 2 to n0" in " ".join(house.told(lines.RoundStarted)[-1].why)
+
+
+def test_a_silent_node_is_lost_after_its_lease():
+    house = two_nodes()
+    for _ in range(4):
+        house.report("n0", chairs=chairs(), spares=2, after=2.5)
+    assert house.told(lines.FindingLine)[0].kind == "node_lost"
+
+
+def test_a_chair_without_room_waits_for_a_node_and_not_for_ever():
+    house = House(nodes_min=2, nodes_max=2, join_timeout_s=20.0)
+    house.report("n0")
+    house.report("n1")
+    house.report("n0", chairs=chairs())
+    house.report("n1", chairs=chairs(ranks=(2, 3)))
+    house(NodeLost(node="n1"))
+    house(Tick(), 1.0)
+    house.report("n0", chairs=chairs(), fenced=1)
+    house(Tick(), 0.3)
+    assert house.told(lines.FindingLine)[-1].kind == "no_room"
+    for _ in range(21):
+        house.report("n0", chairs=chairs(), fenced=1, after=1.0)
+    assert "no node had room for ranks 2, 3" in house.coordinator.message
+
+
+def test_rounds_without_progress_wait_longer_and_end(house):
+    seen = []
+    for n in range(1, 12):
+        began = house.now
+        kill(house, seq=n)
+        while house.coordinator.stage == "broken":
+            house(Tick(), 0.05)
+        seen.append(house.now - began)
+        if house.coordinator.stage != "seated":
+            break
+    assert seen[0] < 0.2
+    assert 1.0 <= seen[3] < seen[5] < seen[7]
+    assert len(seen) == 11
+    assert "rounds in a row" in house.coordinator.message
+
+
+def test_a_users_error_ends_the_run_with_its_traceback(house):
+    for n in (1, 2):
+        number = house.coordinator.round.number
+        error = Finding(
+            seq=n, kind="exception", rank=1, worker=f"w{n}", round=number, step=5, fingerprint="E", text="Traceback\nValueError: bad"
+        )
+        house.report(chairs=chairs(dead=(1,), round=number), fenced=number, findings=(error,))
+        house(Tick(), 0.01)
+    assert (house.at().state, house.at().exit_code) == ("failed", 1)
+    assert "ValueError: bad" in house.at().message
+    assert house.told(lines.RunFinished)[0].exit_code == 1
+
+
+def test_the_end_waits_until_all_have_heard_it_but_not_for_ever():
+    house = two_nodes()
+    over = {"phase": "done", "state": "finished"}
+    house.report("n0", chairs=chairs(**over))
+    house.report("n1", chairs=chairs(ranks=(2, 3), **over))
+    assert house.at("n1").state == "finished"
+    house.report("n0", chairs=chairs(**over), assigned=house.at("n0").seq)
+    assert house.finish is None
+    house.report("n1", chairs=chairs(ranks=(2, 3), **over), assigned=house.at("n1").seq)
+    assert house.finish == Finish(exit_code=0)
+    assert house.coordinator.deadline() is None
+    house = two_nodes()
+    house(Stop(signal=15))
+    house(Tick(), 5.0)
+    assert house.finish.exit_code == 1
+    assert "signal 15" in house.finish.message
+
+
+def test_a_node_that_was_told_to_stop_ends_the_run():
+    house = two_nodes()
+    house.report("n1", chairs=chairs(ranks=(2, 3)), leaving=True)
+    assert "n1 was told to stop" in house.coordinator.message
+
+
+def test_checkpoints_are_committed_by_the_leader_when_all_ranks_files_are_there(house):
+    files = tuple(Persisted(rank=r, step=10, num_bytes=1, digest="") for r in (0, 1))
+    house.report(chairs=chairs(), persisted=files[:1])
+    assert house.at().commit == -1
+    house.report(chairs=chairs(), persisted=files)
+    assert (house.at().commit, house.at().manifest) == (10, files)
+    house.report(chairs=chairs(), persisted=files, committed=10)
+    assert house.told(lines.CheckpointCommitted) == [lines.CheckpointCommitted(step=10)]
+
+
+def test_status_says_who_sits_where(house):
+    house.report(chairs=chairs(), standbys=(Standby(worker="w9", pid=99, shadow=0, state="parked"),))
+    status = msgspec.json.decode(msgspec.json.encode(house.coordinator.status()))
+    assert status["ranks"][1] == {"rank": 1, "node": "n0", "local_rank": 1, "pid": 11, "step": 5}
+    assert status["standbys"] == [{"node": "n0", "pid": 99, "shadow": 0, "ready": True}]
+    assert (status["state"], status["round"], status["world_size"]) == ("running", 1, 2)
+    assert StatusDue() in house(Tick(), 1.0)
+
+
+def test_workers_and_standbys_are_announced_once(house):
+    standby = Standby(worker="w9", pid=99, shadow=0)
+    for state in ("starting", "starting", "parked", "parked"):
+        house.report(chairs=chairs(), standbys=(msgspec.structs.replace(standby, state=state),))
+    assert [(w.worker, w.role) for w in house.told(lines.WorkerStarted)] == [("w0", "rank"), ("w1", "rank"), ("w9", "standby")]
+    assert len(house.told(lines.StandbyReady)) == 1
+
+
+def stalled(rank, seq):
+    return Finding(seq=seq, kind="stalled", rank=rank, worker=f"w{rank}", round=1)
+
+
+def test_the_rank_that_did_not_arrive_is_replaced(house):
+    inside = {"entered": 6, "completed": 5}
+    both = chairs()
+    both = (msgspec.structs.replace(both[0], record=msgspec.structs.replace(both[0].record, **inside)), both[1])
+    house.report(chairs=both, findings=(stalled(0, 1),))
+    assert house.coordinator.stage == "seated", "a victim: its culprit's report may be on its way"
+    house.report(chairs=both, findings=(stalled(0, 1), stalled(1, 2)))
+    assert (house.at().fence, house.at().evidence) == (1, 1)
+    house.report(chairs=both, fenced=1)
+    house(Tick(), 0.01)
+    assert house.at().put_down == ("w1",)
+
+
+def test_when_all_wait_inside_the_round_is_formed_again(house):
+    inside = tuple(msgspec.structs.replace(c, record=msgspec.structs.replace(c.record, entered=6, completed=5)) for c in chairs())
+    house.report(chairs=inside, findings=(stalled(0, 1), stalled(1, 2)))
+    house.report(chairs=inside, after=4.9)
+    assert house.coordinator.stage == "seated"
+    house.report(chairs=inside, after=0.2)
+    assert house.at().fence == 1
+    house.report(chairs=inside, fenced=1, after=0.3)
+    assert (house.coordinator.round.number, house.at().put_down) == (2, ())
