@@ -120,7 +120,7 @@ class Build(threading.Thread):
 class Comm:
     """See the module's text."""
 
-    def __init__(  # noqa: PLR0913  each is one fact about this process
+    def __init__(
         self,
         *,
         rank: int,
@@ -221,7 +221,7 @@ class Comm:
     def vote(self, tensor: Any) -> None:
         """In-place maximum of `tensor` over all ranks, on the control group. Raises RoundAborted."""
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         self.direct("vote", lambda inner: inner.allreduce([tensor], options).wait())
 
     def direct(self, what: str, use: Callable[[Any], Any]) -> None:

@@ -34,7 +34,7 @@ class Gates:
             optimizer.step = self.guard(optimizer.step)  # type: ignore[method-assign]
         for module in tracked.modules.values():
             if gated(module):
-                module.update_parameters = self.guard(module.update_parameters)  # type: ignore[assignment, operator]
+                module.update_parameters = self.guard(module.update_parameters)  # type: ignore[assignment, arg-type]
 
     def guard(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, doing nothing (and returning None) in a step that does not count."""

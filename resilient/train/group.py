@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from resilient.train import loopback
@@ -134,7 +135,7 @@ class Held(dist.Work):
     def get_future(self) -> Any:
         """A future of the output tensors; completed by the waiter thread (DDP's reducer asks for it)."""
         if self._future is None:
-            devices = sorted({t.device for t in self._op.outputs if t.device.type == "cuda"}, key=str)
+            devices: list[Any] = sorted({t.device for t in self._op.outputs if t.device.type == "cuda"}, key=str)
             self._future = torch.futures.Future(devices=devices)
             if self._done:
                 self.resolve()
@@ -210,9 +211,9 @@ class Operation:
 class Group(dist.ProcessGroup):
     """One process group as the training script sees it."""
 
-    def __init__(self, comm: Comm, rank: int, ranks: tuple[int, ...], key: str, slot: int, kind: str) -> None:  # noqa: PLR0913
+    def __init__(self, comm: Comm, rank: int, ranks: tuple[int, ...], key: str, slot: int, kind: str) -> None:
         """rank: within the group. ranks: global ranks. key: equal on all members, unique in the run. slot: page counter. kind: inner."""
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks))  # type: ignore[call-arg]  # the stub lacks the constructor for subclasses
         self.comm = comm
         self.ranks = ranks
         self.key = key
@@ -359,7 +360,7 @@ class Group(dist.ProcessGroup):
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Held:
         """outputs: [[slot of rank 0, ...]]; inputs: [tensor]."""
-        opts = dist.AllgatherOptions() if opts is None else opts
+        opts = c10d.AllgatherOptions() if opts is None else opts
 
         def fill() -> None:
             for slots, own in zip(outputs, inputs, strict=True):
@@ -370,7 +371,7 @@ class Group(dist.ProcessGroup):
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Held:
         """outputs: one list of tensors per rank."""
-        opts = dist.AllgatherOptions() if opts is None else opts
+        opts = c10d.AllgatherOptions() if opts is None else opts
 
         def fill() -> None:
             for slots in outputs:
@@ -388,7 +389,7 @@ class Group(dist.ProcessGroup):
         return self._allgather_flat("_allgather_base", output, own, opts)
 
     def _allgather_flat(self, name: str, output: Tensor, own: Tensor, opts: Any) -> Held:
-        opts = dist.AllgatherOptions() if opts is None else opts
+        opts = c10d.AllgatherOptions() if opts is None else opts
         return self._run(
             "allgather_flat",
             [output],
@@ -405,7 +406,7 @@ class Group(dist.ProcessGroup):
         return self._allgather_many("allgather_into_tensor_coalesced", outputs, inputs, opts)
 
     def _allgather_many(self, name: str, outputs: Any, inputs: Any, opts: Any) -> Held:
-        opts = dist.AllgatherOptions() if opts is None else opts
+        opts = c10d.AllgatherOptions() if opts is None else opts
         single = "all_gather_single"
 
         def fill() -> None:

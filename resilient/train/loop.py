@@ -52,7 +52,7 @@ SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not n
 class Loop:
     """See the module's text."""
 
-    def __init__(  # noqa: PLR0913  the parts of one worker, made in train/run.py
+    def __init__(
         self,
         *,
         comm: Comm,
@@ -72,7 +72,7 @@ class Loop:
         self.repeating = False  # the step under way advances own state only
         self.warming = WARMUP_STEPS if desk.standby else 0
         self.warmed = desk.standby
-        self.pending: dict[str, float] = {}  # run.log
+        self.pending: dict[str, Any] = {}  # run.log: numbers, and tensors of one element that nobody has read yet
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
         self._late: list[Callable[[], Any]] = []  # of the step before, which may yet be rolled back
         self.committers: list[Callable[[], None]] = []  # replayable iterators
@@ -99,7 +99,7 @@ class Loop:
         while True:
             seated = self.desk.seat_after(tried)
             tried = seated.round
-            if self.comm.join(seated, lambda r=tried: self.desk.newest > r):
+            if self.comm.join(seated, self._newer_than(tried)):
                 self.ledger.regrouped(seated.round, 0)
                 return
 
@@ -246,7 +246,8 @@ class Loop:
             own = self.tier0.read_gate(self.ledger.step + 1)
         except SnapshotMissing:
             if self.tracked.has_buffers:
-                sys.stderr.write(f"resilient: rank {self.comm.rank}: module buffers of step {self.ledger.step + 1} were computed again, not copied\n")
+                text = f"module buffers of step {self.ledger.step + 1} were computed again, not copied"
+                sys.stderr.write(f"resilient: rank {self.comm.rank}: {text}\n")
             return
         self.tracked.load_own(own)
 
@@ -363,7 +364,7 @@ class Loop:
             seated = self.desk.seat_after(tried)
             tried = seated.round
             broken_ns = self.comm.broken_ns
-            if not seated.plan.over and not self.comm.join(seated, lambda r=tried: self.desk.newest > r):
+            if not seated.plan.over and not self.comm.join(seated, self._newer_than(tried)):
                 continue
             self.ledger.regrouped(seated.round, broken_ns)
             self._rebuild_buckets()
@@ -379,6 +380,9 @@ class Loop:
         self.comm.solo = True
         wrappers.rebuild_buckets(self.tracked)
         self.comm.solo = False
+
+    def _newer_than(self, round_: int) -> Callable[[], bool]:
+        return lambda: self.desk.newest > round_
 
     def _ask_again(self, seated: Seated, text: str) -> NoReturn:
         """This rank cannot go on with that plan: a newer round, made from what the records say now, will help."""

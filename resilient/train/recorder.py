@@ -33,7 +33,9 @@ _LARGE: Final = "large: "  # prefix of the key of a result that was not kept
 class Recorder:
     """One per process. `put` may be called by the waiter thread, `deliver` by the line's thread, the rest by the training thread."""
 
-    def __init__(self, rank: int, send: Callable[[WorkerUp], None], mode: Literal["record", "recall", "off"], timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self, rank: int, send: Callable[[WorkerUp], None], mode: Literal["record", "recall", "off"], timeout_s: float = 1800.0
+    ) -> None:
         """timeout_s: how long a recall may wait for the rank that is shadowed."""
         self.mode = mode
         self._rank, self._send, self._timeout_s = rank, send, timeout_s

@@ -122,11 +122,13 @@ def _unpack(flat: torch.Tensor, items: list[Item]) -> None:
 
 def _send(comm: Comm, tensors: list[torch.Tensor], to: int) -> None:
     """All at once: one by one, every message would wait for both processes to be scheduled, on a busy machine a hundred times."""
-    comm.direct("state for a newcomer", lambda inner: _all(inner.send([t], to, tag) for tag, t in enumerate(tensors, _TAG) if t.numel()))
+    tagged = [(tag, tensor) for tag, tensor in enumerate(tensors, _TAG) if tensor.numel()]
+    comm.direct("state for a newcomer", lambda inner: _all(inner.send([tensor], to, tag) for tag, tensor in tagged))
 
 
 def _recv(comm: Comm, tensors: list[torch.Tensor], source: int) -> None:
-    comm.direct("state from a replica", lambda inner: _all(inner.recv([t], source, tag) for tag, t in enumerate(tensors, _TAG) if t.numel()))
+    tagged = [(tag, tensor) for tag, tensor in enumerate(tensors, _TAG) if tensor.numel()]
+    comm.direct("state from a replica", lambda inner: _all(inner.recv([tensor], source, tag) for tag, tensor in tagged))
 
 
 def _all(works: Iterable[Any]) -> None:

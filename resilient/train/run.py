@@ -141,7 +141,8 @@ class Run:
                 msg = f"run.log({name}=...): a number or a tensor of one element expected, {type(value).__name__} found"
                 raise UsageError(msg)
         if self.loop is not None and self.loop.sound:
-            self.loop.pending.update({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in scalars.items()})
+            for name, value in scalars.items():
+                self.loop.pending[name] = value.detach() if isinstance(value, torch.Tensor) else value
 
     def on_commit(self, effect: Callable[[], Any]) -> None:
         """Call `effect` once the step under way is committed; never, if it is not."""
@@ -291,7 +292,7 @@ def verdict_of_exit(error: BaseException) -> Raised | None:
         round=loop.ledger.round,
         fingerprint=_fingerprint(error),
         text=text[-_TEXT_MAX:],
-        consequence=isinstance(error, RoundAborted) or loop.scope.active and loop.broken,
+        consequence=isinstance(error, RoundAborted) or (loop.scope.active and loop.broken),
     )
 
 

@@ -196,7 +196,7 @@ class Tracked:
         return total
 
     def expected_layout_bytes(self) -> int:
-        """At least the bytes of `layout`, whether or not the optimizers have made their state: no optimizer keeps 15 tensors a parameter."""
+        """At least the bytes of `layout`, whether or not the optimizers have made their state: none keeps 15 tensors a parameter."""
         return 16 * len(msgspec.msgpack.encode([item.row() for item in self.shared() if item.owner is None]))
 
     def shape_like(self, layout: bytes, where: str) -> None:
@@ -341,7 +341,7 @@ def _leaf(thing: Any) -> tuple[str, bytes, memoryview] | None:
         return None
     header = msgspec.msgpack.encode([str(thing.dtype).removeprefix("torch."), list(thing.shape), thing.device.type])
     flat = thing.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return "tensor", header, memoryview(flat.numpy())
+    return "tensor", header, flat.numpy().data
 
 
 def _unleaf(kind: str, header: bytes, data: memoryview) -> Tensor:

@@ -11,7 +11,7 @@ first n calls without doing them (they return what the last warm-up returned), s
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from resilient.errors import RoundAborted, UsageError
 
@@ -34,7 +34,7 @@ class Step(int):
         step._loop = loop
         return step
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> Self:
         """The body begins."""
         return self
 
@@ -76,7 +76,7 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
             loop.next_step(None)
             try:
                 result = function(*args, **kwargs)
-            except (Exception, RoundAborted) as error:  # noqa: BLE001  goes up below, unless it is a consequence of the broken round
+            except (Exception, RoundAborted) as error:
                 if not loop.excuse(error):
                     raise
                 result = None

@@ -1,8 +1,9 @@
 """Wrappers: whether DDP and FSDP2 are fit for another forward after a step that broke.
 
 Think of a theatre machine that must stand in its first position before the scene can be played again. DDP finds it by itself at the next
-forward, but for its buckets. FSDP2 needs its backward for that: after a forward without one its parameters stay gathered, and the next forward would wait for
-ever. Its states are private to torch; they are only read here. Tested per torch version (tests/process).
+forward, but for its buckets. FSDP2 needs its backward for that: after a forward without one its parameters stay gathered, and the next
+forward would wait for ever. The states of both are private to torch: FSDP2's are only read here, DDP's are moved as its own forward
+does it. Tested per torch version (tests/process).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def rebuild_buckets(tracked: Tracked) -> None:
 
 
 def settled(tracked: Tracked) -> bool:
-    """Whether every FSDP2 module is sharded and idle. (Other wrappers need nothing.)"""
+    """Whether every FSDP2 module is sharded and idle; other wrappers need nothing."""
     for root in tracked.modules.values():
         for module in root.modules():
             if isinstance(module, FSDPModule):

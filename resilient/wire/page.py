@@ -135,8 +135,7 @@ class Page:
 
     def set_fence(self, round: int) -> None:
         """Rounds up to `round` are broken; returns after a barrier, so a `read` that follows is stable (I1)."""
-        if round > self._words[_FENCE]:
-            self._words[_FENCE] = round
+        self._words[_FENCE] = max(self._words[_FENCE], round)
         with self._barrier:
             pass
 
@@ -156,7 +155,7 @@ class Page:
         """(name hash, entered, completed) of every group in use."""
         w = self._words
         rows = (tuple(w[_GROUPS + 3 * i : _GROUPS + 3 * i + 3]) for i in range(GROUP_COUNT))
-        return tuple(row for row in rows if row[0])  # type: ignore[misc]
+        return tuple(row for row in rows if row[0])
 
     def read(self, now_ns: int | None = None) -> Record:
         """The record, whole: read again while it is being written; a writer that died in between leaves it odd: read as is."""

@@ -40,7 +40,7 @@ ranks = range(world)
 assert comm.join(seat(1), lambda: False)
 
 
-def every_collective() -> None:
+def every_collective() -> None:  # noqa: PLR0915  one after the other, on purpose
     """Each operation against the value that follows from its definition."""
     mine = torch.arange(4.0) + rank
     total = sum(torch.arange(4.0) + r for r in ranks)
@@ -92,9 +92,9 @@ def every_collective() -> None:
     thing: list[object] = [{"from": rank}]
     dist.broadcast_object_list(thing, src=1)
     say("broadcast_object_list", thing == [{"from": 1}])
-    x = functional.all_gather_tensor(mine, 0, dist.group.WORLD)  # noqa: SLF001  DTensor's way
+    x = functional.all_gather_tensor(mine, 0, dist.group.WORLD)
     say("functional all_gather", torch.equal(x.wait() if hasattr(x, "wait") else x, flat))
-    x = functional.reduce_scatter_tensor(flat, "sum", 0, dist.group.WORLD)  # noqa: SLF001
+    x = functional.reduce_scatter_tensor(flat, "sum", 0, dist.group.WORLD)
     say("functional reduce_scatter", torch.equal(x.wait() if hasattr(x, "wait") else x, (torch.arange(4.0) + rank) * world))
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
@@ -52,7 +52,7 @@ class Launched:
         self.env = {**os.environ, "PYTHONPATH": paths, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> Self:
         """Start."""
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, env=self.env, start_new_session=True)

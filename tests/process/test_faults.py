@@ -168,7 +168,7 @@ def kill_everything(run: Launched) -> None:
 
 
 @pytest.mark.parametrize(("kind", "damage"), [("ddp", False), ("fsdp", True)])
-def test_everything_killed_continues_from_the_persistent_tier(tmp_path: pathlib.Path, kind: str, damage: bool) -> None:  # noqa: FBT001
+def test_everything_killed_continues_from_the_persistent_tier(tmp_path: pathlib.Path, kind: str, damage: bool) -> None:
     steps, features = 60, "dropout,sched,stream"
     expected = undisturbed(kind, features, steps=steps)
     keep = ["--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "10"]
@@ -216,7 +216,7 @@ def test_a_wrong_use_of_the_api_ends_with_its_reason(tmp_path: pathlib.Path, mis
 def test_too_little_shared_memory_is_said_with_what_would_help(tmp_path: pathlib.Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=1m tmpfs {small} 2>/dev/null"):  # noqa: S605
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=1m tmpfs {small} 2>/dev/null"):
         pytest.skip("a small tmpfs cannot be mounted here (not root)")
     try:
         with Launched(tmp_path, [*flags(0), "--memory-dir", str(small)], "job.py", job(tmp_path, "--width", "20000")) as run:
@@ -224,4 +224,4 @@ def test_too_little_shared_memory_is_said_with_what_would_help(tmp_path: pathlib
         assert "--memory-dir" in run.text()
         assert "bytes" in run.text()
     finally:
-        os.system(f"umount {small}")  # noqa: S605
+        os.system(f"umount {small}")
