@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from resilient_agents.uplink import Uplink
     from resilient_agents.vault import Vault
 
+SETTLE_S: Final = 600.0  # for what a rank that ended well has still to be written to the persistent tier
 LAST_WORDS_S: Final = 0.1  # of a dead worker whose line a child of its own holds open
 CLEANUP_S: Final = 5.0
 UNKNOWN_S: Final = 0.2  # after a zygote's death: until all of its answers have been taken in
@@ -372,6 +373,8 @@ class Host:
         await self._doors.emptied(worker.name, LAST_WORDS_S)
         code = worker.reap()
         self._console.ended(worker.name)
+        if code == 0:
+            await self._vault.settle(SETTLE_S)  # its last checkpoint is complete before the run counts as finished
         text = worker.error_text() if code else ""
         if text:
             self._root_errors.setdefault(worker.fork.restart, worker.files.path("error.json"))

@@ -23,6 +23,11 @@ class Commits:
         self.manifest: tuple[Persisted, ...] = ()
         self._pending: dict[int, dict[int, Persisted]] = {}  # step -> rank -> file
 
+    @property
+    def asked(self) -> bool:
+        """Whether a marker is being written."""
+        return self.commit != NONE and self.commit not in self.committed
+
     def take(self, report: Report, before: Report | None, *, leads: bool, world_size: int) -> int:
         """Take in what a node says; returns the step that was committed by it, or NONE. `before`: its last report."""
         news = NONE

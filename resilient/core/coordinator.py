@@ -47,6 +47,7 @@ from resilient.core.seating import Hall, Seating, seat
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
+MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
 STATUS_S = 1.0
 QUIET_FROM, QUIET_STEP_S, QUIET_MAX_S = 3, 1.0, 30.0  # after so many fruitless rounds, wait longer before each next one
 FOREIGN_S = 60.0  # a group that does not use this library has come somewhere when it has run this long
@@ -79,6 +80,7 @@ class Coordinator:
         self._fruitless = 0  # rounds since the last one in which all ranks committed
         self._began: float | None = None  # of the stage
         self._enough: float | None = None  # gathering: since when there are `nodes_min`
+        self._finish_by = NEVER  # seated, all ranks have finished: until when the last marker may take
         self._lack, self._patience = "", NEVER  # broken: what is missing for the next round, and until when it may be
         self._status_at = 0.0
         self._out: list[CoordinatorAction] = []
@@ -221,7 +223,7 @@ class Coordinator:
             self._find_culprit(now)
         if self.stage == "seated":
             if not self.round.unfinished:
-                self._end("finished", 0, "", now)
+                self._finish(now)
             elif not self.round.uncommitted and (self.state == "forming" or self.incident):
                 self._settle(now)
         if self.stage == "broken":
@@ -232,6 +234,12 @@ class Coordinator:
         if self.stage == "ending" and (not self._unheard or now >= self._stage_deadline()):
             self.stage = "over"
             self._out.append(Finish(exit_code=self.exit_code, message=self.message))
+
+    def _finish(self, now: float) -> None:
+        """All ranks have finished: the last checkpoint's marker is awaited, but not for ever."""
+        self._finish_by = min(self._finish_by, now + MARKER_S)
+        if not self._commits.asked or now >= self._finish_by:
+            self._end("finished", 0, "", now)
 
     def _stage_deadline(self) -> float:
         began = self._began or 0.0

@@ -316,10 +316,8 @@ class Comm:
             self.round = seated.round
             self._sit(seated.rank)
             self.mode = "live"
-        if previous is not None:
-            previous.cancel()
         # gloo's destructor joins its threads: off the training thread, and never on gloo's own
-        threading.Thread(target=old.clear, name="resilient-drop", daemon=True).start()
+        threading.Thread(target=_drop, args=(old, previous), name="resilient-drop", daemon=True).start()
         return True
 
 
@@ -347,6 +345,15 @@ class Comm:
         for group in self.groups:
             group.inner = None
         inners.clear()
+
+
+def _drop(inners: list[Inner], build: Build | None) -> None:
+    """Let go of a round that is over."""
+    if build is not None:
+        build.cancel()
+        build.inners.clear()
+        build.store = None
+    inners.clear()
 
 
 def _duplicates(names: set[tuple[int, str]]) -> list[socket.socket]:
