@@ -249,7 +249,7 @@ class Coordinator:
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
                 due = self._court.standstill.due()
-                return NEVER if due is None else due
+                return min(self._finish_by, NEVER if due is None else due)
             case "broken":
                 return min(self._patience, self._decide_at())
             case "ending":

@@ -18,17 +18,17 @@ Used in two forms: `run.steps` (train/run.py) and `@resilient.step` (train/step.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resilient.core.messages import NONE, Marked, Plan, Raised, Sealed, Seated, Suspect
-from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMismatch, SnapshotMissing, UsageError
-from resilient.train import restore, wrappers
+from resilient.core.messages import Marked, Sealed
+from resilient.errors import RoundAborted, SnapshotMissing, UsageError
+from resilient.train import wrappers
 from resilient.train.gates import Gates
+from resilient.train.rounds import Rounds
 from resilient.wire.page import UNCOPIED
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
 WARMUP_MIN: Final = 2
-LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
 COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
 SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
 
@@ -69,9 +68,8 @@ class Loop:
         self.tier0, self.checkpoint_every = tier0, checkpoint_every
         self.opened = False
         self.over = False  # the loop's end was reached together
-        self.repeating = False  # the step under way advances own state only
+        self.rounds = Rounds(comm, desk, ledger, tracked, tier0)
         self.warming = WARMUP_STEPS if desk.standby else 0
-        self.warmed = desk.standby
         self.pending: dict[str, Any] = {}  # run.log: numbers, and tensors of one element that nobody has read yet
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
         self._late: list[Callable[[], Any]] = []  # of the step before, which may yet be rolled back
@@ -84,7 +82,7 @@ class Loop:
     @property
     def sound(self) -> bool:
         """Whether what this step computes will count, as far as is known here."""
-        return not (self.warming or self.repeating or self.broken)
+        return not (self.warming or self.rounds.repeating or self.broken)
 
     @property
     def broken(self) -> bool:
@@ -92,16 +90,6 @@ class Loop:
         return self.comm.mode == "broken" or self.ledger.fenced()
 
     # ------------------------------------------------------------------ opening
-
-    def seat(self) -> None:
-        """Wait for the first seat of a rank, and for its groups."""
-        tried = 0
-        while True:
-            seated = self.desk.seat_after(tried)
-            tried = seated.round
-            if self.comm.join(seated, self._newer_than(tried)):
-                self.ledger.regrouped(seated.round, 0)
-                return
 
     def open(self) -> None:
         """Before the first step: everything is tracked; a rank takes its seat, a standby begins to warm up."""
@@ -117,18 +105,13 @@ class Loop:
         self.gates.close_over(self.tracked)
         if not self.warming and self.desk.latest().plan.step > 0:
             # Resumed: DDP's buckets must be as they were at that step, for the order of a sum is seen in its last bit
-            self.warming, self.warmed, self.comm.solo = WARMUP_MIN, True, True
+            self.warming, self.rounds.warmed, self.comm.solo = WARMUP_MIN, True, True
         if not self.warming:
             self._start()
 
     def _start(self) -> None:
         """A rank of a group that starts: from the script's own initial state, or from a checkpoint."""
-        try:
-            if self.broken or self.desk.newest > self.ledger.round:
-                raise RoundAborted("the round broke during start-up")
-            self._settle(self.desk.latest())
-        except RoundAborted:
-            self.recover()
+        self.rounds.start()
         if self.tracked.undo_needed and not self.tier0.sealed(self.ledger.step):
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self.tracked.own())
 
@@ -139,7 +122,7 @@ class Loop:
         if self.warming:
             self._begin(0)
             return 0
-        while not self.over and total is not None and self.ledger.step >= total and not self.repeating:
+        while not self.over and total is not None and self.ledger.step >= total and not self.rounds.repeating:
             self.finish()
         if self.over:
             return None
@@ -149,7 +132,7 @@ class Loop:
     def _begin(self, step: int) -> None:
         self.scope.enter()
         self.page.beat()
-        if self.warming or self.repeating:
+        if self.warming or self.rounds.repeating:
             return
         self._versions = self.tracked.versions()
         self._had_grads = [param.grad is not None for param in self.tracked.parameters()]
@@ -177,7 +160,7 @@ class Loop:
         if not self.scope.gated:
             self.scope.open = self.gate()
         self.scope.leave()
-        if self.repeating:
+        if self.rounds.repeating:
             self._repeated()
             return False
         if self.scope.open:
@@ -188,12 +171,12 @@ class Loop:
 
     def excuse(self, error: BaseException) -> bool:
         """The body was left by `error`. True: a consequence of the broken round, `end_step` will replay; False: let it go up."""
-        if self.warming or not (self.broken or self.repeating or isinstance(error, RoundAborted)):
+        if self.warming or not (self.broken or self.rounds.repeating or isinstance(error, RoundAborted)):
             return False
         if self.scope.open:  # changed already, and its end is missing: what comes after the gate cannot be made up for here
-            self.leave(f"step {self.ledger.step}: the round broke between the optimizer and the end of the step")
-        if self.repeating:
-            self.leave(f"step {self.ledger.step}: it could not be repeated alone")
+            self.rounds.leave(f"step {self.ledger.step}: the round broke between the optimizer and the end of the step")
+        if self.rounds.repeating:
+            self.rounds.leave(f"step {self.ledger.step}: it could not be repeated alone")
         self.scope.gated = True  # no vote at the boundary: the step is lost
         return True
 
@@ -204,7 +187,7 @@ class Loop:
         """
         self.over = True
         if self.scope.active and self.broken and not self.scope.open and not self.warming:
-            self.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
+            self.rounds.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
 
     # ------------------------------------------------------------------ gate and vote
 
@@ -213,7 +196,7 @@ class Loop:
         self.scope.gated = True
         if self.warming:
             return True
-        if self.repeating:
+        if self.rounds.repeating:
             self._load_gate()
             return False
         if self.broken:
@@ -289,7 +272,7 @@ class Loop:
         self.ledger.committed(step)
         self._publish()
         if self.broken:
-            self.recover()
+            self._recover()
 
     def _publish(self) -> None:
         """Effects that were held back until the commit.
@@ -319,7 +302,7 @@ class Loop:
     def _undo(self) -> None:
         """Back to the start of the step: own state, gradients; whoever finds shared state changed is torn. Then into the next round."""
         if not wrappers.settled(self.tracked):
-            self.leave(f"step {self.ledger.step}: FSDP's modules cannot be reset after a forward without backward")
+            self.rounds.leave(f"step {self.ledger.step}: FSDP's modules cannot be reset after a forward without backward")
         self.pending, self.effects = {}, []
         self.tracked.load_own(self._own)
         for param, had in zip(self.tracked.parameters(), self._had_grads, strict=True):
@@ -329,10 +312,10 @@ class Loop:
                 param.grad.zero_()
         if self.tracked.versions() != self._versions:
             self.ledger.write("running", torn=True)
-        self.recover()
+        self._recover()
 
     def _repeated(self) -> None:
-        self.repeating = False
+        self.rounds.repeating = False
         self.comm.solo = False
         self.pending, self.effects = {}, []
         for param in self.tracked.parameters():
@@ -344,7 +327,7 @@ class Loop:
         if self.tracked.undo_needed:
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
         if self.broken:
-            self.recover()
+            self._recover()
 
     # ------------------------------------------------------------------ rounds
 
@@ -355,94 +338,14 @@ class Loop:
         self.desk.seat_after(0)
         self.page.park(parked=False)
         self.desk.standby = False
-        self.recover()
+        self._recover()
 
-    def recover(self) -> None:
-        """Be in place in a sound round: join the newest one, be given or give state; again whenever it breaks meanwhile."""
-        tried = self.ledger.round
-        while True:
-            seated = self.desk.seat_after(tried)
-            tried = seated.round
-            broken_ns = self.comm.broken_ns
-            if not seated.plan.over and not self.comm.join(seated, self._newer_than(tried)):
-                continue
-            self.ledger.regrouped(seated.round, broken_ns)
-            self._rebuild_buckets()
-            try:
-                if self.ledger.torn and self.comm.rank not in seated.plan.receivers:
-                    self._ask_again(seated, "tracked state was changed in a broken step, outside a gate")
-                self._settle(seated)
-            except RoundAborted:
-                continue
-            return
-
-    def _rebuild_buckets(self) -> None:
-        self.comm.solo = True
-        wrappers.rebuild_buckets(self.tracked)
-        self.comm.solo = False
-
-    def _newer_than(self, round_: int) -> Callable[[], bool]:
-        return lambda: self.desk.newest > round_
-
-    def _ask_again(self, seated: Seated, text: str) -> NoReturn:
-        """This rank cannot go on with that plan: a newer round, made from what the records say now, will help."""
-        self.desk.send(Suspect(round=seated.round, text=text))
-        self.comm.fence(seated.round)
-        raise RoundAborted(text)
-
-    def _settle(self, seated: Seated) -> None:
-        """Do this rank's part of the plan."""
-        plan = seated.plan
-        if self.ledger.phase == "setup":
-            if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
-                self.leave("the run starts again from nothing, and this standby has made steps")
-            self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
-        if plan.tier == "live":
-            self._check_first_step(seated)
-            restore.give(self.comm, self.tracked, plan)
-        if self.comm.rank in plan.receivers:
-            self._receive(seated, plan)
-        elif plan.step not in (NONE, self.ledger.step) and self.ledger.step != NONE:
-            self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
-        if self.ledger.step == NONE:
-            self.ledger.step = max(plan.step, 0)
-        if not self.repeating:
-            self.ledger.restored()
-
-    def _check_first_step(self, seated: Seated) -> None:
-        """The first step of all cannot be replayed with a newcomer under DDP: it has its buckets in the order of the later ones."""
-        if seated.plan.step == 0 and any(True for _ in wrappers.replicas(self.tracked)):
-            error = SnapshotMismatch("the first step under DDP is not replayed with a newcomer: its buckets differ; all begin again")
-            self.desk.send(restore.refusal(seated.plan, self.comm.rank, error))
-            self._ask_again(seated, str(error))
-
-    def _receive(self, seated: Seated, plan: Plan) -> None:
-        newcomer = self.ledger.phase == "setup"
-        self._late = []
-        if not newcomer:
-            self.ledger.write("running", torn=True)
-        try:
-            if plan.tier == "live":
-                restore.take(self.comm, self.tracked, plan)
-                if newcomer:
-                    again = self.comm.rank in plan.repeat
-                    self.tracked.load_own(self.tier0.read_start(plan.step - again))
-                    self.ledger.step = plan.step - again
-                    self.repeating = self.comm.solo = again
-            else:
-                self._load(seated, plan)
-                self.ledger.step = plan.step
-        except GoneError as error:
-            self.leave(str(error))
-        except CheckpointError as error:
-            self.desk.send(restore.refusal(plan, self.comm.rank, error))
-            self._ask_again(seated, str(error))
-
-    def _load(self, seated: Seated, plan: Plan) -> None:
-        """From this chair's own slots, else from where the agent put what it fetched."""
-        with self.tier0.reading(plan.step, seated.snapshot) as slot:
-            found = slot.read(rank=self.comm.rank, step=plan.step)
-            restore.load(self.tracked, found, slot.where)
+    def _recover(self) -> None:
+        """Into the newest sound round. Whoever was given an older state drops the effects of the step that it no longer holds."""
+        held = self.ledger.step
+        self.rounds.recover()
+        if self.ledger.step < held:
+            self._late = []
 
     # ------------------------------------------------------------------ the end
 
@@ -459,7 +362,7 @@ class Loop:
             if not self.desk.latest().plan.over:
                 self.comm.vote(torch.zeros(1, dtype=torch.int32))
         except RoundAborted:
-            self.recover()
+            self._recover()
             return
         self._settled()
         self.over = True
@@ -468,17 +371,10 @@ class Loop:
     def end(self) -> None:
         """The script is at its end: whoever left the loop early, or owns its counter, waits here for the others."""
         if self.warming:
-            self.leave("a standby's script ended before its warm-up did")
+            self.rounds.leave("a standby's script ended before its warm-up did")
         while not self.over:
             self.finish()
 
-    def leave(self, why: str) -> NoReturn:
-        """End this process, for a reason that is nobody's fault; a newcomer takes its chair."""
-        sys.stderr.write(f"resilient: rank {self.comm.rank} gives up its chair: {why}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.desk.send(Raised(step=self.ledger.step, round=self.ledger.round, fingerprint="", text=why, consequence=True, torn_down=True))
-        os._exit(LEAVE_CODE)
 
 
 def _run(effects: list[Callable[[], Any]]) -> None:

@@ -18,6 +18,7 @@ import torch
 from resilient.checkpoint import capture
 from resilient.core.messages import Plan, Refused
 from resilient.errors import SnapshotMismatch
+from resilient.train.group import Several
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -132,12 +133,4 @@ def _recv(comm: Comm, tensors: list[torch.Tensor], source: int) -> None:
 
 
 def _all(works: Iterable[Any]) -> None:
-    """Wait for every one, so that nothing is written to any more when the first error goes up."""
-    errors = []
-    for work in list(works):
-        try:
-            work.wait()
-        except RuntimeError as error:  # gloo's only way to say that a peer is gone
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    Several(list(works)).wait()

@@ -263,7 +263,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
     install(comm, OverlayStore(user_store) if standby else user_store)
     desk.comm = comm
     if not standby:
-        loop.seat()
+        loop.rounds.seat()
     atexit.register(comm.close)
     return Run(device=device, loop=loop, run_id=run_id, page=page)
 

@@ -308,6 +308,17 @@ def test_checkpoints_are_committed_by_the_leader_when_all_ranks_files_are_there(
     assert house.told(lines.CheckpointCommitted) == [lines.CheckpointCommitted(step=10)]
 
 
+def test_the_end_waits_for_the_last_marker_but_not_for_ever(house):
+    files = tuple(Persisted(rank=r, step=10, num_bytes=1, digest="") for r in (0, 1))
+    over = chairs(phase="done", state="finished")
+    house.report(chairs=over, persisted=files)
+    assert house.coordinator.stage == "seated"
+    house.report(chairs=over, persisted=files, after=59.0)
+    assert house.coordinator.deadline() <= house.now + 1.0
+    house.report(chairs=over, persisted=files, after=1.0)
+    assert (house.coordinator.stage, house.at().state) == ("ending", "finished")
+
+
 def test_status_says_who_sits_where(house):
     house.report(chairs=chairs(), standbys=(Standby(worker="w9", pid=99, shadow=0, state="parked"),))
     status = msgspec.json.decode(msgspec.json.encode(house.coordinator.status()))

@@ -1,0 +1,153 @@
+"""Rounds: how this rank gets into the newest sound round, with the state that its plan names.
+
+Think of a mountain hut with one book: whoever comes up from the valley after a storm first reads there how far the others are, gets what
+is missing from a companion or from the own locker, and only then ties into the rope.
+
+Contract: `recover` returns when this rank is in place; it begins again whenever the round breaks meanwhile, and ends the process where the
+rank cannot be put in place (`leave`: nobody's fault, a newcomer takes the chair). A rank counts as torn from the moment it begins to
+receive until what it received is complete. The training thread's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from resilient.core.messages import NONE, Plan, Raised, Seated, Suspect
+from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMismatch
+from resilient.train import restore, wrappers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilient.train.comm import Comm
+    from resilient.train.desk import Desk
+    from resilient.train.ledger import Ledger
+    from resilient.train.state import Tracked
+    from resilient.train.tier0 import Tier0
+
+LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
+
+
+class Rounds:
+    """See the module's text."""
+
+    def __init__(self, comm: Comm, desk: Desk, ledger: Ledger, tracked: Tracked, tier0: Tier0) -> None:
+        """The parts of one worker."""
+        self.comm, self.desk, self.ledger, self.tracked, self.tier0 = comm, desk, ledger, tracked, tier0
+        self.warmed = desk.standby  # steps were made in loopback: the script's initial state is gone
+        self.repeating = False  # own state is one step behind: that step is to be done again, alone
+
+    def seat(self) -> None:
+        """Wait for the first seat of a rank, and for its groups."""
+        tried = 0
+        while True:
+            seated = self.desk.seat_after(tried)
+            tried = seated.round
+            if self.comm.join(seated, self._newer_than(tried)):
+                self.ledger.regrouped(seated.round, 0)
+                return
+
+    def start(self) -> None:
+        """A rank of a group that starts: from the script's own initial state, or from a checkpoint."""
+        try:
+            if self.comm.mode == "broken" or self.ledger.fenced() or self.desk.newest > self.ledger.round:
+                raise RoundAborted("the round broke during start-up")
+            self._settle(self.desk.latest())
+        except RoundAborted:
+            self.recover()
+
+    def recover(self) -> None:
+        """Be in place in a sound round: join the newest one, be given or give state; again whenever it breaks meanwhile."""
+        tried = self.ledger.round
+        while True:
+            seated = self.desk.seat_after(tried)
+            tried = seated.round
+            broken_ns = self.comm.broken_ns
+            if not seated.plan.over and not self.comm.join(seated, self._newer_than(tried)):
+                continue
+            self.ledger.regrouped(seated.round, broken_ns)
+            self._rebuild_buckets()
+            try:
+                if self.ledger.torn and self.comm.rank not in seated.plan.receivers:
+                    self._ask_again(seated, "tracked state was changed in a broken step, outside a gate")
+                self._settle(seated)
+            except RoundAborted:
+                continue
+            return
+
+    def _rebuild_buckets(self) -> None:
+        self.comm.solo = True
+        wrappers.rebuild_buckets(self.tracked)
+        self.comm.solo = False
+
+    def _newer_than(self, round_: int) -> Callable[[], bool]:
+        return lambda: self.desk.newest > round_
+
+    def _ask_again(self, seated: Seated, text: str) -> NoReturn:
+        """This rank cannot go on with that plan: a newer round, made from what the records say now, will help."""
+        self.desk.send(Suspect(round=seated.round, text=text))
+        self.comm.fence(seated.round)
+        raise RoundAborted(text)
+
+    def _settle(self, seated: Seated) -> None:
+        """Do this rank's part of the plan."""
+        plan = seated.plan
+        if self.ledger.phase == "setup":
+            if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
+                self.leave("the run starts again from nothing, and this standby has made steps")
+            self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
+        if plan.tier == "live":
+            self._check_first_step(seated)
+            restore.give(self.comm, self.tracked, plan)
+        if self.comm.rank in plan.receivers:
+            self._receive(seated, plan)
+        elif plan.step not in (NONE, self.ledger.step) and self.ledger.step != NONE:
+            self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
+        if self.ledger.step == NONE:
+            self.ledger.step = max(plan.step, 0)
+        if not self.repeating:
+            self.ledger.restored()
+
+    def _check_first_step(self, seated: Seated) -> None:
+        """The first step of all cannot be replayed with a newcomer under DDP: it has its buckets in the order of the later ones."""
+        if seated.plan.step == 0 and any(True for _ in wrappers.replicas(self.tracked)):
+            error = SnapshotMismatch("the first step under DDP is not replayed with a newcomer: its buckets differ; all begin again")
+            self.desk.send(restore.refusal(seated.plan, self.comm.rank, error))
+            self._ask_again(seated, str(error))
+
+    def _receive(self, seated: Seated, plan: Plan) -> None:
+        newcomer = self.ledger.phase == "setup"
+        if not newcomer:
+            self.ledger.write("running", torn=True)
+        try:
+            if plan.tier == "live":
+                restore.take(self.comm, self.tracked, plan)
+                if newcomer:
+                    again = self.comm.rank in plan.repeat
+                    self.tracked.load_own(self.tier0.read_start(plan.step - again))
+                    self.ledger.step = plan.step - again
+                    self.repeating = self.comm.solo = again
+            else:
+                self._load(seated, plan)
+                self.ledger.step = plan.step
+        except GoneError as error:
+            self.leave(str(error))
+        except CheckpointError as error:
+            self.desk.send(restore.refusal(plan, self.comm.rank, error))
+            self._ask_again(seated, str(error))
+
+    def _load(self, seated: Seated, plan: Plan) -> None:
+        """From this chair's own slots, else from where the agent put what it fetched."""
+        with self.tier0.reading(plan.step, seated.snapshot) as slot:
+            found = slot.read(rank=self.comm.rank, step=plan.step)
+            restore.load(self.tracked, found, slot.where)
+
+    def leave(self, why: str) -> NoReturn:
+        """End this process, for a reason that is nobody's fault; a newcomer takes its chair."""
+        sys.stderr.write(f"resilient: rank {self.comm.rank} gives up its chair: {why}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.desk.send(Raised(step=self.ledger.step, round=self.ledger.round, fingerprint="", text=why, consequence=True, torn_down=True))
+        os._exit(LEAVE_CODE)
