@@ -15,7 +15,7 @@ import time
 import pytest
 from launched import Launched, digests
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.process, pytest.mark.chaos]
 
 WORLD, STEPS, KILLS = 3, 250, 20
 FEATURES = {"ddp": "bn,dropout,sched,clip,average,stream,scaler", "fsdp": "dropout,sched,clip,stream"}

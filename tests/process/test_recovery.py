@@ -100,6 +100,15 @@ def test_two_optimizers_an_ema_by_hand_and_an_early_return(tmp_path: pathlib.Pat
     check_incident(run, [1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "features", "world"), [("ddp", "unused,dropout", 3), ("ddp", "static,view", 3), ("hsdp", "dropout,clip", 4)]
+)
+@pytest.mark.parametrize("moment", ["backward", "optimizer"])
+def test_other_ways_to_wrap(tmp_path: pathlib.Path, kind: str, features: str, world: int, moment: str) -> None:
+    run = struck(tmp_path, kind, features, f"1:5:{moment}", world=world)
+    check_incident(run, [1])
+
+
 @pytest.mark.parametrize("form", ["with", "decorated"])
 @pytest.mark.parametrize("moment", ["forward", "optimizer_end", "between"])
 def test_the_other_forms_of_a_loop(tmp_path: pathlib.Path, form: str, moment: str) -> None:

@@ -1,6 +1,6 @@
 """The training job of the process tests: small, quick, and full of what a careless recovery gets wrong.
 
-    job.py --out DIR [--kind ddp|fsdp] [--form for|with|decorated] [--steps N] [--features a,b,...] [--strike "rank:step:moment,..."]
+    job.py --out DIR [--kind ddp|fsdp|hsdp] [--form for|with|decorated] [--steps N] [--features a,b,...] [--strike "rank:step:moment,..."]
 
 Each rank writes DIR/digest-<rank>: a digest of every bit of its final state. A *strike* kills (or stops, or breaks) the rank itself at an
 exact moment, once: a marker file in DIR keeps it from happening again in the replay. Moments:
@@ -115,16 +115,20 @@ class Struck(nn.Module):
 
 
 model = Struck(model)
-if args.kind == "fsdp":
+if args.kind in ("fsdp", "hsdp"):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (run.world_size,))
+    if args.kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, run.world_size // 2), mesh_dim_names=("replicate", "shard"))
     for layer in (model.first, model.rest):
         fully_shard(layer, mesh=mesh)
     net = fully_shard(model, mesh=mesh)
 else:
-    net = nn.parallel.DistributedDataParallel(model)
+    net = nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters="unused" in features, static_graph="static" in features, gradient_as_bucket_view="view" in features
+    )
 
 torch.manual_seed(100 + rank)  # dropout differs per rank
 random.seed(rank)
@@ -200,7 +204,7 @@ def body(step: int) -> float:
     for part in range(parts):
         x = source.batch()
         noise = random.random() + (next(stream) if stream is not None else 0.0)
-        sync = part == parts - 1 or args.kind == "fsdp"
+        sync = part == parts - 1 or args.kind != "ddp"
         context = net.no_sync() if not sync else torch.enable_grad()
         with context:
             loss = (net(x + noise) ** 2).mean() / parts
