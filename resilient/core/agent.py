@@ -36,6 +36,7 @@ from resilient.core.messages import (
     Sealed,
     Seat,
     Suspect,
+    WorkerUp,
 )
 from resilient.core.minutes import Minutes
 
@@ -246,12 +247,14 @@ class Agent:
 
     def _on_said(self, event: m.Said, now: float) -> None:
         worker, message = self.crew.workers.get(event.worker), event.message
-        if isinstance(message, Recorded):
-            self._on_recorded(message, share=worker is not None)
-            return
-        if worker is None or not worker.alive or worker.unwanted:
+        if isinstance(message, Recorded) and not event.worker:
+            self._on_recorded(message)
+        elif worker is None or not worker.alive or worker.unwanted:
             self._out.append(m.Tell(worker=event.worker, message=Leave(reason="this worker is not wanted any more")))
-            return
+        else:
+            self._on_message(worker, message, now)
+
+    def _on_message(self, worker: Worker, message: WorkerUp, now: float) -> None:
         match message:
             case Join():
                 worker.joined, worker.any_rank, self._managed = True, message.any_rank, True
@@ -259,6 +262,8 @@ class Agent:
                 if (place := self.crew.place_of(worker)) is not None:
                     place.layout = message
                 self._out.append(m.Allocate(worker=worker.name, layout=message))
+            case Recorded():
+                self._on_recorded(msgspec.structs.replace(message, restart=self.restart))
             case Recall():
                 self._on_recall(worker, message, now)
             case Suspect():
@@ -277,11 +282,13 @@ class Agent:
             case _:
                 assert_never(message)
 
-    def _on_recorded(self, item: Recorded, *, share: bool) -> None:
+    def _on_recorded(self, item: Recorded) -> None:
+        """From a rank that sets up, or from another node with its copies; kept here, and from here on by our peers too."""
+        if item.restart != self.restart or self._minutes.has(item):
+            return
         waiting = self._minutes.add(item)
         if waiting is not None:
-            if share:
-                self._out.append(m.Keep(recorded=item))
+            self._out.append(m.Keep(recorded=item))
             self._out += [m.Tell(worker=name, message=item) for name in waiting]
 
     def _on_recall(self, worker: Worker, message: Recall, now: float) -> None:

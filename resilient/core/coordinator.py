@@ -338,7 +338,7 @@ class Coordinator:
         self.stage, self._began = "seated", now
         self._lack, self._patience = "", NEVER
         self._fruitless += 1
-        self._court.adjourn()
+        self._court.adjourn(worker for workers in seating.put_down.values() for worker in workers)
         plan, incident = seating.plan, self.incident
         if incident is not None:
             incident.decide(plan, seating.reached, now)

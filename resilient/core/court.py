@@ -62,7 +62,8 @@ class Court:
         self.condemned.update(finding.worker for finding in accused)
         return found, accused
 
-    def adjourn(self) -> None:
-        """A round is seated: nobody stands still any more, and who wanted another start has it."""
+    def adjourn(self, put_down: Iterable[str]) -> None:
+        """A round is seated: who was put down never comes back, even if its node has not heard it; nobody stands still any more."""
+        self.condemned.update(put_down)
         self.standstill.found.clear()
         self.again = False

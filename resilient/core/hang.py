@@ -5,8 +5,8 @@ long makes him look again, and only when he has seen the same thing twice does h
 announced (`run.section`), of a worker in a debugger, or after he himself had fallen asleep.
 
 Contract: `Watch.look` is called with every look at one worker and answers None, or once per pause with what was seen. It calls before
-the bound is over: stopped within max(1 s, 1.5 steps); no movement within max(5 s, 3 x the longest pause), or `first_step_timeout_s`
-until the first step of a round is done (a compile, a neighbour that is still warming up).
+the bound is over: stopped within max(1 s, 1.5 steps); no movement within max(5 s, 3 x the longest pause), twice that in
+the first step of a later round, `first_step_timeout_s` in the first step of all (a compile).
 Who of those that do not move is to blame is seen only by the coordinator: culprit.py.
 Rejected: a fixed timeout (10 to 60 minutes elsewhere); one look (a loaded machine makes everybody pause).
 """
@@ -22,6 +22,7 @@ STOPPED_MIN_S: Final = 1.0
 STOPPED_STEPS: Final = 1.5
 STALLED_MIN_S: Final = 5.0
 STALLED_GAPS: Final = 3.0
+REFORMED: Final = 2.0  # in the first step of a round: newcomers are slower, and restoring is awaited (culprit.py)
 EARLY: Final = 0.85  # the bounds are promises to the user: we decide at this part of them, the rest is for looks and reports
 WITNESS_S: Final = 0.25  # between the two looks at a process that does not move
 ASLEEP_S: Final = 1.0  # a watchman who did not look for this long begins anew
@@ -103,8 +104,15 @@ class Watch:
         self._told = True
         return Seen(kind="stopped", since=self._stopped_at, text=f"stopped for {now - self._stopped_at:.2f} s")
 
+    def _bound(self, record: Record) -> float:
+        """How long this worker may stand still. One that has made steps before has no excuse once a new round's state is in place."""
+        usual = max(STALLED_MIN_S, STALLED_GAPS * self.gap_s)
+        if record.committed_s > 0:
+            return usual
+        return REFORMED * usual if record.restored_s > 0 and self.gap_s > 0 else self.first_step_timeout_s
+
     def _stalled(self, record: Record, cpu_s: float, now: float, *, between: bool) -> Seen | None:
-        bound = max(STALLED_MIN_S, STALLED_GAPS * self.gap_s) if record.committed_s > 0 else self.first_step_timeout_s
+        bound = self._bound(record)
         pause = now - self._beat
         if self._told or pause < EARLY * bound - 2 * WITNESS_S:
             return None

@@ -129,7 +129,7 @@ class Said(Msg):
     """A frame from a worker's socket whose token was right. `worker=""`: the vault brings a Recorded back with a Fetch."""
 
     worker: str
-    message: WorkerUp | Refused
+    message: WorkerUp
 
 
 class Assigned(Msg):
@@ -289,7 +289,10 @@ class Allocate(Msg):
 
 
 class Keep(Msg):
-    """The vault copies this to the peers, beside the rank's own state; a peer Fetch of the rank brings it back (see Said)."""
+    """The vault copies this to the peers, beside the rank's own state; a peer Fetch of the rank brings it back (see Said).
+
+    One with a greater `recorded.restart` voids all that was kept of its rank before.
+    """
 
     recorded: Recorded
 

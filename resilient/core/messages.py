@@ -255,6 +255,7 @@ class Recorded(Msg):
     index: int
     key: str  # group, operation, shapes: a newcomer that asks for something else gets a clear error
     payload: bytes
+    restart: int = 0  # which start of the group it belongs to (the agent writes it); an older one is worth nothing
 
 
 class Recall(Msg):

@@ -35,6 +35,11 @@ class Minutes:
         """The group starts again: what was agreed is void."""
         self._ranks.clear()
 
+    def has(self, item: Recorded) -> bool:
+        """Whether this result is kept already."""
+        rank = self._ranks.get(item.rank)
+        return rank is not None and item.index in rank.entries
+
     def add(self, item: Recorded) -> list[str] | None:
         """Keep a result. Returns the workers that wait for it; None if there is no room for it."""
         rank = self._ranks.setdefault(item.rank, _Rank())

@@ -64,24 +64,23 @@ def seat(hall: Hall) -> Seating:
     if homeless:
         return Seating(places=hall.places, homeless=homeless)
     starting = not set(hall.places) <= hall.activated
-    stranded = sorted(r for r in moved if not copies.get(r) and r not in over)
-    again = hall.again or not hall.managed or starting or bool(stranded)
-    if stranded and hall.managed and not starting:
-        why.append(f"rank {stranded[0]} moved and nobody has minutes of its set-up: the group starts again")
-    choice = choose([_account(r, chairs, copies, gone, over, again=again) for r in sorted(places)], hall.committed, hall.poison)
+
+    accounts = [_account(r, chairs, copies, gone, over) for r in sorted(places)]
+    choice = choose(accounts, hall.committed, hall.poison)
+    reached = choice.reached
+    emptied = gone | (over & set(choice.plan.receivers))
+    again = hall.again or not hall.managed or starting
+    if not again and (stranded := _stranded(emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies))):
+        why.append(f"nobody would bring the minutes of the set-up of rank {stranded[0]}: the group starts again")
+        again = True
+    if again:
+        choice = choose([msgspec.structs.replace(a, record=None, finished=False) for a in accounts], hall.committed, hall.poison)
     if choice.error:
         return Seating(places=places, error=choice.error)
     again = again or choice.fresh
     if again:
         kept = {r for r in places if starting and hall.managed and r not in gone and r not in moved and _unseated(chairs[r])}
         emptied = set(places) - kept
-    else:
-        emptied = gone | (over & set(choice.plan.receivers))
-    put_down: dict[str, tuple[str, ...]] = {}
-    for rank in sorted(emptied):
-        if rank in chairs and chairs[rank].worker and rank not in moved:
-            node = places[rank].node
-            put_down[node] = (*put_down.get(node, ()), chairs[rank].worker)
     fetch = _fetches(hall, choice, places, chairs, emptied, copies)
     plan = choice.plan
     if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
@@ -91,9 +90,9 @@ def seat(hall: Hall) -> Seating:
         plan=plan,
         again=again,
         emptied=tuple(sorted(emptied)),
-        put_down=put_down,
+        put_down=_put_down(hall, emptied),
         fetch=fetch,
-        reached=choice.reached,
+        reached=reached,
         why=(choice.why, *why)[:WHY_MAX],
     )
 
@@ -110,6 +109,30 @@ def _sits(chair: Chair | None, condemned: AbstractSet[str]) -> bool:
 
 def _unseated(chair: Chair) -> bool:
     return chair.state in ("starting", "joined") and (chair.record is None or chair.record.round == 0)
+
+
+def _put_down(hall: Hall, emptied: AbstractSet[int]) -> dict[str, tuple[str, ...]]:
+    """Whoever holds a chair that is emptied, or that is not his node's any more (it was silent when the chair moved)."""
+    found: dict[str, list[str]] = {}
+    for node, report in hall.reports.items():
+        for chair in report.chairs:
+            stays = chair.rank in hall.places and hall.places[chair.rank].node == node and chair.rank not in emptied
+            if chair.worker and not stays:
+                found.setdefault(node, []).append(chair.worker)
+    return {node: tuple(workers) for node, workers in found.items()}
+
+
+def _stranded(
+    emptied: AbstractSet[int],
+    chairs: Mapping[int, Chair],
+    copies: Mapping[int, tuple[Copy, ...]],
+    fetch: Mapping[str, tuple[Fetch, ...]],
+) -> list[int]:
+    """Newcomers whose agent has never had the minutes of their set-up, and is brought none: they come with a peer's copies."""
+    newcomers = emptied | {rank for rank, chair in chairs.items() if chair.state in ("starting", "joined")}
+    brought = {f.rank for items in fetch.values() for f in items if f.tier == "peer"}
+    had = {rank for rank, chair in chairs.items() if chair.layout}  # a layout is told after the set-up
+    return sorted(r for r in newcomers - brought - had if not any(c.seated for c in copies.get(r, ())))
 
 
 def _copies(hall: Hall) -> dict[int, tuple[Copy, ...]]:
@@ -163,16 +186,14 @@ def _account(
     copies: Mapping[int, tuple[Copy, ...]],
     gone: AbstractSet[int],
     over: AbstractSet[int],
-    *,
-    again: bool,
 ) -> Account:
     chair = chairs.get(rank)
-    keeps = chair is not None and rank not in gone and not again
+    keeps = chair is not None and rank not in gone
     return Account(
         rank=rank,
         record=chair.record if chair is not None and keeps else None,
         replicated=chair.replicated if chair is not None and chair.layout else _any_replicated(chairs),
-        finished=rank in over and not again,
+        finished=rank in over,
         copies=copies.get(rank, ()),
     )
 

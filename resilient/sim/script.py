@@ -54,6 +54,7 @@ class Script:
         self.beat = self.started = self.world.now
         self.seated: Seated | None = None
         self.recalled = 0
+        self.minutes: set[int] = set()  # rounds in which what was recalled was agreed
         self._set_up = role == "standby"
         self._broken_s = 0.0
         self._act = 0  # a newer act voids everything scheduled before
@@ -101,6 +102,7 @@ class Script:
                     self.completed = self.entered
             case Recorded():
                 self.recalled += 1
+                self.minutes.add(int(message.payload))
                 self._recall()
             case Leave():
                 self._then(0.001, lambda: self.exit(0))
@@ -234,16 +236,19 @@ class Script:
         self.round = self.seated.round
         self.marks = [self._broken_s, self.world.now, 0.0, 0.0]
         if self._set_up:
+            agreed = {self.world.set_up.get(self.rank)}
+            self.world.check(not self.minutes or self.minutes == agreed, f"{self.name} was told the minutes of another start")
             self._restore()
         else:
             self._then(self.world.spec.setup_s, lambda: self._meet("setup 0", lambda: self._recorded(0)))
 
     def _recorded(self, index: int) -> None:
-        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=b"x"))
+        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=str(self.round).encode()))
         if index + 1 < SETUP_COLLECTIVES:
             self._meet(f"setup {index + 1}", lambda: self._recorded(index + 1))
         else:
             self._set_up = True
+            self.world.set_up[self.rank] = self.round
             self.host.said(self, self._layout())
             self._restore()
 

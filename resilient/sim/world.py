@@ -160,7 +160,7 @@ class Host:
                 segments = Segments(rank=action.layout.rank, own="/own", own_bytes=1, slots=(), snapshot_bytes=0)
                 return [Allocated(worker=action.worker, segments=segments)]
             case Keep():
-                self.minutes.setdefault(action.recorded.rank, {})[action.recorded.index] = action.recorded
+                self._keep(action.recorded)
             case VaultDo():
                 self._obey(action)
             case Finished():
@@ -209,6 +209,13 @@ class Host:
 
     # ------------------------------------------------------------------ the vault
 
+    def _keep(self, item: Recorded) -> None:
+        kept = self.minutes.setdefault(item.rank, {})
+        if any(old.restart < item.restart for old in kept.values()):
+            kept.clear()
+        if all(old.restart == item.restart for old in kept.values()):
+            kept[item.index] = item
+
     def know(self, **changes: object) -> None:
         """The vault knows something new."""
         fields = {f: getattr(self.vault, f) for f in self.vault.__struct_fields__}
@@ -232,7 +239,8 @@ class Host:
         if self.dead:
             return
         self.held[rank] = copy
-        self.minutes.setdefault(rank, {}).update(minutes)
+        for item in minutes.values():
+            self._keep(item)
         holdings = tuple(
             Holding(rank=r, own_step=max(s.own, default=NONE), own_steps=tuple(s.own), gate_step=s.gate, snapshots=tuple(s.snapshots))
             for r, s in sorted(self.held.items())
@@ -270,7 +278,7 @@ class Host:
                 error = "no such copy"
             else:
                 here.own, here.gate, here.snapshots = list(held.own), held.gate, list(held.snapshots)
-                for item in source.minutes.get(fetch.rank, {}).values():
+                for item in list(source.minutes.get(fetch.rank, {}).values()):
                     self.step(Said(worker="", message=item))
         if error:
             refused = Refused(tier=fetch.tier, step=fetch.step, rank=fetch.rank, reason=error)
@@ -293,6 +301,7 @@ class World:
         self.loss = spec.loss
         self.stored, self.damaged = set(spec.stored), set[int]()
         self.ranks = range(spec.nodes * spec.slots)
+        self.set_up: dict[int, int] = {}  # rank -> round in which it was last set up
         self.invariants = Invariants(self)
         self.trace = Trace()
         self._meetings: dict[tuple[int, str], dict[Script, Callable[[float], None]]] = {}

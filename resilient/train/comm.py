@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ARRIVE_TIMEOUT: Final = timedelta(hours=2)  # a newcomer's set-up may be long; a newer round ends the wait at once
 CONNECT_TIMEOUT: Final = timedelta(seconds=30)  # everybody has arrived: only connections are still to be made
+GRACE_S: Final = 5.0  # between the end of a round and the end of its groups
 PAGE_SLOTS: Final = 128  # counters in the page; the last one is shared by all further groups
 
 
@@ -341,6 +342,8 @@ class Comm:
         for build in builds:
             build.cancel()
             build.join(timeout=5.0)
+        time.sleep(0.05)  # see _drop; nothing is in flight at the end of a script but what its author forgot
+        for build in builds:
             build.inners.clear()
         for group in self.groups:
             group.inner = None
@@ -348,7 +351,12 @@ class Comm:
 
 
 def _drop(inners: list[Inner], build: Build | None) -> None:
-    """Let go of a round that is over."""
+    """Let go of a round that is over, once gloo's threads have let go of the last tensors.
+
+    gloo's destructor joins its threads and is called with the GIL held; a thread that is about to free a tensor of ours wants the GIL. The
+    operations have all failed when the round was cut, so what is left takes them microseconds; they are given seconds.
+    """
+    time.sleep(GRACE_S)
     if build is not None:
         build.cancel()
         build.inners.clear()

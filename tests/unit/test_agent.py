@@ -238,7 +238,9 @@ def test_set_up_results_are_kept_shared_and_given(stage):
     late = Recorded(rank=0, index=1, key="seed", payload=b"2")
     done = stage(m.Said(worker="", message=late))  # with a Fetch
     assert told(done, Recorded)["n0.2"] == late
-    assert not of(done, m.Keep)
+    assert of(done, m.Keep), "our peers are others than those of the node that it came from"
+    assert not of(stage(m.Said(worker="", message=late)), m.Keep)
+    assert not of(stage(m.Said(worker="", message=Recorded(rank=0, index=2, key="k", payload=b"", restart=1))), m.Keep), "of another start"
 
 
 def test_a_set_up_too_large_to_keep_is_refused_clearly(stage, monkeypatch):

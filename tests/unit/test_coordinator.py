@@ -140,6 +140,23 @@ def test_a_dead_rank_makes_one_round(house):
     assert house.coordinator.state == "running"
 
 
+def test_who_was_put_down_never_comes_back_even_if_its_node_has_not_heard_it():
+    house = House()
+    house.report()
+    setting_up = {"phase": "setup", "state": "joined", "committed": 0.0}
+    house.report(chairs=chairs(round=0, dead=(1,), **setting_up), fenced=1)
+    house(Tick(), 0.3)
+    assert (house.coordinator.round.number, house.at().put_down) == (2, ("w1",)), "w0 waits for its first seat and may stay"
+    house = House()
+    house.report()
+    house.report(chairs=chairs(round=1, dead=(1,), **setting_up), fenced=1)
+    house(Tick(), 0.3)
+    assert house.at().put_down == ("w0", "w1")
+    house.report(chairs=chairs(round=0, **setting_up), fenced=2, round=1)
+    house(Tick(), 0.3)
+    assert (house.coordinator.round.number, house.at().put_down) == (3, ("w0", "w1")), "the old ones, still"
+
+
 def test_deaths_that_are_close_together_make_one_round(house):
     kill(house)
     faults = tuple(Finding(seq=n, kind="exit", rank=n - 1, worker=f"w{n - 1}", round=1, exit_code=-9) for n in (1, 2))

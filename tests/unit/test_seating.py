@@ -60,6 +60,22 @@ def test_a_moved_shard_is_fetched_from_its_holder():
     assert sheet.places[1].node == "n2", "the holder has room"
 
 
+def test_a_newcomer_without_the_minutes_of_its_set_up_makes_the_group_start_again():
+    shard = {"replicated": False, "own_steps": (), "own_step": -1}
+    places = {rank: Place(node=f"n{rank}", local_rank=0, why="") for rank in range(2)}
+    restarted = hall(report("n0", chair(0, **shard)), report("n1"), ranks=places, committed=frozenset({3}))
+    sheet = seat(restarted)
+    assert (sheet.again, sheet.plan.tier, sheet.emptied, sheet.put_down) == (True, "persistent", (0, 1), {"n0": ("w0",)})
+    assert "minutes" in " ".join(sheet.why)
+
+
+def test_a_node_that_comes_back_gives_up_the_workers_of_chairs_that_have_moved():
+    places = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n2", local_rank=0, why="")}
+    held = Holding(rank=1, own_step=5, own_steps=(4, 5))
+    sheet = seat(hall(report("n0", chair(0), holdings=(held,)), report("n1", chair(1, step=3)), ranks=places))
+    assert (sheet.places[1].node, sheet.put_down) == ("n1", {"n1": ("w1",)})
+
+
 def test_no_room_is_said():
     ranks = {
         0: Place(node="n0", local_rank=0, why=""),
