@@ -28,12 +28,12 @@ def blame(chairs: Iterable[Chair], stalled: Collection[int]) -> Blame:
     """Who is to blame when the ranks `stalled` do not move."""
     chairs = tuple(chairs)
     active = [(c.rank, c.record) for c in chairs if c.state == "active" and c.record is not None]
-    late = [c.rank for c in chairs if c.state in ("starting", "joined") or (c.record is not None and c.record.torn)]
-    if late:
-        return Blame(wait=True, why=f"rank {late[0]} is not in place yet, the others wait for it")
     outside = tuple(rank for rank, record in active if rank in stalled and record.entered == record.completed)
     if outside:
         return Blame(ranks=outside, why="did not arrive in the collective that the others wait in")
+    late = [c.rank for c in chairs if c.state in ("starting", "joined")]
+    if late:
+        return Blame(wait=True, why=f"rank {late[0]} is not in place yet, the others wait for it")
     sections = [rank for rank, record in active if record.section]
     if sections:
         return Blame(wait=True, why=f"rank {sections[0]} is in a section, the others wait for it")

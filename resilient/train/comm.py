@@ -30,7 +30,7 @@ from resilient.train.group import _ECHO, Group, Held, Operation
 from resilient.train.inner import Inner, tcp_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from resilient.core.messages import Seated
     from resilient.train.recorder import Recorder
@@ -244,6 +244,22 @@ class Comm:
         finally:
             self._leave(group)
 
+    def beat(self) -> None:
+        """This process is alive and waits for something that is not a collective."""
+        if self._page is not None:
+            self._page.beat()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Copying or checking much state: not a hang, as in a section of the user's."""
+        if self._page is not None:
+            self._page.section(1)
+        try:
+            yield
+        finally:
+            if self._page is not None:
+                self._page.section(0)
+
     def left(self, group: Group) -> None:
         """An operation ended, well or not."""
         self._leave(group)
@@ -301,6 +317,7 @@ class Comm:
         if build is None or build.round != seated.round:
             return False
         while not build.ready.wait(0.02):
+            self.beat()  # waiting for a newcomer is no hang
             if superseded():
                 return False
         if build.error or superseded():

@@ -67,7 +67,9 @@ class Desk:
         with self._news:
             while self._seated is None or self._seated.round <= round_:
                 self._check_open()
-                self._news.wait(1.0)
+                self._news.wait(0.5)
+                if self.comm is not None:
+                    self.comm.beat()  # waiting for the coordinator's word is no hang of ours
             return self._seated
 
     def latest(self) -> Seated:

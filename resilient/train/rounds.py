@@ -102,7 +102,8 @@ class Rounds:
             self._check_first_step(seated)
             restore.give(self.comm, self.tracked, plan)
         if self.comm.rank in plan.receivers:
-            self._receive(seated, plan)
+            with self.comm.quiet():
+                self._receive(seated, plan)
         elif plan.step not in (NONE, self.ledger.step) and self.ledger.step != NONE:
             self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
         if self.ledger.step == NONE:

@@ -14,7 +14,8 @@ def chair(rank, state="active", step=5, phase="running", round=1, **more):
 
 
 def report(node, *chairs, **more):
-    return Report(run="r", node=node, boot=1, seq=1, slots=2, host=node, data_port=7, round=1, chairs=chairs, **more)
+    facts = {"slots": 2, "host": node, "data_port": 7, "round": 1, **more}
+    return Report(run="r", node=node, boot=1, seq=1, chairs=chairs, **facts)
 
 
 def hall(*reports, ranks=None, **more):
@@ -72,7 +73,7 @@ def test_a_newcomer_without_the_minutes_of_its_set_up_makes_the_group_start_agai
 def test_a_node_that_comes_back_gives_up_the_workers_of_chairs_that_have_moved():
     places = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n2", local_rank=0, why="")}
     held = Holding(rank=1, own_step=5, own_steps=(4, 5))
-    sheet = seat(hall(report("n0", chair(0), holdings=(held,)), report("n1", chair(1, step=3)), ranks=places))
+    sheet = seat(hall(report("n0", chair(0), holdings=(held,), slots=1), report("n1", chair(1, step=3)), ranks=places))
     assert (sheet.places[1].node, sheet.put_down) == ("n1", {"n1": ("w1",)})
 
 
