@@ -64,7 +64,7 @@ class Build(threading.Thread):
         """The thread."""
         try:
             self._build()
-        except RuntimeError as error:  # DistStoreError, DistNetworkError and gloo's own are RuntimeErrors
+        except (RuntimeError, OSError, ValueError) as error:  # torch's own are RuntimeErrors; no descriptors left; bytes that are no ports
             self.error = str(error) or type(error).__name__
         finally:
             self.ready.set()
@@ -198,7 +198,7 @@ class Comm:
                 return self._done(group, op)
             return Held(group, op, inner, work)
         elif op.looped:
-            op.fill()
+            self._fill(op)
         else:
             self._leave(group)
             raise self._aborted(op.key)
@@ -216,8 +216,13 @@ class Comm:
             self._suspect(round_, f"{op.key}: {str(error).splitlines()[0][:300]}")
         if not op.looped:
             return self._aborted(op.key)
-        op.fill()
+        self._fill(op)
         return None
+
+    def _fill(self, op: Operation) -> None:
+        """Loopback in a broken round."""
+        self._scope.spoiled = self._scope.spoiled or self._scope.open
+        op.fill()
 
     def vote(self, tensor: Any) -> None:
         """In-place maximum of `tensor` over all ranks, on the control group. Raises RoundAborted."""
@@ -298,12 +303,11 @@ class Comm:
 
     def prepare(self, seated: Seated) -> None:
         """Begin to make the groups of a newer round. Any thread."""
-        with self._lock:
+        with self._lock:  # reentrant: two threads must not both begin, each member arrives once
             newest = max(self.round, self._next.round if self._next else 0)
             if seated.round <= newest:
                 return
-        self.fence(seated.round - 1)
-        with self._lock:
+            self.fence(seated.round - 1)
             self._next = Build(seated, [g for g in self.groups if g.size() > 1], self._timeout)
 
     def join(self, seated: Seated, superseded: Callable[[], bool]) -> bool:

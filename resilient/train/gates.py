@@ -41,7 +41,11 @@ class Gates:
 
         @functools.wraps(call)  # with its attributes: lr_scheduler leaves a mark on optimizer.step and looks for it
         def gate(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs) if self._passes() else None
+            if not self._passes():
+                return None
+            result = call(*args, **kwargs)
+            self._check_unspoiled()  # a closure may have run forward and backward in there
+            return result
 
         return gate
 
@@ -51,4 +55,11 @@ class Gates:
             return True
         if not scope.gated:
             scope.open = self._loop.gate()
+        self._check_unspoiled()
         return scope.open
+
+    def _check_unspoiled(self) -> None:
+        """The round broke between two gates of one step: what the first one let through cannot be taken back here."""
+        loop = self._loop
+        if loop.scope.active and loop.scope.spoiled and loop.scope.open and not loop.warming:
+            loop.rounds.leave(f"step {loop.ledger.step}: the round broke between two of its optimizers")

@@ -118,7 +118,8 @@ class Held(dist.Work):
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._done or self._work.is_completed()
+        work = self._work  # the waiter thread may let go of it at any moment
+        return self._done or work is None or bool(work.is_completed())
 
     def is_success(self) -> bool:
         """Whether it ended well."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
 WARMUP_MIN: Final = 2
 COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
+_IN_BODY, _AT_BOUNDARY = b"g", b"b"  # first byte of an own state sealed at a gate: which one it was
 SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
 
 
@@ -74,15 +75,24 @@ class Loop:
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
         self._late: list[Callable[[], Any]] = []  # of the step before, which may yet be rolled back
         self.committers: list[Callable[[], None]] = []  # replayable iterators
+        self.calls = 0  # of a function decorated with @resilient.step that are complete
         self.gates = Gates(self)
         self._own = b""
         self._versions: list[int] = []
-        self._had_grads: list[bool] = []
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the body of a repeated step may change and must not
+        self._gate_own = b""  # to be loaded at the boundary of the step that is repeated
 
     @property
     def sound(self) -> bool:
         """Whether what this step computes will count, as far as is known here."""
-        return not (self.warming or self.rounds.repeating or self.broken)
+        if self.warming or self.rounds.repeating or self.scope.spoiled:
+            return False
+        return (self.scope.active and self.scope.open) or not self.broken  # past an open gate a step commits, whatever breaks
+
+    @property
+    def undo_needed(self) -> bool:
+        """Whether only a snapshot of every step can put back what a broken one may leave."""
+        return self.tracked.undo_needed or self.scope.late_backward
 
     @property
     def broken(self) -> bool:
@@ -132,10 +142,11 @@ class Loop:
     def _begin(self, step: int) -> None:
         self.scope.enter()
         self.page.beat()
+        if self.rounds.repeating:  # shared state is that of the end of this step already
+            self._kept = [(tensor, tensor.detach().clone()) for tensor in self.tracked.by_hand()]
         if self.warming or self.rounds.repeating:
             return
         self._versions = self.tracked.versions()
-        self._had_grads = [param.grad is not None for param in self.tracked.parameters()]
         self._own = self.tracked.own()
         self.tier0.own_start(step, self.ledger.round, self._own)
         self.ledger.write("running")
@@ -149,6 +160,7 @@ class Loop:
             self.warming -= 1
             if self.desk.newest and self.warming <= WARMUP_STEPS - WARMUP_MIN:
                 self.warming = 0  # a chair waits for this newcomer
+            self.tracked.forget_warmup()
             if self.warming:
                 return False
             if self.desk.standby:
@@ -158,7 +170,9 @@ class Loop:
                 self._start()
             return False
         if not self.scope.gated:
-            self.scope.open = self.gate()
+            self.scope.open = self.gate(boundary=True)
+        elif self.rounds.repeating and self._gate_own:
+            self.tracked.load_own(self._gate_own)
         self.scope.leave()
         if self.rounds.repeating:
             self._repeated()
@@ -186,18 +200,28 @@ class Loop:
         In a sound one all ranks are expected to leave; nobody waits for the others, for they may be in a collective that never ends.
         """
         self.over = True
-        if self.scope.active and self.broken and not self.scope.open and not self.warming:
+        if self.warming or self.rounds.repeating:
+            self.rounds.leave("the script left its loop before this process had taken its chair")
+        if self.scope.active and self.broken and not self.scope.open:
             self.rounds.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
+        if self.scope.active and self.scope.open:  # it voted: the step commits on every rank
+            self.scope.leave()
+            self.ledger.committed(self.ledger.step + 1)
+            self._publish()
+            self._settled()
 
     # ------------------------------------------------------------------ gate and vote
 
-    def gate(self) -> bool:
-        """The first gate of the step: whether the optimizers may run. Blocks for the vote, or for the coordinator's word."""
+    def gate(self, *, boundary: bool = False) -> bool:
+        """The first gate of the step: whether the optimizers may run. Blocks for the vote, or for the coordinator's word.
+
+        boundary: the body is over and no gate was met in it (GradScaler found an overflow, say).
+        """
         self.scope.gated = True
         if self.warming:
             return True
         if self.rounds.repeating:
-            self._load_gate()
+            self._load_gate(boundary=boundary)
             return False
         if self.broken:
             return False
@@ -205,7 +229,7 @@ class Loop:
             torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
         step, round_ = self.ledger.step, self.ledger.round
         self._await_copies(step)
-        self.tier0.own_gate(step + 1, round_, self.tracked.own())
+        self.tier0.own_gate(step + 1, round_, (_AT_BOUNDARY if boundary else _IN_BODY) + self.tracked.own())
         self.ledger.write("voted")
         wish = torch.tensor([int(self._wants_snapshot())], dtype=torch.int32)
         try:
@@ -219,7 +243,7 @@ class Loop:
         self._settled()
         return True
 
-    def _load_gate(self) -> None:
+    def _load_gate(self, *, boundary: bool) -> None:
         """What the predecessor's own state was at this gate, if that is known: where its node is lost the copy may be missing.
 
         Then the own state that the repeat has computed stands; of it, only module buffers may depend on the parameters, which are a step
@@ -232,7 +256,11 @@ class Loop:
                 text = f"module buffers of step {self.ledger.step + 1} were computed again, not copied"
                 sys.stderr.write(f"resilient: rank {self.comm.rank}: {text}\n")
             return
-        self.tracked.load_own(own)
+        where, own = own[:1], own[1:]
+        if where == _AT_BOUNDARY and not boundary:
+            self._gate_own = own  # the predecessor met its gate only there: what comes until then happens once more, and does not count
+        else:
+            self.tracked.load_own(own)
 
     def _await_copies(self, step: int) -> None:
         """Where copies go to another node they lag by one step at most, so that the loss of this node loses nothing.
@@ -250,15 +278,14 @@ class Loop:
         """
         while True:
             seated = self.desk.seat_after(round_)
-            if seated.plan.step != step + 1:
-                return False
-            self.ledger.write("committing")
+            commits = seated.plan.step == step + 1
+            self.ledger.write("committing" if commits else "running")
             if self.page.fence() < seated.round:
-                return True
+                return commits
             round_ = seated.round
 
     def _wants_snapshot(self) -> bool:
-        if self.tracked.undo_needed:
+        if self.undo_needed:
             return True
         return self.comm.rank == 0 and time.monotonic() - self.tier0.taken_s > self.tier0.cost_s / SNAPSHOT_SHARE
 
@@ -267,7 +294,7 @@ class Loop:
     def _commit(self) -> None:
         step = self.ledger.step + 1
         due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
-        if self.scope.snapshot or due or self.tracked.undo_needed:
+        if self.scope.snapshot or due or self.undo_needed:
             self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
         self.ledger.committed(step)
         self._publish()
@@ -286,7 +313,7 @@ class Loop:
         if self.pending:
             effects.insert(0, functools.partial(self._mark, self.ledger.step, self.pending))
             self.pending = {}
-        if self.tracked.undo_needed:
+        if self.undo_needed:
             self._late = effects
         else:
             _run(effects)
@@ -304,27 +331,27 @@ class Loop:
         if not wrappers.settled(self.tracked):
             self.rounds.leave(f"step {self.ledger.step}: FSDP's modules cannot be reset after a forward without backward")
         self.pending, self.effects = {}, []
+        self.tracked.forget_scales()
         self.tracked.load_own(self._own)
-        for param, had in zip(self.tracked.parameters(), self._had_grads, strict=True):
-            if not had:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad.zero_()
         if self.tracked.versions() != self._versions:
             self.ledger.write("running", torn=True)
         self._recover()
 
     def _repeated(self) -> None:
         self.rounds.repeating = False
+        with torch.no_grad():
+            for tensor, value in self._kept:
+                tensor.copy_(value)
+        self._kept, self._gate_own = [], b""
         self.comm.solo = False
         self.pending, self.effects = {}, []
-        for param in self.tracked.parameters():
-            param.grad = None
+        self.tracked.forget_warmup()
         self.ledger.step += 1
         self._own = self.tracked.own()
         self.tier0.own_start(self.ledger.step, self.ledger.round, self._own)
         self.ledger.restored()
-        if self.tracked.undo_needed:
+        due = self.checkpoint_every > 0 and self.ledger.step % self.checkpoint_every == 0
+        if self.undo_needed or due:
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
         if self.broken:
             self._recover()
@@ -373,7 +400,13 @@ class Loop:
         if self.warming:
             self.rounds.leave("a standby's script ended before its warm-up did")
         while not self.over:
+            self.check_calls()
             self.finish()
+
+    def check_calls(self, number: int | None = None) -> None:
+        """A loop that owns its counter cannot go back with the run: it begins anew in another process. number: of the call under way."""
+        if self.ledger.step < (self.calls if number is None else number):
+            self.rounds.leave(f"step {self.ledger.step}: the run went back, and the script's own loop is further")
 
 
 

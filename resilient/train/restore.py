@@ -32,8 +32,8 @@ PACK_BYTES: Final = 1 << 20
 _TAG: Final = 7
 
 
-def give(comm: Comm, tracked: Tracked, plan: Plan) -> None:
-    """Send shared state to the receivers that fall to this rank, if any."""
+def give(comm: Comm, tracked: Tracked, plan: Plan, step: int) -> None:
+    """Send shared state, that of `step`, to the receivers that fall to this rank, if any."""
     if comm.rank not in plan.sources or comm.rank in plan.receivers:
         return
     mine = [to for i, to in enumerate(plan.receivers) if plan.sources[i % len(plan.sources)] == comm.rank]
@@ -41,7 +41,7 @@ def give(comm: Comm, tracked: Tracked, plan: Plan) -> None:
         return
     layout, _ = tracked.layout()
     for to in mine:
-        head = torch.tensor([plan.step, len(layout)], dtype=torch.int64)
+        head = torch.tensor([step, len(layout)], dtype=torch.int64)
         _send(comm, [head], to)
         _send(comm, [torch.frombuffer(bytearray(layout), dtype=torch.uint8)], to)
         _send(comm, [_packed(items) for items in _batches(tracked.shared())], to)

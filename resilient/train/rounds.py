@@ -37,6 +37,7 @@ class Rounds:
         """The parts of one worker."""
         self.comm, self.desk, self.ledger, self.tracked, self.tier0 = comm, desk, ledger, tracked, tier0
         self.warmed = desk.standby  # steps were made in loopback: the script's initial state is gone
+        self.own = b""  # own state that was put in place last
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
 
     def seat(self) -> None:
@@ -98,9 +99,11 @@ class Rounds:
             if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
                 self.leave("the run starts again from nothing, and this standby has made steps")
             self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
+        self._check_first_step(seated)
         if plan.tier == "live":
-            self._check_first_step(seated)
-            restore.give(self.comm, self.tracked, plan)
+            if self.ledger.phase != "setup" and self.ledger.step != plan.step:  # checked before anything is given or taken
+                self.leave(f"round {seated.round} begins live at step {plan.step}, this rank holds {self.ledger.step}")
+            restore.give(self.comm, self.tracked, plan, self.ledger.step)
         if self.comm.rank in plan.receivers:
             with self.comm.quiet():
                 self._receive(seated, plan)
@@ -113,7 +116,7 @@ class Rounds:
 
     def _check_first_step(self, seated: Seated) -> None:
         """The first step of all cannot be replayed with a newcomer under DDP: it has its buckets in the order of the later ones."""
-        if seated.plan.step == 0 and any(True for _ in wrappers.replicas(self.tracked)):
+        if seated.plan.step == 0 and seated.plan.tier != "none" and any(True for _ in wrappers.replicas(self.tracked)):
             error = SnapshotMismatch("the first step under DDP is not replayed with a newcomer: its buckets differ; all begin again")
             self.desk.send(restore.refusal(seated.plan, self.comm.rank, error))
             self._ask_again(seated, str(error))
@@ -127,7 +130,8 @@ class Rounds:
                 restore.take(self.comm, self.tracked, plan)
                 if newcomer:
                     again = self.comm.rank in plan.repeat
-                    self.tracked.load_own(self.tier0.read_start(plan.step - again))
+                    self.own = self.tier0.read_start(plan.step - again)
+                    self.tracked.load_own(self.own)
                     self.ledger.step = plan.step - again
                     self.repeating = self.comm.solo = again
             else:
@@ -144,6 +148,8 @@ class Rounds:
         with self.tier0.reading(plan.step, seated.snapshot) as slot:
             found = slot.read(rank=self.comm.rank, step=plan.step)
             restore.load(self.tracked, found, slot.where)
+            self.own = found.own
+        self.tier0.forget_after(plan.step)
 
     def leave(self, why: str) -> NoReturn:
         """End this process, for a reason that is nobody's fault; a newcomer takes its chair."""

@@ -122,6 +122,9 @@ class Run:
                 self.publish()
                 number += 1
             return
+        if self.loop.over:
+            msg = "run.steps: the run's loop is over; a run has one"
+            raise UsageError(msg)
         self.loop.open()
         while True:
             step = self.loop.next_step(total)

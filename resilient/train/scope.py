@@ -31,6 +31,8 @@ class Scope:
         self.open = False  # ... and the vote passed
         self.snapshot = False  # ... and it asked for a snapshot at the boundary
         self.backward = False  # a collective was launched by this step's backward
+        self.late_backward = False  # ... after the first gate: steps of this script are not atomic (two optimizers in turn, closures)
+        self.spoiled = False  # an operation after an open gate was completed in loopback: no optimizer may use what follows from it
         self.forward_depth = 0
         self.forwards = 0  # outermost forwards begun with gradients on, and backwards seen: see train/wrappers.py
         self._hooked: set[int] = set()
@@ -38,7 +40,7 @@ class Scope:
     def enter(self) -> None:
         """A step's body begins."""
         self.active = True
-        self.gated = self.open = self.snapshot = self.backward = False
+        self.gated = self.open = self.snapshot = self.backward = self.spoiled = False
         self.forward_depth = self.forwards = 0
 
     def leave(self) -> None:
@@ -52,6 +54,7 @@ class Scope:
             return False
         if torch._C._current_graph_task_id() != -1:  # noqa: SLF001  there is no public way to ask "inside backward?"
             self.backward = True
+            self.late_backward = self.late_backward or self.open
             return True
         if self.forward_depth > 0:
             return True

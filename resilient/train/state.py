@@ -20,9 +20,7 @@ Contract: tensors are taken by reference, in a fixed order (`shared`). Own state
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +36,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from resilient.checkpoint import capture, codec
 from resilient.errors import SnapshotMismatch, UsageError
+from resilient.train import rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_RNG, _GRADS = " rng", " grads"  # in own state, beside the names given to `track`: no keyword can be called so
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Tracked:
         self.optimizers: dict[str, Optimizer] = {}
         self.others: dict[str, Any] = {}
         self._items: list[Item] | None = None
+        self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
         self._count = 0
 
     def add(self, name: str, thing: Any) -> None:
@@ -103,7 +106,7 @@ class Tracked:
         return self._items
 
     def _walk(self) -> Iterator[Item]:
-        seen: dict[int, str] = {}
+        seen = self._keys = {}
         for name, module in self.modules.items():
             for fqn, param in module.named_parameters():
                 if id(param) not in seen:
@@ -129,7 +132,7 @@ class Tracked:
     @property
     def replicated(self) -> bool:
         """Whether every rank holds the same shared state: what an optimizer moves is wrapped by DDP over all ranks."""
-        wrapped = [m for m in self.modules.values() if isinstance(m, DistributedDataParallel)]
+        wrapped = [m for root in self.modules.values() for m in root.modules() if isinstance(m, DistributedDataParallel)]
         if not wrapped or any(m.process_group.size() != torch.distributed.get_world_size() for m in wrapped):
             return False
         if torch.distributed.get_world_size() == 1:
@@ -140,19 +143,18 @@ class Tracked:
     @property
     def undo_needed(self) -> bool:
         """Whether a broken step may leave shared state that only a snapshot of every step can put back."""
-        moved = {id(p) for opt in self.optimizers.values() for g in opt.param_groups for p in g["params"]}
-        by_hand = any(
-            id(p) not in moved and p.requires_grad is False
-            for module in self.modules.values()
-            if not gated(module)
-            for p in module.parameters()
-        )
-        return not self.replicated or len(self.optimizers) > 1 or by_hand
+        return not self.replicated or len(self.optimizers) > 1 or bool(self.by_hand())
 
     @property
     def has_buffers(self) -> bool:
         """Whether modules have buffers that are own state (BatchNorm's statistics)."""
         return any(True for module in self.modules.values() if not gated(module) for _ in _persistent_buffers(module))
+
+    def by_hand(self) -> list[Tensor]:
+        """Shared tensors that no optimizer and no gate moves: an EMA that the body updates itself, frozen layers."""
+        moved = {id(p) for p in self.parameters()}
+        modules = [module for module in self.modules.values() if not gated(module)]
+        return [p for m in modules for p in m.parameters() if id(p) not in moved and not p.requires_grad]
 
     def versions(self) -> list[int]:
         """Version counters of the shared tensors: equal lists mean that nobody wrote to them in between."""
@@ -162,12 +164,38 @@ class Tracked:
         """Parameters that optimizers move."""
         return [p for opt in self.optimizers.values() for group in opt.param_groups for p in group["params"]]
 
-    def prime(self) -> None:
-        """Bring lazily made optimizer state into being (its values are about to be overwritten), so that copies fit."""
-        for optimizer in self.optimizers.values():
-            params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            if not params or optimizer.state:
+    def trained(self) -> list[nn.Parameter]:
+        """Every parameter that may get a gradient: of tracked modules, and those only optimizers know; in an order equal on all ranks."""
+        found = {id(p): p for module in self.modules.values() for p in module.parameters() if p.requires_grad}
+        found.update({id(p): p for p in self.parameters()})
+        return list(found.values())
+
+    def forget_warmup(self) -> None:
+        """What a step in loopback leaves behind besides state: gradients."""
+        for param in self.trained():
+            param.grad = None
+        self.forget_scales()
+
+    def forget_scales(self) -> None:
+        """A GradScaler remembers within a step what it has unscaled; the step is over."""
+        for thing in self.others.values():
+            if isinstance(thing, torch.amp.GradScaler):
+                thing._per_optimizer_states.clear()  # noqa: SLF001  update() does the same, and a step may end before it
+
+    def prime(self, wanted: set[str] | None = None) -> None:
+        """Bring lazily made optimizer state into being (its values are about to be overwritten), so that copies fit.
+
+        wanted: keys of `shared` that should exist afterwards; None = of every parameter.
+        """
+        for name, optimizer in self.optimizers.items():
+            every = [p for group in optimizer.param_groups for p in group["params"]]
+            heads = {id(p): f"{name}.state.{self._keys.get(id(p), '')}." for p in every}
+            params = [p for p in every if p not in optimizer.state and _wanted(p, heads[id(p)], wanted)]
+            if not params:
                 continue
+            held = [(p, p.grad) for p in every]
+            for param in every:
+                param.grad = None
             rates = [group["lr"] for group in optimizer.param_groups]
             for param in params:
                 param.grad = torch.zeros_like(param)
@@ -176,8 +204,8 @@ class Tracked:
             type(optimizer).step(optimizer)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            for param in params:
-                param.grad = None
+            for param, grad in held:
+                param.grad = grad
         self._items = None
 
     def expected_bytes(self) -> int:
@@ -207,7 +235,7 @@ class Tracked:
         rows = msgspec.msgpack.decode(layout)
         wanted = {row[0] for row in rows}
         if wanted - {item.key for item in self.shared()}:
-            self.prime()
+            self.prime(wanted)
         for item in self.shared():
             if item.key not in wanted and item.owner is not None:
                 optimizer, param = item.owner
@@ -226,7 +254,7 @@ class Tracked:
 
     def own(self) -> bytes:
         """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
-        tree: dict[str, Any] = {"rng": _rng_state()}
+        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: [i for i, p in enumerate(self.trained()) if p.grad is not None]}
         for name, module in self.modules.items():
             if not gated(module):
                 tree[name] = dict(_persistent_buffers(module))
@@ -239,7 +267,7 @@ class Tracked:
     def load_own(self, encoded: bytes) -> None:
         """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
         tree = codec.decode(encoded, leaf=_unleaf)
-        wanted = {"rng", *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        wanted = {_RNG, _GRADS, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
         if set(tree) != wanted:
             msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
             raise SnapshotMismatch(msg)
@@ -254,21 +282,39 @@ class Tracked:
                 thing.set_state(tree[name])
             else:
                 thing.load_state_dict(tree[name])
-        _load_rng(tree["rng"])  # last: a load_state_dict may have drawn numbers
+        present = set(tree[_GRADS])
+        for index, param in enumerate(self.trained()):
+            if index not in present:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
+            else:
+                param.grad = torch.zeros_like(param)  # an optimizer moves a parameter whose gradient is zero, and skips one without
+        rng.put(tree[_RNG])  # last: a load_state_dict may have drawn numbers
 
 
 def _state_shape(optimizer: Optimizer, group: dict[str, Any]) -> tuple[int, int]:
     """(tensors shaped like the parameter, other tensors) that this optimizer keeps per parameter."""
-    tiny = nn.Parameter(torch.zeros(2, 2))
-    tiny.grad = torch.zeros(2, 2)
+    device = group["params"][0].device
+    tiny = nn.Parameter(torch.zeros(2, 2, device=device))
+    tiny.grad = torch.zeros(2, 2, device=device)
     rest = {key: value for key, value in group.items() if key != "params"}
     twin = copy.copy(optimizer)
     twin.state, twin.param_groups = defaultdict(dict), [{"params": [tiny], **rest}]
-    with torch.random.fork_rng(devices=[]):
-        type(optimizer).step(twin)
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()  # noqa: SLF001  the user's
+    try:
+        with torch.random.fork_rng(devices=[]):
+            type(optimizer).step(twin)
+    except (TypeError, RuntimeError):  # one that wants a closure, or sparse gradients: Adam's size; tier0 grows if that is too little
+        return 2, 1
     tensors = [value for value in twin.state[tiny].values() if isinstance(value, Tensor)]
     like = sum(value.shape == tiny.shape for value in tensors)
     return like, len(tensors) - like
+
+
+def _wanted(param: Tensor, head: str, wanted: set[str] | None) -> bool:
+    """Whether state of this parameter is to be made."""
+    return param.requires_grad if wanted is None else any(key.startswith(head) for key in wanted)
 
 
 def gated(module: nn.Module) -> bool:
@@ -299,6 +345,10 @@ def _optimizer_own(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _load_optimizer_own(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        counts = f"{len(optimizer.param_groups)} parameter groups expected, {len(saved['groups'])} found"
+        msg = f"own state of {type(optimizer).__name__}: {counts}"
+        raise SnapshotMismatch(msg)
     for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key, value in values.items():
             if isinstance(group.get(key), Tensor) and isinstance(value, Tensor):
@@ -309,30 +359,6 @@ def _load_optimizer_own(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for param, values in zip(params, saved["state"], strict=True):
             optimizer.state[param].update(values)
-
-
-def _rng_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "random": (version, torch.tensor(words), gauss)}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        name, keys, pos, has_gauss, cached = numpy.random.get_state()
-        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), pos, has_gauss, cached)
-    return state
-
-
-def _load_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["random"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-    numpy = sys.modules.get("numpy")
-    if "numpy" in state and numpy is not None:
-        name, keys, pos, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), pos, has_gauss, cached))
 
 
 def _leaf(thing: Any) -> tuple[str, bytes, memoryview] | None:

@@ -53,10 +53,12 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     calls = 0
     last: Any = None
+    initial = b""  # own state at the first call: a newcomer's loop runs on from there to the step that it is to do
+    rewound = False
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, last
+        nonlocal calls, last, initial, rewound
         from resilient.train.run import current  # noqa: PLC0415  run.py imports this module
 
         run = current()
@@ -69,10 +71,20 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
             result = function(*args, **kwargs)
             run.publish()
             return result
+        if number == 0:
+            initial = loop.tracked.own()
         loop.open()
         while True:
-            if not loop.warming and number < loop.ledger.step:
-                return last
+            if not loop.warming:
+                loop.check_calls(number)
+                if number < loop.ledger.step:
+                    if number == 0:
+                        loop.tracked.load_own(initial)  # what the loop takes between calls (items, random numbers) it takes as at the start
+                        rewound = True
+                    return last
+                if rewound:
+                    loop.tracked.load_own(loop.rounds.own)
+                    rewound = False
             loop.next_step(None)
             try:
                 result = function(*args, **kwargs)
@@ -82,6 +94,7 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
                 result = None
             last = result
             if loop.end_step():
+                loop.calls = calls
                 return result
 
     return call

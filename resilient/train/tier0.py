@@ -17,10 +17,10 @@ from resilient.checkpoint import capture
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.core.messages import NONE, Layout
-from resilient.errors import SnapshotMissing
+from resilient.errors import SnapshotMismatch, SnapshotMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from resilient.train.desk import Desk
     from resilient.train.state import Tracked
@@ -38,6 +38,7 @@ class Tier0:
         self._ring: Ring | None = None
         self._rank = NONE
         self._world_size = 0
+        self._growth = 1  # state that outgrew its room is given twice as much
         self.cost_s = 0.0  # of the last snapshot
         self.taken_s = time.monotonic()  # when it ended
 
@@ -51,7 +52,7 @@ class Tier0:
         _, digest = self._tracked.layout()
         # Rounded so that a newcomer, whose optimizers have made their state already, asks for no more than its predecessor did at the
         # start: for growing, segments are made anew and copied, in the middle of a recovery.
-        own_room = _rounded(2 * len(self._tracked.own()))
+        own_room = _rounded(2 * len(self._tracked.own())) * self._growth
         own_bytes = slot_bytes(0, own_room, 0)
         room = slot_bytes(_rounded(self._tracked.expected_layout_bytes()), own_room, self._tracked.expected_bytes())
         wish = Layout(
@@ -80,9 +81,7 @@ class Tier0:
 
     def own_start(self, step: int, round_: int, own: bytes) -> None:
         """Seal the own state with which step `step` begins."""
-        if self._own is not None:
-            self._own.round = round_
-            self._own.write_start(step, own)
+        self._roomy(lambda: self._own_segment(round_).write_start(step, own))
 
     def read_start(self, step: int) -> bytes:
         """The own state with which this chair began step `step`, whoever sat there. Raises as OwnSegment.read_start."""
@@ -96,12 +95,33 @@ class Tier0:
 
     def own_gate(self, step: int, round_: int, own: bytes) -> None:
         """Seal the own state at the gate of the step that makes it `step` steps."""
-        if self._own is not None:
-            self._own.round = round_
-            self._own.write_gate(step, own)
+        self._roomy(lambda: self._own_segment(round_).write_gate(step, own))
+
+    def _own_segment(self, round_: int) -> OwnSegment:
+        assert self._own is not None, "open() comes first"
+        self._own.round = round_
+        return self._own
+
+    def _roomy(self, write: Callable[[], None]) -> None:
+        """`write`, in more room if there is too little: tracked state may grow (a list of losses). What is sealed is carried over."""
+        try:
+            write()
+        except SnapshotMismatch:
+            self._growth *= 2
+            self.open(self._rank, self._world_size, adopt=True)
+            write()
+
+    def forget_after(self, step: int) -> None:
+        """This rank went back to `step`: what was sealed of later ones is of a future that will not be, and its room is used first."""
+        for slot in self._ring.slots if self._ring is not None else ():
+            if slot.sealed_step() > step:
+                slot.unseal()
 
     def snapshot(self, step: int, round_: int, own: bytes) -> None:
         """Seal everything this rank holds at `step`."""
+        self._roomy(lambda: self._snapshot(step, round_, own))
+
+    def _snapshot(self, step: int, round_: int, own: bytes) -> None:
         if self._ring is None:
             return
         begin = time.monotonic()

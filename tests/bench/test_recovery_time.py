@@ -8,6 +8,7 @@ chair, the set-up on top. Nothing is asserted about time: these machines are sha
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import signal
@@ -51,7 +52,7 @@ def loopback_bytes_s(num_bytes: int = 256 << 20) -> float:
 def step_s(run: Launched) -> float:
     """Median time between two steps of rank 0, as its log lines were taken in."""
     times = [e["t"] for e in run.events("log") if e["rank"] == 0]
-    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def setups_s(run: Launched) -> list[float]:

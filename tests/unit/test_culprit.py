@@ -37,3 +37,9 @@ def test_a_standstill_forgets_who_has_moved():
     assert still.look([chair(0), chair(1, 6, 6)]).ranks == (0,)
     assert still.look([chair(0, 7, 7)]).wait
     assert still.due() is None
+
+
+def test_who_waits_for_a_newcomer_waits_for_good_reason_but_a_culprit_is_named_all_the_same():
+    newcomer = Chair(rank=2, local_rank=2, state="joined", worker="w2")
+    assert blame([chair(0, 6), chair(1, 6), newcomer], {0, 1}).wait
+    assert blame([chair(0, 6), chair(1), newcomer], {0, 1}).ranks == (1,)

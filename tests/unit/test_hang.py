@@ -117,3 +117,12 @@ def test_the_watchmans_own_sleep_is_not_held_against_anybody():
     night.beat = night.now
     night.works(3.0)
     assert night.watch.gap_s < 1.0
+
+
+def test_in_the_first_step_of_a_later_round_the_bound_is_doubled_once_state_is_in_place():
+    night = Night()
+    night.works(3.0)
+    night.record = {"round": 2, "phase": "running", "committed_s": 0.0, "restored_s": 1.0}
+    seen, took = night.until_told(60.0)
+    assert seen is not None
+    assert 5.0 < took <= 10.0

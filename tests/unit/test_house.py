@@ -33,6 +33,7 @@ LONGER_THAN_400 = {
     "resilient/core/coordinator.py": "one machine, one file: what is pure is in round, seating, ledger, culprit, commits and fleet",
     "resilient/sim/world.py": "the whole fleet on one clock",
     "agents/resilient_agents/main.py": "one case for every action of the agent's machine",
+    "resilient/train/loop.py": "one step from its beginning to its commit or undo, as it is read",
     "resilient/train/group.py": "one method for every collective of c10d, in both spellings",
 }
 BROAD = {
