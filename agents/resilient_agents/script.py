@@ -2,8 +2,8 @@
 
 Contract: the program finds a `__main__` of its own, sys.argv, sys.path[0] and unbuffered output as after a cold start, and no sign of us
 in its tracebacks. Exceptions leave through the top of the interpreter: exit code, atexit and excepthook are Python's own.
-On an uncaught exception, before that: the agent is told (`Raised`, where the worker had joined), and torchrun's error file is
-written by torchrun's own handler.
+On an uncaught exception, before that: torchrun's error file is written by torchrun's own handler, and the agent is told (`Raised`, where
+the worker had joined).
 `--no-python`, and another interpreter, start cold by exec.
 """
 
@@ -113,15 +113,15 @@ def _conclude() -> None:
 
 
 def _tell(error: BaseException) -> None:
-    """Tell the agent, then torchrun's error file."""
-    training: Any = sys.modules.get("resilient.train.run")
-    if training is not None and hasattr(training, "report_exit"):
-        training.report_exit(error)
+    """Torchrun's error file, then the agent: it may end the run at once, and shows that file."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # noqa: PLC0415
 
     file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if isinstance(error, Exception) and file and not os.path.exists(file):  # @record may have written it already
         get_error_handler().record_exception(error)
+    training: Any = sys.modules.get("resilient.train.run")
+    if training is not None:
+        training.report_exit(error)
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:

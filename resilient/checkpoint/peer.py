@@ -78,9 +78,20 @@ class Notes:
         """Empty."""
         self._kept: dict[int, dict[int, Recorded]] = {}
         self._num_bytes: dict[int, int] = {}
+        self._restarts: dict[int, int] = {}  # rank -> the start of the group that its notes are of
 
     def add(self, note: Recorded) -> None:
-        """Keep it; the first one of an index stays. Of a rank that has said too much, nothing more is kept."""
+        """Keep it; the first one of an index stays, until the whole group starts again (`restart` grows).
+
+        Of a rank that has said too much, nothing more is kept.
+        """
+        newest = self._restarts.setdefault(note.rank, note.restart)
+        if note.restart < newest:
+            return
+        if note.restart > newest:
+            self._restarts[note.rank] = note.restart
+            self._kept.pop(note.rank, None)
+            self._num_bytes.pop(note.rank, None)
         kept = self._kept.setdefault(note.rank, {})
         grown = self._num_bytes.get(note.rank, 0) + len(note.payload) + len(note.key)
         if note.index not in kept and grown <= NOTES_BYTES_MAX:

@@ -122,7 +122,7 @@ class Loop:
     def _start(self) -> None:
         """A rank of a group that starts: from the script's own initial state, or from a checkpoint."""
         self.rounds.start()
-        if self.tracked.undo_needed and not self.tier0.sealed(self.ledger.step):
+        if self.tracked.undo_needed and not self.rounds.deferred and not self.tier0.sealed(self.ledger.step):
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self.tracked.own())
 
     # ------------------------------------------------------------------ one step

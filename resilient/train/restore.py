@@ -67,10 +67,9 @@ def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
 
 
 def load(tracked: Tracked, found: Snapshot, where: str) -> None:
-    """Everything from a verified snapshot."""
+    """Shared state from a verified snapshot."""
     tracked.shape_like(found.layout, where)
     capture.load(tracked.shared(), found.payload)
-    tracked.load_own(found.own)
 
 
 def refusal(plan: Plan, rank: int, error: CheckpointError) -> Refused:

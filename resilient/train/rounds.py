@@ -37,7 +37,8 @@ class Rounds:
         """The parts of one worker."""
         self.comm, self.desk, self.ledger, self.tracked, self.tier0 = comm, desk, ledger, tracked, tier0
         self.warmed = desk.standby  # steps were made in loopback: the script's initial state is gone
-        self.own = b""  # own state that was put in place last
+        self.defer = False  # a loop that owns its counter has first to run on to the step: its own state is put in place then
+        self.deferred = b""
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
 
     def seat(self) -> None:
@@ -130,8 +131,7 @@ class Rounds:
                 restore.take(self.comm, self.tracked, plan)
                 if newcomer:
                     again = self.comm.rank in plan.repeat
-                    self.own = self.tier0.read_start(plan.step - again)
-                    self.tracked.load_own(self.own)
+                    self._put_own(self.tier0.read_start(plan.step - again))
                     self.ledger.step = plan.step - again
                     self.repeating = self.comm.solo = again
             else:
@@ -143,12 +143,25 @@ class Rounds:
             self.desk.send(restore.refusal(plan, self.comm.rank, error))
             self._ask_again(seated, str(error))
 
+    def _put_own(self, own: bytes) -> None:
+        if self.defer:
+            self.deferred = own
+        else:
+            self.tracked.load_own(own)
+
+    def put_deferred(self) -> None:
+        """The loop has come to its step."""
+        self.defer = False
+        if self.deferred:
+            own, self.deferred = self.deferred, b""
+            self.tracked.load_own(own)
+
     def _load(self, seated: Seated, plan: Plan) -> None:
         """From this chair's own slots, else from where the agent put what it fetched."""
         with self.tier0.reading(plan.step, seated.snapshot) as slot:
             found = slot.read(rank=self.comm.rank, step=plan.step)
             restore.load(self.tracked, found, slot.where)
-            self.own = found.own
+            self._put_own(found.own)
         self.tier0.forget_after(plan.step)
 
     def leave(self, why: str) -> NoReturn:

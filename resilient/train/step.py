@@ -54,11 +54,10 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
     calls = 0
     last: Any = None
     initial = b""  # own state at the first call: a newcomer's loop runs on from there to the step that it is to do
-    rewound = False
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, last, initial, rewound
+        nonlocal calls, last, initial
         from resilient.train.run import current  # noqa: PLC0415  run.py imports this module
 
         run = current()
@@ -73,6 +72,7 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
             return result
         if number == 0:
             initial = loop.tracked.own()
+            loop.rounds.defer = True
         loop.open()
         while True:
             if not loop.warming:
@@ -80,11 +80,8 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
                 if number < loop.ledger.step:
                     if number == 0:
                         loop.tracked.load_own(initial)  # what the loop takes between calls (items, random numbers) it takes as at the start
-                        rewound = True
                     return last
-                if rewound:
-                    loop.tracked.load_own(loop.rounds.own)
-                    rewound = False
+                loop.rounds.put_deferred()
             loop.next_step(None)
             try:
                 result = function(*args, **kwargs)
