@@ -130,6 +130,23 @@ def test_the_first_and_the_last_step(tmp_path: pathlib.Path, strike: str) -> Non
     check_incident(run, [int(strike[0])])
 
 
+def test_two_optimizers_killed_in_the_very_first_step(tmp_path: pathlib.Path) -> None:
+    """Snapshots of step 0 exist here, and must not be used: the buckets of the first step are gone."""
+    struck(tmp_path, "ddp", "two,dropout", "1:0:forward")
+
+
+def test_a_second_rollback_to_the_same_step_loses_nothing(tmp_path: pathlib.Path) -> None:
+    """What was sealed of a future that was given up does not take the room of the past."""
+    run = struck(tmp_path, "fsdp", "dropout", "1:6:optimizer,1:6:optimizer_end")
+    check_incident(run, [1])
+
+
+def test_a_loop_that_owns_its_counter_follows_a_rollback(tmp_path: pathlib.Path) -> None:
+    """It cannot be set back from outside: the survivors begin anew as well, and all meet at the step of the snapshot."""
+    run = struck(tmp_path, "fsdp", "dropout", "1:6:optimizer_end", form="decorated")
+    assert sum(i["steps_lost"] for i in run.incidents()) == 0
+
+
 def test_killed_during_start_up(tmp_path: pathlib.Path) -> None:
     run = struck(tmp_path, "ddp", "dropout", "1:-1:setup")
     assert run.events("finding")

@@ -95,6 +95,56 @@ def test_what_has_no_state_dict_cannot_be_tracked() -> None:
         Tracked().add("loader", [])
 
 
+def test_a_generator_is_tracked_under_any_name() -> None:
+    tracked, *_ = build(1, 1)
+    generator = torch.Generator().manual_seed(3)
+    tracked.add("rng", generator)
+    own = tracked.own()
+    expected = torch.rand(2, generator=generator)
+    tracked.load_own(own)
+    assert torch.equal(torch.rand(2, generator=generator), expected)
+
+
+def test_optimizers_that_cannot_be_tried_out_are_given_room_all_the_same() -> None:
+    model = nn.Linear(8, 8)
+    tracked = Tracked()
+    tracked.add("model", model)
+    tracked.add("opt", torch.optim.LBFGS(model.parameters()))
+    assert tracked.expected_bytes() >= 3 * sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_a_parameter_group_added_later_is_named() -> None:
+    tracked, _, opt, _ = build(1, 1)
+    own = tracked.own()
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(SnapshotMismatch, match="own state of AdamW: 2 parameter groups expected, 1 found"):
+        tracked.load_own(own)
+
+
+def test_gradients_of_zero_and_no_gradients_are_not_the_same() -> None:
+    tracked, model, *_ = build(1, 0)
+    weight, *others = model.parameters()
+    weight.grad = torch.zeros_like(weight)
+    own = tracked.own()
+    weight.grad = None
+    for param in others:
+        param.grad = torch.ones_like(param)
+    tracked.load_own(own)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert all(param.grad is None for param in others)
+
+
+def test_state_of_only_some_parameters_is_made_where_it_is_wanted() -> None:
+    source, model, opt, _ = build(1, 0)
+    model[0](torch.ones(1, 3)).sum().backward()
+    opt.step()
+    opt.zero_grad()
+    twin, *_ = build(2, 0)
+    twin.shape_like(source.layout()[0], "test")
+    assert twin.layout() == source.layout()
+
+
 def test_a_name_is_used_once() -> None:
     tracked = Tracked()
     tracked.add("a", nn.Linear(1, 1))
