@@ -345,7 +345,10 @@ class Loop:
         self._kept, self._gate_own = [], b""
         self.comm.solo = False
         self.pending, self.effects = {}, []
-        self.tracked.forget_warmup()
+        for param in self.tracked.trained():  # None or zero, as the body's own zero_grad left them
+            if param.grad is not None:
+                param.grad.zero_()
+        self.tracked.forget_scales()
         self.ledger.step += 1
         self._own = self.tracked.own()
         self.tier0.own_start(self.ledger.step, self.ledger.round, self._own)
