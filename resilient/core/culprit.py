@@ -29,6 +29,10 @@ def blame(chairs: Iterable[Chair], stalled: Collection[int]) -> Blame:
     chairs = tuple(chairs)
     active = [(c.rank, c.record) for c in chairs if c.state == "active" and c.record is not None]
     outside = tuple(rank for rank, record in active if rank in stalled and record.entered == record.completed)
+    newest = max((record.round for _, record in active), default=0)
+    behind = tuple(rank for rank, record in active if rank in stalled and record.round < newest)
+    if behind:
+        return Blame(ranks=behind, why="it hangs in a round that is over")
     if outside:
         return Blame(ranks=outside, why="did not arrive in the collective that the others wait in")
     late = [c.rank for c in chairs if c.state in ("starting", "joined")]

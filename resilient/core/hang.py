@@ -57,7 +57,8 @@ class Watch:
         """One look.
 
         neighbours_run: not all of this node are stopped (that would be an operator, or a frozen machine).
-        between: its round is broken and the next one is not joined: it may wait for a newcomer, so only a busy process counts.
+        between: its round is broken and the next one is not joined: it may wait for a newcomer, so only a busy process counts, or one
+        that still hangs in a collective of the round that is over.
         """
         asleep = self._looked_at is not None and now - self._looked_at > ASLEEP_S
         self._looked_at = now
@@ -123,7 +124,7 @@ class Watch:
             return None
         does = "busy" if cpu_s - used > BUSY * (now - at) else "blocked"
         self._witness.append((now, cpu_s, does))
-        if len(self._witness) < 3 or self._witness[-2][2] != does or (between and does == "blocked"):
+        if len(self._witness) < 3 or self._witness[-2][2] != does or (between and does == "blocked" and record.entered == record.completed):
             del self._witness[:-2]
             return None
         self._told = True
