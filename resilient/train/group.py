@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from resilient.train.comm import Comm
     from resilient.train.inner import Inner
 
+SLICE = timedelta(seconds=0.25)  # a cut operation fails within milliseconds
 _ECHO, _ADOPT = "echo", "adopt"  # does the loopback value follow from this rank's input, or would it be a peer's value?
 
 
@@ -56,12 +58,15 @@ class Several:
         """In the order of their launch."""
         self._works = works
 
-    def wait(self) -> None:
-        """Until all are done; every one is waited for, so that none still writes when the first error goes up."""
+    def wait(self, *timeout: timedelta) -> None:
+        """Until all are done; every one is waited for, so that none still writes when the first error goes up.
+
+        timeout: of each; one that is not over by then is an error, and `wait` may be called again.
+        """
         errors = []
         for work in self._works:
             try:
-                work.wait()
+                work.wait(*timeout)
             except RuntimeError as error:  # gloo's and nccl's only way to say that a peer is gone
                 errors.append(error)
         if errors:
@@ -107,7 +112,7 @@ class Held(dist.Work):
             if self._done:
                 return
             try:
-                self._work.wait()
+                self._await()
             except RuntimeError as error:  # gloo's and nccl's only way to say that a peer is gone
                 self._error = self._group.comm.failed(self._op, self._inner, error)
             else:
@@ -115,6 +120,25 @@ class Held(dist.Work):
             self._done = True
             self._work = None  # torch's work holds the inner group; let it go
             self._group.comm.left(self._group)
+
+    def _await(self) -> None:
+        """Wait for the inner work, but not for one whose group was cut a good while ago: nothing will come through it any more.
+
+        Seen with gloo: an operation begun while the sockets were being shut down that neither ended nor failed.
+        """
+        inner = self._inner
+        if inner is None or inner.kind != "gloo" or self._op.name in ("send", "recv"):
+            self._work.wait()
+            return
+        while True:
+            cut_before = inner.is_cut
+            try:
+                self._work.wait(SLICE)
+            except RuntimeError:
+                if self._work.is_completed() or cut_before:
+                    raise
+            else:
+                return
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""

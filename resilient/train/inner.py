@@ -46,6 +46,11 @@ class Inner:
         """Give operations this long, whatever the construction was given."""
         self.group._set_default_timeout(timeout)  # noqa: SLF001  torch's own set_timeout does the same
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether `cut` was called."""
+        return self._is_cut
+
     def cut(self) -> None:
         """Make every operation in flight fail, here and at the neighbours."""
         with self._lock:
