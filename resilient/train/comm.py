@@ -228,7 +228,8 @@ class Comm:
         """In-place maximum of `tensor` over all ranks, on the control group. Raises RoundAborted."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-        self.direct("vote", lambda inner: inner.allreduce([tensor], options).wait())
+        inner = self.control.inner
+        self.direct("vote", lambda group: inner.wait(group.allreduce([tensor], options)) if inner is not None else None)
 
     def direct(self, what: str, use: Callable[[Any], Any]) -> None:
         """`use` the control group's inner group; never in loopback. Raises RoundAborted if the round is, or gets, broken."""

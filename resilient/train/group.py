@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from resilient.train.comm import Comm
     from resilient.train.inner import Inner
 
-SLICE = timedelta(seconds=0.25)  # a cut operation fails within milliseconds
 _ECHO, _ADOPT = "echo", "adopt"  # does the loopback value follow from this rank's input, or would it be a peer's value?
 
 
@@ -122,23 +121,12 @@ class Held(dist.Work):
             self._group.comm.left(self._group)
 
     def _await(self) -> None:
-        """Wait for the inner work, but not for one whose group was cut a good while ago: nothing will come through it any more.
-
-        Seen with gloo: an operation begun while the sockets were being shut down that neither ended nor failed.
-        """
+        """Wait for the inner work; gloo's send and receive know no wait in slices."""
         inner = self._inner
         if inner is None or inner.kind != "gloo" or self._op.name in ("send", "recv"):
             self._work.wait()
             return
-        while True:
-            cut_before = inner.is_cut
-            try:
-                self._work.wait(SLICE)
-            except RuntimeError:
-                if self._work.is_completed() or cut_before:
-                    raise
-            else:
-                return
+        inner.wait(self._work)
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""

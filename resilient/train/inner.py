@@ -19,12 +19,12 @@ import contextlib
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from datetime import timedelta
+SLICE = timedelta(seconds=0.25)  # a cut operation fails within milliseconds
 
 
 class Inner:
@@ -46,10 +46,20 @@ class Inner:
         """Give operations this long, whatever the construction was given."""
         self.group._set_default_timeout(timeout)  # noqa: SLF001  torch's own set_timeout does the same
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether `cut` was called."""
-        return self._is_cut
+    def wait(self, work: Any) -> None:
+        """Wait for a collective, but not for one whose group was cut a good while ago: nothing will come through it any more.
+
+        Seen with gloo: an operation begun while the sockets were being shut down that neither ended nor failed.
+        """
+        while True:
+            cut_before = self._is_cut
+            try:
+                work.wait(SLICE)
+            except RuntimeError:
+                if work.is_completed() or cut_before:
+                    raise
+            else:
+                return
 
     def cut(self) -> None:
         """Make every operation in flight fail, here and at the neighbours."""
