@@ -343,8 +343,6 @@ class Comm:
         threading.Thread(target=_drop, args=(old, previous), name="resilient-drop", daemon=True).start()
         return True
 
-
-
     def _sit(self, rank: int) -> None:
         """Take the seat of `rank`: another than the one the script ran as only where it knows nothing of its rank (any_rank)."""
         if rank != self.rank:

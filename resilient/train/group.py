@@ -286,9 +286,7 @@ class Group(dist.ProcessGroup):
 
     shutdown = abort
 
-    def _run(
-        self, name: str, outputs: Sequence[Tensor], launch: Callable[[Any], Any], fill: Callable[[], None], kind: str = _ECHO
-    ) -> Held:
+    def _run(self, name: str, outputs: Sequence[Tensor], launch: Callable[[Any], Any], fill: Callable[[], None], kind: str = _ECHO) -> Held:
         op = Operation(self, name, outputs, launch, fill, kind)
         return self.comm.run(self, op)
 

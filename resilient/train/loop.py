@@ -412,7 +412,6 @@ class Loop:
             self.rounds.leave(f"step {self.ledger.step}: the run went back, and the script's own loop is further")
 
 
-
 def _run(effects: list[Callable[[], Any]]) -> None:
     for effect in effects:
         effect()

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from resilient.core.messages import NONE, Plan, Raised, Seated, Suspect
-from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotMismatch
+from resilient.errors import CheckpointError, GoneError, RoundAborted
 from resilient.train import restore, wrappers
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Rounds:
             if not seated.plan.over and not self.comm.join(seated, self._newer_than(tried)):
                 continue
             self.ledger.regrouped(seated.round, broken_ns)
-            self._rebuild_buckets()
+            self._order_buckets(seated.plan)
             try:
                 if self.ledger.torn and self.comm.rank not in seated.plan.receivers:
                     self._ask_again(seated, "tracked state was changed in a broken step, outside a gate")
@@ -79,10 +79,14 @@ class Rounds:
                 continue
             return
 
-    def _rebuild_buckets(self) -> None:
-        self.comm.solo = True
-        wrappers.rebuild_buckets(self.tracked)
-        self.comm.solo = False
+    def _order_buckets(self, plan: Plan) -> None:
+        """DDP's buckets as every rank has them at that step."""
+        if plan.step == 0:
+            wrappers.first_buckets(self.tracked)
+        else:
+            self.comm.solo = True
+            wrappers.rebuild_buckets(self.tracked)
+            self.comm.solo = False
 
     def _newer_than(self, round_: int) -> Callable[[], bool]:
         return lambda: self.desk.newest > round_
@@ -100,7 +104,6 @@ class Rounds:
             if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
                 self.leave("the run starts again from nothing, and this standby has made steps")
             self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
-        self._check_first_step(seated)
         if plan.tier == "live":
             if self.ledger.phase != "setup" and self.ledger.step != plan.step:  # checked before anything is given or taken
                 self.leave(f"round {seated.round} begins live at step {plan.step}, this rank holds {self.ledger.step}")
@@ -112,15 +115,9 @@ class Rounds:
             self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
         if self.ledger.step == NONE:
             self.ledger.step = max(plan.step, 0)
+            self.tier0.own_start(self.ledger.step, seated.round, self.tracked.own())  # this chair can be taken over from here on
         if not self.repeating:
             self.ledger.restored()
-
-    def _check_first_step(self, seated: Seated) -> None:
-        """The first step of all cannot be replayed with a newcomer under DDP: it has its buckets in the order of the later ones."""
-        if seated.plan.step == 0 and seated.plan.tier != "none" and any(True for _ in wrappers.replicas(self.tracked)):
-            error = SnapshotMismatch("the first step under DDP is not replayed with a newcomer: its buckets differ; all begin again")
-            self.desk.send(restore.refusal(seated.plan, self.comm.rank, error))
-            self._ask_again(seated, str(error))
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"

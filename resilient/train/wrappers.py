@@ -1,15 +1,17 @@
 """Wrappers: whether DDP and FSDP2 are fit for another forward after a step that broke.
 
 Think of a theatre machine that must stand in its first position before the scene can be played again. DDP finds it by itself at the next
-forward, but for its buckets. FSDP2 needs its backward for that: after a forward without one its parameters stay gathered, and the next
-forward would wait for ever. The states of both are private to torch: FSDP2's are only read here, DDP's are moved as its own forward
-does it. Tested per torch version (tests/process).
+forward, but for its buckets, whose order after the first step is another than in it (the order of a sum is seen in its last bit). FSDP2
+needs its backward for that: after a forward without one its parameters stay gathered, and the next forward would wait for ever. The
+states of both are private to torch: FSDP2's are only read here, DDP's are moved as its own methods do it. Tested per torch version
+(tests/process).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +33,23 @@ def rebuild_buckets(tracked: Tracked) -> None:
     """
     for module in replicas(tracked):
         module.reducer._rebuild_buckets()  # noqa: SLF001  forward() calls the same; it does nothing the second time
+
+
+def first_buckets(tracked: Tracked) -> None:
+    """Give DDP the buckets that it has in its first step: survivors may have left them, a newcomer's warm-up has.
+
+    As DDP does it after unpickling: a new reducer, without any collective.
+    """
+    for module in replicas(tracked):
+        module._remove_autograd_hooks()  # noqa: SLF001
+        parameters, sparse = module._build_params_for_reducer()  # noqa: SLF001
+        names = module._build_debug_param_to_name_mapping(parameters)  # noqa: SLF001
+        module._ddp_init_helper(parameters, sparse, names, module.static_graph)  # noqa: SLF001
+        if module.static_graph:
+            module.reducer._set_static_graph()  # noqa: SLF001
+            module.logger._set_static_graph()  # type: ignore[union-attr]  # noqa: SLF001
+        for hook, state in module._comm_hooks:  # noqa: SLF001
+            dist._register_comm_hook(module.reducer, state, hook)  # noqa: SLF001
 
 
 def settled(tracked: Tracked) -> bool:

@@ -1,9 +1,9 @@
 """A run under `resilient-run`, as a test sees it: started for real, watched through its files, ended by its own pids.
 
-    with Launched(tmp_path, ["--nproc-per-node", "3"], "job.py", ["--steps", "20"]) as run:
-        run.until_step(5)
-        run.kill(rank=1)
-        assert run.wait() == 0
+with Launched(tmp_path, ["--nproc-per-node", "3"], "job.py", ["--steps", "20"]) as run:
+    run.until_step(5)
+    run.kill(rank=1)
+    assert run.wait() == 0
 """
 
 from __future__ import annotations

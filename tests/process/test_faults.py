@@ -80,8 +80,9 @@ def test_leaving_the_loop_early_on_one_rank_is_not_a_success(tmp_path: pathlib.P
 
 
 def test_a_killed_standby_is_replaced_and_disturbs_nobody(tmp_path: pathlib.Path) -> None:
-    with Launched(tmp_path, flags(), "job.py", job(tmp_path, "--pause", "0.05", steps=60)) as run:
+    with Launched(tmp_path, flags(), "job.py", job(tmp_path, "--pause", "0.05", "--hold", "5", steps=40)) as run:
         run.until_standbys(1)
+        (tmp_path / "go").touch()
         (standby,) = run.status()["standbys"]
         ranks = run.pids()
         os.kill(standby["pid"], signal.SIGKILL)
@@ -93,8 +94,9 @@ def test_a_killed_standby_is_replaced_and_disturbs_nobody(tmp_path: pathlib.Path
 
 def test_shadows_all_parks_one_for_every_chair(tmp_path: pathlib.Path) -> None:
     arguments = ["--nproc-per-node", "2", "--shadows", "all"]
-    with Launched(tmp_path, arguments, "job.py", job(tmp_path, "--pause", "0.05", steps=60)) as run:
+    with Launched(tmp_path, arguments, "job.py", job(tmp_path, "--pause", "0.05", "--hold", "5", steps=40)) as run:
         run.until_standbys(2)
+        (tmp_path / "go").touch()
         assert {s["shadow"] for s in run.status()["standbys"]} == {0, 1}
         before = run.pids()
         standby = next(s["pid"] for s in run.status()["standbys"] if s["shadow"] == 1)
@@ -126,11 +128,12 @@ def two_nodes(where: pathlib.Path, arguments: list[str]) -> tuple[Launched, Laun
 def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, kind: str) -> None:
     steps = 50
     expected = undisturbed(kind, "dropout,sched", world=4, steps=steps)
-    first, second = two_nodes(tmp_path, job(tmp_path, *SLOW, kind=kind, steps=steps))
+    first, second = two_nodes(tmp_path, job(tmp_path, *SLOW, "--hold", "5", kind=kind, steps=steps))
     with first, second:
         host = first.until(lambda: next((r for r in (first, second) if r.events("run_started")), None), "the run to start")
         other = second if host is first else first
         host.until_standbys(4)
+        (tmp_path / "go").touch()
         host.until_step(8)
         assert other.process is not None
         for child in [*other.descendants(), other.process]:

@@ -117,22 +117,23 @@ def test_the_other_forms_of_a_loop(tmp_path: pathlib.Path, form: str, moment: st
     check_incident(run, [2])
 
 
-@pytest.mark.parametrize("strike", ["1:0:forward", "1:0:optimizer"])
-def test_the_very_first_step_begins_again(tmp_path: pathlib.Path, strike: str) -> None:
-    """DDP has its first buckets once only; no step is lost by letting everybody begin again."""
-    run = struck(tmp_path, "ddp", "dropout,sched", strike)
-    assert all(i["steps_lost"] == 0 for i in run.incidents())
+@pytest.mark.parametrize("moment", MOMENTS[:-1])
+def test_the_very_first_step(tmp_path: pathlib.Path, moment: str) -> None:
+    """DDP has its first buckets in no other step."""
+    run = struck(tmp_path, "ddp", CARELESS, f"1:0:{moment}")
+    check_incident(run, [1])
 
 
-@pytest.mark.parametrize("strike", ["1:0:optimizer_end", "0:1:forward", "0:11:between", "2:12:loop_end", "0:1:backward"])
+@pytest.mark.parametrize("features", ["two,dropout", "static,view", "unused,dropout", "hook,view"])
+def test_the_very_first_step_of_other_scripts(tmp_path: pathlib.Path, features: str) -> None:
+    run = struck(tmp_path, "ddp", features, "1:0:backward")
+    check_incident(run, [1])
+
+
+@pytest.mark.parametrize("strike", ["0:0:forward", "0:1:forward", "0:11:between", "2:12:loop_end", "0:1:backward"])
 def test_the_first_and_the_last_step(tmp_path: pathlib.Path, strike: str) -> None:
     run = struck(tmp_path, "ddp", "dropout,sched", strike)
     check_incident(run, [int(strike[0])])
-
-
-def test_two_optimizers_killed_in_the_very_first_step(tmp_path: pathlib.Path) -> None:
-    """Snapshots of step 0 exist here, and must not be used: the buckets of the first step are gone."""
-    struck(tmp_path, "ddp", "two,dropout", "1:0:forward")
 
 
 def test_a_second_rollback_to_the_same_step_loses_nothing(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,14 @@ FILES = sorted([*(ROOT / "resilient").rglob("*.py"), *(ROOT / "agents").rglob("*
 LAYERS = {
     "resilient.run": {"resilient_agents"},
     "resilient.cli": {"resilient.config", "resilient.host", "resilient.checkpoint", "resilient.core"},
-    "resilient_agents": {"resilient.host", "resilient.train", "resilient.checkpoint", "resilient.wire", "resilient.core", "resilient.config"},
+    "resilient_agents": {
+        "resilient.host",
+        "resilient.train",
+        "resilient.checkpoint",
+        "resilient.wire",
+        "resilient.core",
+        "resilient.config",
+    },
     "resilient.host": {"resilient.checkpoint", "resilient.wire", "resilient.core"},
     "resilient.train": {"resilient.checkpoint", "resilient.wire", "resilient.core"},
     "resilient.checkpoint": {"resilient.wire", "resilient.core"},
@@ -25,8 +32,29 @@ LAYERS = {
     "resilient.errors": set(),
     "resilient": {"resilient.train"},  # the package's own doors; lazily
 }
-TORCH_MAY_BE = ("resilient.train.", "resilient.checkpoint.capture", "resilient_agents.zygote", "resilient_agents.store", "resilient_agents.arguments", "resilient_agents.script")
-CORE_MAY_IMPORT = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "typing", "heapq", "re", "random", "msgspec", "resilient"}
+TORCH_MAY_BE = (
+    "resilient.train.",
+    "resilient.checkpoint.capture",
+    "resilient_agents.zygote",
+    "resilient_agents.store",
+    "resilient_agents.arguments",
+    "resilient_agents.script",
+)
+CORE_MAY_IMPORT = {
+    "__future__",
+    "collections",
+    "dataclasses",
+    "enum",
+    "functools",
+    "itertools",
+    "math",
+    "typing",
+    "heapq",
+    "re",
+    "random",
+    "msgspec",
+    "resilient",
+}
 CORE_MAY_NOT_NAME = {"time", "asyncio", "socket", "threading", "os", "sys", "subprocess", "open", "print", "input"}
 LONGER_THAN_400 = {
     "resilient/train/comm.py": "groups and rounds of one process share one lock",

@@ -39,5 +39,10 @@ def test_the_simulator_has_one_seed_and_no_clock(path):
 
 
 def test_no_pickle_anywhere():
-    found = [f"{p}:{line}: {m}" for p in SOURCES for m, line in modules(p) if m.split(".")[0] in {"pickle", "dill", "cloudpickle", "shelve", "marshal"}]
+    found = [
+        f"{p}:{line}: {m}"
+        for p in SOURCES
+        for m, line in modules(p)
+        if m.split(".")[0] in {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+    ]
     assert not found

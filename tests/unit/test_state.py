@@ -91,7 +91,9 @@ def test_another_models_layout_is_refused_by_its_first_difference() -> None:
 
 
 def test_what_has_no_state_dict_cannot_be_tracked() -> None:
-    with pytest.raises(UsageError, match=r"track\(loader=...\): an object with state_dict\(\) and load_state_dict\(\) expected, list found"):
+    with pytest.raises(
+        UsageError, match=r"track\(loader=...\): an object with state_dict\(\) and load_state_dict\(\) expected, list found"
+    ):
         Tracked().add("loader", [])
 
 

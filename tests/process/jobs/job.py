@@ -1,6 +1,7 @@
 """The training job of the process tests: small, quick, and full of what a careless recovery gets wrong.
 
-    job.py --out DIR [--kind ddp|fsdp|hsdp] [--form for|with|decorated] [--steps N] [--features a,b,...] [--strike "rank:step:moment,..."]
+    job.py --out DIR [--kind ddp|fsdp|hsdp] [--form for|with|decorated] [--steps N] [--features a,b,...] [--hold N]
+    [--strike "rank:step:moment,..."]
 
 Each rank writes DIR/digest-<rank>: a digest of every bit of its final state. A *strike* kills (or stops, or breaks) the rank itself at an
 exact moment, once: a marker file in DIR keeps it from happening again in the replay. Moments:
@@ -33,6 +34,7 @@ parser.add_argument("--kind", default="ddp")
 parser.add_argument("--form", default="for")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds slept in every forward, to make steps long enough to be hit")
+parser.add_argument("--hold", type=int, default=-1, help="before this step every rank waits for the file DIR/go")
 parser.add_argument("--features", default="")
 parser.add_argument("--strike", default="")
 parser.add_argument("--width", type=int, default=24)
@@ -130,6 +132,11 @@ else:
         model, find_unused_parameters="unused" in features, static_graph="static" in features, gradient_as_bucket_view="view" in features
     )
 
+if "hook" in features:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    net.register_comm_hook(None, fp16_compress_hook)
+
 torch.manual_seed(100 + rank)  # dropout differs per rank
 random.seed(rank)
 params = list(net.parameters())
@@ -198,6 +205,9 @@ def body(step: int) -> float:
     """One step."""
     global now  # noqa: PLW0603  the hooks read it
     now = int(step)
+    with run.section("hold"):
+        while now == args.hold and not run.is_standby and not (args.out / "go").exists():
+            time.sleep(0.01)
     await_collective()
     parts = 2 if "accum" in features else 1
     total = 0.0
