@@ -36,6 +36,8 @@ from resilient.core.messages import (
     Sealed,
     Seat,
     Suspect,
+    Unrecorded,
+    Unrepeatable,
     WorkerUp,
 )
 from resilient.core.minutes import Minutes
@@ -266,6 +268,8 @@ class Agent:
                 self._on_recorded(msgspec.structs.replace(message, restart=self.restart))
             case Recall():
                 self._on_recall(worker, message, now)
+            case Unrepeatable():
+                self._fault("unrecorded", now, worker, text=message.reason)
             case Suspect():
                 if message.round == self.acted > self._asked and self.crew.place_of(worker):
                     self._fault("suspect", now, worker, text=message.text)
@@ -292,12 +296,13 @@ class Agent:
             self._out += [m.Tell(worker=name, message=item) for name in waiting]
 
     def _on_recall(self, worker: Worker, message: Recall, now: float) -> None:
-        answer = self._minutes.ask(worker.name, message)
-        if isinstance(answer, Recorded):
+        place = self.crew.place_of(worker)
+        answer = self._minutes.ask(worker.name, message, open_end=place is not None and place.setting_up)
+        if isinstance(answer, (Recorded, Unrecorded)):
             self._out.append(m.Tell(worker=worker.name, message=answer))
         elif answer is not None:
             self._out.append(m.Tell(worker=worker.name, message=Leave(reason=answer)))
-            if self.crew.place_of(worker):
+            if place is not None:
                 self._fault("unrecorded", now, worker, text=answer)
 
     def _on_raised(self, worker: Worker, message: Raised, now: float) -> None:
@@ -356,6 +361,8 @@ class Agent:
         if new.restart > self.restart:
             self.restart = new.restart
             self._minutes.clear()
+            for place in places.values():
+                place.layout, place.native = None, False
             for worker in self.crew.standbys():
                 self._dismiss(worker)
         for rank, place in list(places.items()):
@@ -367,6 +374,7 @@ class Agent:
         for seat in new.seats:
             place = places.setdefault(seat.rank, Place(seat.rank, seat.local_rank))
             if place.worker is None:
+                place.native = place.native or seat.fresh
                 self._fill(place, seat)
         if any(p.worker is not None and p.worker.chair_state() == "dead" for p in places.values()):
             self._fence(new.round)

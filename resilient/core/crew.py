@@ -81,6 +81,12 @@ class Place:
     local_rank: int
     worker: Worker | None = None
     layout: Layout | None = None
+    native: bool = False  # the group's start was made here: the agent has the minutes of it
+
+    @property
+    def setting_up(self) -> bool:
+        """Its rank has not come to the first step yet, and all that it did until then was minuted here."""
+        return self.native and self.layout is None
 
     def chair(self, seals: Seals) -> Chair:
         """As it is reported."""
@@ -99,6 +105,7 @@ class Place:
             own_steps=seals.own_steps,
             gate_step=seals.gate_step,
             snapshots=tuple(sorted(seals.snapshots)),
+            minuted=self.native or self.layout is not None,
         )
 
 

@@ -5,6 +5,7 @@ some have a finger under the leaf and wait for a nod. The farthest page that any
 brought there; else the last page that everyone has a copy of.
 
 Contract: `choose` is pure. What it picks, in this order:
+0. `none`: no rank has committed a step, and some have not come to their first: all hold, or will, what the script begins with.
 1. `live`: all state is replicated, and each newcomer's own state of that step lies somewhere. Nothing is lost.
 2. `memory` at the same step: each rank that needs state has a sealed snapshot of exactly that step. Nothing is lost.
 3. `memory` or `persistent`, whichever is newer: a step of which every rank has a copy. All go back to it.
@@ -44,6 +45,7 @@ class Account(Msg):
     rank: int
     record: Record | None = None  # of the worker that keeps the chair; None: the chair gets a newcomer
     replicated: bool = False
+    initial: bool = False  # in its set-up, or about to begin it: it will hold what the script begins with, or say that it does not
     finished: bool = False  # exited after the loop; needs nothing, unless all go back
     copies: tuple[Copy, ...] = ()  # on living nodes
 
@@ -74,18 +76,23 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
     accounts = [_sound(a, poison) for a in accounts] if poison else accounts
     records = [(a, a.record) for a in accounts if a.record is not None and a.record.phase != "setup"]
     if not records:
-        return _back(accounts, max((s for a in accounts for s in _snapshots(a)), default=NONE), reached, committed, poison)
+        back = _back(accounts, max((s for a in accounts for s in _snapshots(a)), default=NONE), reached, committed, poison)
+        if back.fresh and any(a.initial and a.record is not None for a in accounts):
+            return Choice(reached=reached, why="no rank has come to its first step: those that live go on with their set-up")
+        return back
     step = max(claim(r) for _, r in records)
     over = any(r.phase == "done" for _, r in records)  # the last vote passed: all are at `step`, and nobody meets in groups any more
     survivors = {a.rank: r for a, r in records if not a.finished}
     seated = [a for a in accounts if not a.finished]
     able = {rank for rank, r in survivors.items() if claim(r) == step or (r.phase == "voted" and r.step == step - 1)}
+    able |= {a.rank for a in seated if a.initial and step == 0}
     newcomers = [a for a in seated if a.rank not in able]
-    torn = {rank for rank in able if survivors[rank].torn}
+    torn = {rank for rank in able if rank in survivors and survivors[rank].torn}
     receivers = tuple(sorted(torn | {a.rank for a in newcomers}))
     if not receivers:
         return Choice(plan=Plan(step=step, over=over), reached=reached, why=f"all ranks hold step {step}")
-    sources = [r for r in sorted(able - torn) if claim(survivors[r]) == step] or sorted(able - torn)
+    whole = sorted(rank for rank in able - torn if rank in survivors)
+    sources = [r for r in whole if claim(survivors[r]) == step] or whole
     if sources and not over and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
         repeat = tuple(a.rank for a in newcomers if not _owns(a, step))
         if all(_repeats(a, step) for a in newcomers if a.rank in repeat):
@@ -136,7 +143,8 @@ def _snapshots(account: Account) -> set[int]:
 
 
 def _owns(account: Account, step: int) -> bool:
-    return any(step in c.own_steps for c in account.copies)
+    """Whether own state of that step is there; a script that runs anew comes to its first step with what it had there before."""
+    return step == 0 or any(step in c.own_steps for c in account.copies)
 
 
 def _repeats(account: Account, step: int) -> bool:

@@ -78,6 +78,7 @@ class Chair(Msg):
     gate_step: int = NONE  # own state sealed at the gate of the step that would make it `gate_step`
     snapshots: tuple[int, ...] = ()  # steps sealed in this node's memory tier for this rank, ascending
     own_steps: tuple[int, ...] = ()  # all own states sealed at the start of a step (two slots), ascending
+    minuted: bool = False  # its agent has the results of all collectives that this rank made in its set-up so far
 
 
 class Standby(Msg):
@@ -186,6 +187,7 @@ class Plan(Msg):
     sources: tuple[int, ...] = ()  # tier="live": ranks that hold `step`
     repeat: tuple[int, ...] = ()  # receivers whose own state is one step old: they repeat it with the gate shut
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
+    starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
 
 
 class Fetch(Msg):
@@ -256,6 +258,7 @@ class Recorded(Msg):
     key: str  # group, operation, shapes: a newcomer that asks for something else gets a clear error
     payload: bytes
     restart: int = 0  # which start of the group it belongs to (the agent writes it); an older one is worth nothing
+    last: bool = False  # the agent's: the predecessor made no further one; whether the others have this behind them is open
 
 
 class Recall(Msg):
@@ -263,6 +266,18 @@ class Recall(Msg):
 
     rank: int
     index: int
+
+
+class Unrecorded(Msg):
+    """agent -> worker: its predecessor's set-up ended before this collective: from here on the worker is the rank."""
+
+    index: int
+
+
+class Unrepeatable(Msg):
+    """worker -> agent: the set-up that was broken cannot be gone on with here; the group has to start again."""
+
+    reason: str
 
 
 class Suspect(Msg):
@@ -334,5 +349,5 @@ class Leave(Msg):
     reason: str = ""
 
 
-WorkerUp = Join | Layout | Recorded | Recall | Suspect | Raised | Marked | Refused | Sealed
-WorkerDown = Segments | Seated | Recorded | Fenced | Leave
+WorkerUp = Join | Layout | Recorded | Recall | Unrepeatable | Suspect | Raised | Marked | Refused | Sealed
+WorkerDown = Segments | Seated | Recorded | Unrecorded | Fenced | Leave

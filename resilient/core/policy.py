@@ -34,7 +34,7 @@ TABLE: Final[dict[str, Verdict]] = {
     "node_lost": Verdict(verdict="replace", why="the node is silent"),
     "fork_failed": Verdict(verdict="replace", why="the worker could not be started"),
     "refused": Verdict(verdict="restart", why="a copy is damaged; another one is taken"),
-    "unrecorded": Verdict(verdict="restart", why="the set-up was too large to be kept, so a newcomer cannot repeat it alone"),
+    "unrecorded": Verdict(verdict="restart", why="a newcomer cannot repeat the set-up: the group starts again"),
     "store_lost": Verdict(verdict="restart", why="the store process is started again"),
     "zygote_lost": Verdict(verdict="restart", why="the zygote is started again"),
     "standby_lost": Verdict(verdict="restart", why="it had no chair; another one is warmed up"),

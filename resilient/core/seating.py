@@ -7,8 +7,9 @@ Contract: `seat` is a pure function from reports to a `Seating`; the coordinator
 There are two ways to go on:
 - **replace**: emptied chairs get newcomers, everybody else keeps process and state. The usual way.
 - **again**: the whole group is started again, with the newest state that all ranks have a copy of. For a group that does not use this
-  library, for a fault before every rank had finished its set-up (nobody has done a step then), and where a newcomer could not repeat
-  the set-up alone. Workers that wait in `init` for their first seat have nothing to undo and keep their process.
+  library, where nobody lives who could go on, and where a newcomer could not repeat the set-up alone. Workers that wait in `init` for
+  their first seat have nothing to undo and keep their process.
+A fault while some ranks are in their set-up is no other case: they keep what they have (train/rehearsal.py).
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def seat(hall: Hall) -> Seating:
         return Seating(places=hall.places, homeless=homeless)
     starting = not set(hall.places) <= hall.activated
 
-    accounts = [_account(r, chairs, copies, gone, over) for r in sorted(places)]
+    accounts = [_account(r, chairs, copies, gone, over, starting=starting) for r in sorted(places)]
     choice = choose(accounts, hall.committed, hall.poison)
     reached = choice.reached
     emptied = gone | (over & set(choice.plan.receivers))
-    again = hall.again or not hall.managed or starting
+    again = hall.again or not hall.managed or (starting and len(gone) == len(places))
     if not again and (stranded := _stranded(emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies))):
         why.append(f"nobody would bring the minutes of the set-up of rank {stranded[0]}: the group starts again")
         again = True
@@ -82,7 +83,7 @@ def seat(hall: Hall) -> Seating:
         kept = {r for r in places if starting and hall.managed and r not in gone and r not in moved and _unseated(chairs[r])}
         emptied = set(places) - kept
     fetch = _fetches(hall, choice, places, chairs, emptied, copies)
-    plan = choice.plan
+    plan = msgspec.structs.replace(choice.plan, starting=starting or again)
     if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
         plan = msgspec.structs.replace(plan, tier="peer")
     return Seating(
@@ -131,7 +132,7 @@ def _stranded(
     """Newcomers whose agent has never had the minutes of their set-up, and is brought none: they come with a peer's copies."""
     newcomers = emptied | {rank for rank, chair in chairs.items() if chair.state in ("starting", "joined")}
     brought = {f.rank for items in fetch.values() for f in items if f.tier == "peer"}
-    had = {rank for rank, chair in chairs.items() if chair.layout}  # a layout is told after the set-up
+    had = {rank for rank, chair in chairs.items() if chair.minuted}
     return sorted(r for r in newcomers - brought - had if not any(c.seated for c in copies.get(r, ())))
 
 
@@ -186,6 +187,8 @@ def _account(
     copies: Mapping[int, tuple[Copy, ...]],
     gone: AbstractSet[int],
     over: AbstractSet[int],
+    *,
+    starting: bool,
 ) -> Account:
     chair = chairs.get(rank)
     keeps = chair is not None and rank not in gone
@@ -193,6 +196,7 @@ def _account(
         rank=rank,
         record=chair.record if chair is not None and keeps else None,
         replicated=chair.replicated if chair is not None and chair.layout else _any_replicated(chairs),
+        initial=starting and (chair is None or not keeps or chair.state in ("starting", "joined")),
         finished=rank in over,
         copies=copies.get(rank, ()),
     )

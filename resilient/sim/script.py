@@ -13,7 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from resilient.core.messages import NONE, Fenced, Join, Layout, Leave, Phase, Raised, Recall, Record, Recorded, Seated, Suspect, WorkerDown
+from resilient.core.messages import (
+    NONE,
+    Fenced,
+    Join,
+    Layout,
+    Leave,
+    Phase,
+    Raised,
+    Recall,
+    Record,
+    Recorded,
+    Seated,
+    Suspect,
+    Unrecorded,
+    WorkerDown,
+)
 
 if TYPE_CHECKING:
     from resilient.sim.world import Host
@@ -53,9 +68,10 @@ class Script:
         self.marks = [0.0, 0.0, 0.0, 0.0]  # broken, regrouped, restored, committed
         self.beat = self.started = self.world.now
         self.seated: Seated | None = None
-        self.recalled = 0
-        self.minutes: set[int] = set()  # rounds in which what was recalled was agreed
-        self._set_up = role == "standby"
+        self.recalled = 0  # of the set-up: results that were told, collectives that are here, and that are behind all members
+        self.held = self.settled = 0
+        self.minutes: set[int] = set()  # starts of the group in which what was recalled was agreed
+        self._set_up = False
         self._broken_s = 0.0
         self._act = 0  # a newer act voids everything scheduled before
         self._late: list[Callable[[], None]] = []  # what came due while the process was stopped
@@ -94,7 +110,7 @@ class Script:
             case Seated():
                 if self.seated is None or message.round > self.seated.round:
                     self.seated = message
-                    if self.role == "rank" or self.parked:
+                    if self.role == "rank" or self.parked or self._set_up:
                         self._take_chair()
             case Fenced():
                 if self.round and self.round <= message.round and self.phase in ("running", "voted", "clean"):
@@ -103,7 +119,13 @@ class Script:
             case Recorded():
                 self.recalled += 1
                 self.minutes.add(int(message.payload))
-                self._recall()
+                self.held, self.settled = self.recalled, self.recalled - message.last
+                if message.last:
+                    self._enlist()
+                else:
+                    self._recall()
+            case Unrecorded():
+                self._enlist()
             case Leave():
                 self._then(0.001, lambda: self.exit(0))
             case _:
@@ -202,11 +224,18 @@ class Script:
     def _recall(self) -> None:
         if self.recalled < SETUP_COLLECTIVES:
             self.host.said(self, Recall(rank=self.rank, index=self.recalled))
-        elif not self.parked:
+        elif not self._set_up:
+            self._set_up = True
             self.host.said(self, self._layout())
-            self.parked = True
+            self.parked = self.seated is None
             if self.seated is not None:
                 self._take_chair()
+
+    def _enlist(self) -> None:
+        """The minutes end: this process is the rank from here on."""
+        self.role = "rank"
+        if self.seated is not None:
+            self._take_chair()
 
     def _layout(self) -> Layout:
         spec = self.world.spec
@@ -226,6 +255,7 @@ class Script:
             self.world.after(0.01, lambda: self.broken(place))
             return
         self._broken_s = self.world.now if self.round else 0.0
+        self.world.tell_settled(self.meeting_place, self.settled)
         if self.seated.plan.over:
             self._then(0.001, self._grouped)
         else:
@@ -235,22 +265,33 @@ class Script:
         assert self.seated is not None
         self.round = self.seated.round
         self.marks = [self._broken_s, self.world.now, 0.0, 0.0]
+        self.world.check(self.minutes <= {self.restart}, f"{self.name} was told the minutes of another start")
         if self._set_up:
-            agreed = {self.world.set_up.get(self.rank)}
-            self.world.check(not self.minutes or self.minutes == agreed, f"{self.name} was told the minutes of another start")
             self._restore()
         else:
-            self._then(self.world.spec.setup_s, lambda: self._meet("setup 0", lambda: self._recorded(0)))
+            settled = self.world.settled(self.meeting_place)
+            self.world.check(self.settled <= settled <= self.held, f"{self.name}: {settled} settled, {self.settled} to {self.held} here")
+            self.settled = self.held = settled
+            self._then(self.world.spec.setup_s, self._rehearse)
 
-    def _recorded(self, index: int) -> None:
-        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=str(self.round).encode()))
-        if index + 1 < SETUP_COLLECTIVES:
-            self._meet(f"setup {index + 1}", lambda: self._recorded(index + 1))
+    def _rehearse(self) -> None:
+        """The next collective of the set-up, and the barrier behind it (train/rehearsal.py)."""
+        index = self.settled
+        if index < SETUP_COLLECTIVES:
+            self._meet(f"setup {index}", lambda: self._recorded(index))
         else:
             self._set_up = True
-            self.world.set_up[self.rank] = self.round
             self.host.said(self, self._layout())
             self._restore()
+
+    def _recorded(self, index: int) -> None:
+        self.held = index + 1
+        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=str(self.restart).encode()))
+        self._meet(f"settle {index}", self._passed)
+
+    def _passed(self) -> None:
+        self.settled = self.held
+        self._rehearse()
 
     def _restore(self) -> None:
         assert self.seated is not None
@@ -270,13 +311,16 @@ class Script:
                 return
         elif plan.tier == "live":
             repeats = self.rank in plan.repeat and want - 1 in copies.own
-            self.world.check(
-                want in copies.own or repeats or self.phase != "setup", f"rank {self.rank} has no own state of {want}: {copies}"
-            )
+            known = want in copies.own or repeats or self.phase != "setup" or want == 0
+            self.world.check(known, f"rank {self.rank} has no own state of {want}: {copies}")
             self.world.check(bool(plan.sources), "live, and no source")
         elif plan.tier != "none":
             there = want in copies.snapshots and self.seated.snapshot
             self.world.check(there, f"rank {self.rank} has no snapshot of {want}: {copies}")
+        if self.phase == "setup" and self.seated.plan.starting:
+            self.host.segment(self.rank).seal_own(want)
+            if self.world.spec.snapshots:
+                self.host.segment(self.rank).seal_snapshot(want)
         self.step, self.phase, self.torn = want, "clean", False
         self.marks[2] = self.world.now
         self._begin()

@@ -301,7 +301,7 @@ class World:
         self.loss = spec.loss
         self.stored, self.damaged = set(spec.stored), set[int]()
         self.ranks = range(spec.nodes * spec.slots)
-        self.set_up: dict[int, int] = {}  # rank -> round in which it was last set up
+        self._settled: dict[int, int] = {}  # round -> collectives of the set-up that somebody knows to be behind all
         self.invariants = Invariants(self)
         self.trace = Trace()
         self._meetings: dict[tuple[int, str], dict[Script, Callable[[float], None]]] = {}
@@ -427,6 +427,14 @@ class World:
             del self._meetings[key]
             for done in meeting.values():
                 done(self.random.uniform(0.0001, 0.003))
+
+    def tell_settled(self, place: int, count: int) -> None:
+        """A script that joins a round says what it knows to be behind all."""
+        self._settled[place] = max(self._settled.get(place, 0), count)
+
+    def settled(self, place: int) -> int:
+        """What anybody said; all have, when the groups are made."""
+        return self._settled[place]
 
     def died(self, script: Script) -> None:
         """Neighbours in its round see a reset, sooner or later or (their own neighbour lives) not at all."""

@@ -56,6 +56,10 @@ class OverlayStore(dist.Store):
         super().__init__()
         self._below, self._own = below, dist.HashStore()
 
+    def open(self) -> None:
+        """This process is the rank from here on: it reads and writes the run's store."""
+        self._own = self._below
+
     def set(self, key: str, value: Any) -> None:
         """Kept here only."""
         self._own.set(key, value)

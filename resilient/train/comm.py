@@ -27,13 +27,14 @@ import torch.distributed as dist
 
 from resilient.errors import RoundAborted
 from resilient.train.group import _ECHO, Group, Held, Operation
-from resilient.train.inner import Inner, tcp_sockets
+from resilient.train.inner import Inner, largest, tcp_sockets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from resilient.core.messages import Seated
     from resilient.train.recorder import Recorder
+    from resilient.train.rehearsal import Rehearsal
     from resilient.train.scope import Scope
     from resilient.wire.page import Page
 
@@ -55,6 +56,7 @@ class Build(threading.Thread):
         self.ready = threading.Event()
         self.store: Any = None
         self._seated, self._groups, self._timeout = seated, list(groups), timeout
+        self.settled: dict[str, int] = {}  # group -> collectives of the set-up that some member knows to be behind all
         self._lock = threading.Lock()
         self._cancelled = False
         self._line: list[socket.socket] = []
@@ -71,23 +73,28 @@ class Build(threading.Thread):
 
     def _build(self) -> None:
         store = self._connect()
-        world = self._seated.world_size
+        world, starting = self._seated.world_size, self._seated.plan.starting
+        for group in self._groups if starting else ():
+            store.add(f"has/{group.key}", 1)
         if store.add("arrived", 1) == world:
             store.set("complete", b"1")
         store.wait(["complete"], ARRIVE_TIMEOUT)
         for group in self._groups:
+            if starting and store.add(f"has/{group.key}", 0) < group.size():
+                continue  # some members' scripts have not come to it: it is made when they have
             inner = self.make(group)
-            with self._lock:
-                self.inners[group.key] = inner
-                if self._cancelled:
-                    inner.cut()
-                    return
+            if starting:
+                self.settled[group.key] = largest(inner, group.settled)
 
     def make(self, group: Group) -> Inner:
         """The inner group for `group` in this round; also for groups that the script makes later on."""
         store = dist.PrefixStore(f"{group.key}/", self.store)
         inner = Inner(group.kind, store, group.rank(), group.size(), CONNECT_TIMEOUT)
         inner.patience(self._timeout)
+        with self._lock:
+            self.inners[group.key] = inner
+            if self._cancelled:
+                inner.cut()
         return inner
 
     def _connect(self) -> Any:
@@ -139,6 +146,7 @@ class Comm:
         self.solo = False  # a step is being repeated alone, whatever the round does meanwhile
         self.round = 0
         self.recorder = recorder
+        self.rehearsal: Rehearsal | None = None  # makes the collectives before the first step; without one they are as all others
         self.broken_ns = 0
         self.groups: list[Group] = []
         self._scope, self._page, self._on_suspect, self._timeout = scope, page, on_suspect, timeout
@@ -164,13 +172,29 @@ class Comm:
         self.groups.append(group)
         if self._page is not None:
             self._page.name_group(slot, hash(key) & (2**62 - 1) | 1)
-        if self.mode == "live" and len(ranks) > 1 and self._build is not None:
+        while len(ranks) > 1 and group.inner is None and self._enter():
+            build = self._build
+            assert build is not None, "live, and no build"
             try:
-                group.inner = self._build.make(group)
+                inner = build.make(group)
             except RuntimeError as error:
-                self._suspect(self.round, str(error))
-                raise self._aborted(f"new_group {key}") from error
+                self._suspect(build.round, str(error))
+                if not self._sets_up:
+                    raise self._aborted(f"new_group {key}") from error
+            else:
+                group.inner = inner if self._build is build else None
         return group
+
+    @property
+    def _sets_up(self) -> bool:
+        return self.recorder.mode != "off" and self.rehearsal is not None
+
+    def _enter(self) -> bool:
+        """Whether there is a round to make groups in; before the first step a newer one is waited for."""
+        if self.mode == "broken" and self._sets_up:
+            assert self.rehearsal is not None, "see _sets_up"
+            self.rehearsal.enter()
+        return self.mode == "live"
 
     # ------------------------------------------------------------------ operations
 
@@ -181,12 +205,12 @@ class Comm:
         if group.size() == 1:
             op.fill()
             return self._done(group, op)
+        if self._sets_up and self._set_up(op):
+            return self._done(group, op)
         op.looped = self._scope.may_loop(echo=op.kind == _ECHO)
         if self.solo or self.mode == "alone":
-            if not self.recorder.recall(op):
-                op.fill()
+            op.fill()
         elif self.mode == "live":
-            op.index = self.recorder.number()
             inner = group.inner
             assert inner is not None, f"group {group.key} has no inner group in live round {self.round}"
             try:
@@ -204,20 +228,32 @@ class Comm:
             raise self._aborted(op.key)
         return self._done(group, op)
 
+    def _set_up(self, op: Operation) -> bool:
+        """Before the first step. Whether `op` is done with that."""
+        assert self.rehearsal is not None, "see _sets_up"
+        if op.name in ("send", "recv"):
+            return self.rehearsal.one_to_one(op)
+        self.rehearsal.perform(op)
+        return True
+
     def failed(self, op: Operation, inner: Inner | None, error: RuntimeError) -> BaseException | None:
         """An operation ended with `error`. Fills it in loopback and returns None where that is allowed, else what to raise.
 
         Whoever gets an error drops its own inner groups, so that a neighbour who waits for *us* comes free too.
         """
-        with self._lock:
-            current = any(group.inner is inner for group in self.groups)
-            round_ = self.round
-        if current and self.mode == "live":
-            self._suspect(round_, f"{op.key}: {str(error).splitlines()[0][:300]}")
+        self.lost(inner, f"{op.key}: {error}")
         if not op.looped:
             return self._aborted(op.key)
         self._fill(op)
         return None
+
+    def lost(self, inner: Inner | None, text: str) -> None:
+        """Something went wrong on `inner`: if that is of the round in force, the round is broken. text: its first line is passed on."""
+        with self._lock:
+            current = any(group.inner is inner for group in self.groups)
+            round_ = self.round
+        if current and self.mode == "live":
+            self._suspect(round_, text.splitlines()[0][:300])
 
     def _fill(self, op: Operation) -> None:
         """Loopback in a broken round."""
@@ -297,9 +333,9 @@ class Comm:
                 return False
             self.mode = "broken"
             self.broken_ns = time.monotonic_ns()
-            inners = [group.inner for group in self.groups if group.inner is not None]
-        for inner in inners:
-            inner.cut()
+            build = self._build
+        if build is not None:
+            build.cancel()
         return True
 
     def prepare(self, seated: Seated) -> None:
@@ -335,6 +371,7 @@ class Comm:
             old = [group.inner for group in self.groups if group.inner is not None]
             for group in self.groups:
                 group.inner = build.inners.get(group.key)
+                group.agreed = build.settled.get(group.key, 0)
             previous, self._build, self._next = self._build, build, None
             self.round = seated.round
             self._sit(seated.rank)

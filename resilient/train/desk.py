@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from resilient.core.messages import Fenced, Leave, Recorded, Seated, Segments, Suspect
+from resilient.core.messages import Fenced, Leave, Recorded, Seated, Segments, Suspect, Unrecorded
 from resilient.errors import ProtocolError, TierUnavailable
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Desk:
     def __init__(self, line: AgentLine, *, standby: bool) -> None:
         """Listening starts with `listen`."""
         self.standby = standby
-        self.eager = not standby  # start rebuilding groups as soon as a newer seat is known
+        self.eager = False  # start rebuilding groups as soon as a newer seat is known: once all of them are made
         self.recorder: Recorder | None = None
         self.comm: Comm | None = None
         self._line = line
@@ -129,7 +129,7 @@ class Desk:
                 with self._news:
                     self._segments = message
                     self._news.notify_all()
-            case Recorded():
+            case Recorded() | Unrecorded():
                 if self.recorder is not None:
                     self.recorder.deliver(message)
             case Leave() if self.standby and self.newest == 0:

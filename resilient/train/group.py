@@ -207,7 +207,7 @@ class Operation:
         """`launch(inner)` starts it for real, `fill()` completes it in loopback."""
         self.group, self.name, self.outputs, self.launch, self.fill, self.kind = group, name, outputs, launch, fill, kind
         self.looped = False  # Comm: a broken round may complete it in loopback (decided at the launch)
-        self.index = -1  # Comm: its number among the collectives before the first step
+        self.index = -1  # Recorder: its number among those before the first step
 
     def record(self) -> None:
         """It ended well."""
@@ -233,6 +233,8 @@ class Group(dist.ProcessGroup):
         self.slot = slot
         self.kind = kind
         self.inner: Inner | None = None
+        self.settled = 0  # collectives before the first step that all members have behind them, as far as is known here
+        self.agreed = 0  # ... as far as was known to any member when the round's groups were made
         self._rank, self._size = rank, len(ranks)
         self._name = key
         self._desc = "undefined"

@@ -22,6 +22,7 @@ import threading
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 SLICE = timedelta(seconds=0.25)  # a cut operation fails within milliseconds
@@ -74,6 +75,15 @@ class Inner:
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         self._sockets = []
+
+
+def largest(inner: Inner, value: int) -> int:
+    """The largest `value` of all members; also a barrier. Raises RuntimeError when the group is cut."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+    tensor = torch.tensor([value], dtype=torch.int64, device="cuda" if inner.kind == "nccl" else "cpu")
+    inner.wait(inner.group.allreduce([tensor], options))
+    return int(tensor.item())
 
 
 def _make(kind: str, store: Any, rank: int, size: int, timeout: timedelta) -> Any:

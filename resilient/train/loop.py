@@ -109,6 +109,12 @@ class Loop:
             msg = "run.steps before run.track: call run.track(model=..., optimizer=..., ...) first, so that a broken step can be put back"
             raise UsageError(msg)
         self.opened = True
+        if self.desk.standby and self.desk.newest and self.desk.latest().plan.starting:
+            self.rounds.rehearsal.enlist()
+        if self.desk.standby:
+            self.rounds.warmed = True
+        else:
+            self.warming, self.desk.eager = 0, True
         self.comm.recorder.close()
         for module in self.tracked.modules.values():
             self.scope.watch(module)
@@ -117,13 +123,7 @@ class Loop:
             # Resumed: DDP's buckets must be as they were at that step, for the order of a sum is seen in its last bit
             self.warming, self.rounds.warmed, self.comm.solo = WARMUP_MIN, True, True
         if not self.warming:
-            self._start()
-
-    def _start(self) -> None:
-        """A rank of a group that starts: from the script's own initial state, or from a checkpoint."""
-        self.rounds.start()
-        if self.tracked.undo_needed and not self.rounds.deferred and not self.tier0.sealed(self.ledger.step):
-            self.tier0.snapshot(self.ledger.step, self.ledger.round, self.tracked.own())
+            self.rounds.start()
 
     # ------------------------------------------------------------------ one step
 
@@ -167,7 +167,7 @@ class Loop:
                 self._park()
             else:
                 self.comm.solo = False
-                self._start()
+                self.rounds.start()
             return False
         if not self.scope.gated:
             self.scope.open = self.gate(boundary=True)

@@ -5,8 +5,9 @@ what was really agreed, not a guess. So the result of every small collective bef
 that later runs the script as the same rank gets these results in the same order.
 
 Contract: `record` while a seated rank sets up, `recall` while a standby does, `off` from the first step on. Only what is at most 1 MiB
-is kept; a larger result (parameters broadcast by DDP) is worthless loopback for a standby, which gets its state later anyway.
-Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a clear error.
+is kept; a larger result (parameters broadcast by DDP) is worthless loopback for a standby, which gets its state later anyway (`lacking`).
+Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a clear error. Where the rank
+that is shadowed died in its set-up, recall says where its minutes end, and the newcomer goes on as that rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
-from resilient.core.messages import Recall, Recorded
+from resilient.core.messages import Recall, Recorded, Unrecorded
 from resilient.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from resilient.train.group import Operation
 
 SMALL_BYTES: Final = 1 << 20
+Known = Literal["settled", "last", "nothing"]  # to every rank; to this one, perhaps to the others; not even to this one
 _LARGE: Final = "large: "  # prefix of the key of a result that was not kept
 
 
@@ -38,21 +40,20 @@ class Recorder:
     ) -> None:
         """timeout_s: how long a recall may wait for the rank that is shadowed."""
         self.mode = mode
+        self.lacking = False  # a result that was too large to be kept was made up here
         self._rank, self._send, self._timeout_s = rank, send, timeout_s
         self._count = 0
-        self._arrived: dict[int, Recorded] = {}
+        self._arrived: dict[int, Recorded | Unrecorded] = {}
         self._news = threading.Condition()
 
     def close(self) -> None:
         """The first step begins."""
         self.mode = "off"
 
-    def number(self) -> int:
-        """The number of the operation being launched; -1 if nothing is recorded any more."""
-        if self.mode != "record":
-            return -1
+    def number(self, op: Operation) -> None:
+        """The next operation of the set-up."""
+        op.index = self._count
         self._count += 1
-        return self._count - 1
 
     def put(self, op: Operation) -> None:
         """A numbered operation ended well."""
@@ -60,21 +61,22 @@ class Recorder:
         payload = b"".join(_bytes_of(t) for t in op.outputs) if small else b""
         self._send(Recorded(rank=self._rank, index=op.index, key=op.key if small else _LARGE + op.key, payload=payload))
 
-    def recall(self, op: Operation) -> bool:
-        """Fill `op`'s outputs with the recorded result. False: not to be recalled, loopback will do.
+    def recall(self, op: Operation) -> Known:
+        """Fill the outputs of a numbered operation with the recorded result, with loopback where that was too large.
 
         Raises UsageError if the rank that is shadowed did something else at this place, TimeoutError if it did nothing in time.
         """
-        if self.mode != "recall":
-            return False
-        index, self._count = self._count, self._count + 1
-        self._send(Recall(rank=self._rank, index=index))
-        record = self._await(index)
+        self._send(Recall(rank=self._rank, index=op.index))
+        record = self._await(op.index)
+        if isinstance(record, Unrecorded):
+            return "nothing"
         if record.key.removeprefix(_LARGE) != op.key:
-            msg = f"set-up collective {index} of rank {self._rank}: {record.key!r} was recorded, this process asks for {op.key!r}"
+            msg = f"set-up collective {op.index} of rank {self._rank}: {record.key!r} was recorded, this process asks for {op.key!r}"
             raise UsageError(msg)
         if record.key.startswith(_LARGE):
-            return False
+            op.fill()
+            self.lacking = True
+            return "last" if record.last else "settled"
         offset = 0
         for tensor in op.outputs:
             count = tensor.numel() * tensor.element_size()
@@ -82,15 +84,15 @@ class Recorder:
                 raw = torch.frombuffer(bytearray(record.payload[offset : offset + count]), dtype=torch.uint8)
                 tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
             offset += count
-        return True
+        return "last" if record.last else "settled"
 
-    def deliver(self, record: Recorded) -> None:
+    def deliver(self, record: Recorded | Unrecorded) -> None:
         """An answer of the agent."""
         with self._news:
             self._arrived[record.index] = record
             self._news.notify_all()
 
-    def _await(self, index: int) -> Recorded:
+    def _await(self, index: int) -> Recorded | Unrecorded:
         until = time.monotonic() + self._timeout_s
         with self._news:
             while index not in self._arrived:

@@ -14,9 +14,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
+import torch
+
+from resilient.core.ledger import SOURCES_MAX
 from resilient.core.messages import NONE, Plan, Raised, Seated, Suspect
 from resilient.errors import CheckpointError, GoneError, RoundAborted
 from resilient.train import restore, wrappers
+from resilient.train.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,19 +40,20 @@ class Rounds:
     def __init__(self, comm: Comm, desk: Desk, ledger: Ledger, tracked: Tracked, tier0: Tier0) -> None:
         """The parts of one worker."""
         self.comm, self.desk, self.ledger, self.tracked, self.tier0 = comm, desk, ledger, tracked, tier0
-        self.warmed = desk.standby  # steps were made in loopback: the script's initial state is gone
+        self.warmed = False  # steps were made in loopback: the script's initial state is gone
         self.defer = False  # a loop that owns its counter has first to run on to the step: its own state is put in place then
         self.deferred = b""
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
+        self.rehearsal = comm.rehearsal = Rehearsal(comm, desk, self.seat, self.leave)
 
     def seat(self) -> None:
-        """Wait for the first seat of a rank, and for its groups."""
-        tried = 0
+        """During the set-up: wait for a seat in a newer round than the last, and for its groups."""
+        tried = self.comm.round
         while True:
             seated = self.desk.seat_after(tried)
-            tried = seated.round
+            tried, broken_ns = seated.round, self.comm.broken_ns
             if self.comm.join(seated, self._newer_than(tried)):
-                self.ledger.regrouped(seated.round, 0)
+                self.ledger.regrouped(seated.round, broken_ns)
                 return
 
     def start(self) -> None:
@@ -81,7 +86,7 @@ class Rounds:
 
     def _order_buckets(self, plan: Plan) -> None:
         """DDP's buckets as every rank has them at that step."""
-        if plan.step == 0:
+        if plan.step <= 0:
             wrappers.first_buckets(self.tracked)
         else:
             self.comm.solo = True
@@ -103,7 +108,7 @@ class Rounds:
         if self.ledger.phase == "setup":
             if plan.step == NONE and self.warmed:  # what was computed in loopback is in the parameters
                 self.leave("the run starts again from nothing, and this standby has made steps")
-            self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step != NONE)
+            self.tier0.open(self.comm.rank, self.comm.world_size, adopt=plan.step > 0 or not plan.starting)
         if plan.tier == "live":
             if self.ledger.phase != "setup" and self.ledger.step != plan.step:  # checked before anything is given or taken
                 self.leave(f"round {seated.round} begins live at step {plan.step}, this rank holds {self.ledger.step}")
@@ -113,11 +118,41 @@ class Rounds:
                 self._receive(seated, plan)
         elif plan.step not in (NONE, self.ledger.step) and self.ledger.step != NONE:
             self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
+        if plan.starting and plan.step <= 0 and seated.round > 1:
+            self._make_equal(plan)
         if self.ledger.step == NONE:
             self.ledger.step = max(plan.step, 0)
-            self.tier0.own_start(self.ledger.step, seated.round, self.tracked.own())  # this chair can be taken over from here on
+        if plan.starting and self.ledger.phase == "setup" and not self.deferred:
+            self._seal_start(seated.round)
         if not self.repeating:
             self.ledger.restored()
+
+    def _seal_start(self, round_: int) -> None:
+        """Once this rank counts as set up, its chair can be taken over: what that needs is sealed before."""
+        step, own = self.ledger.step, self.tracked.own()
+        self.tier0.own_start(step, round_, own)
+        if self.tracked.undo_needed and not self.tier0.sealed(step):
+            self.tier0.snapshot(step, round_, own)
+
+    def _make_equal(self, plan: Plan) -> None:
+        """Nobody has committed a step, and some repeated a set-up alone: who lacks results too large to be kept is given state."""
+        lacks = torch.zeros(self.comm.world_size, dtype=torch.int32)
+        lacks[self.comm.rank] = int(self.comm.recorder.lacking)
+        self.comm.vote(lacks)
+        receivers = tuple(lacks.nonzero().flatten().tolist())
+        if not receivers:
+            return
+        sources = tuple(r for r in range(self.comm.world_size) if r not in (*receivers, *plan.receivers))[:SOURCES_MAX]
+        if not sources or not self.tracked.replicated:
+            if self.comm.recorder.lacking:
+                self.rehearsal.refuse("results too large to be kept are missing, and no replica could make up for them")
+            return
+        again = Plan(step=0, tier="live", receivers=receivers, sources=sources)
+        restore.give(self.comm, self.tracked, again, 0)
+        if self.comm.rank in receivers:
+            with self.comm.quiet():
+                restore.take(self.comm, self.tracked, again)
+            self.comm.recorder.lacking = False
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"

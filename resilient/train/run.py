@@ -263,7 +263,9 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
     desk.listen()
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
     user_store = dist.PrefixStore("user/", store)
-    install(comm, OverlayStore(user_store) if standby else user_store)
+    overlay = OverlayStore(user_store)
+    loop.rounds.rehearsal.enlisted = overlay.open
+    install(comm, overlay if standby else user_store)
     desk.comm = comm
     if not standby:
         loop.rounds.seat()

@@ -66,3 +66,28 @@ def test_twenty_kills(tmp_path: pathlib.Path, kind: str) -> None:
     assert blows == KILLS, f"the run was over after {blows} kills"
     assert digests(tormented, WORLD) == digests(undisturbed, WORLD), f"seed {seed}"
     assert sum(i["steps_lost"] for i in incidents) == 0, incidents
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_kills_during_start_up(tmp_path: pathlib.Path, kind: str) -> None:
+    """At random moments from the first line of the script on; the others go on with what they have."""
+    seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"seed {seed}")
+    dice, features = random.Random(seed), "talk,dropout"
+    more = ["--kind", kind, "--features", features, "--steps", "12"]
+    with Launched(tmp_path, ["--nproc-per-node", str(WORLD)], "job.py", ["--out", str(tmp_path), *more], name="undisturbed") as run:
+        assert run.wait() == 0, run.text()
+    expected = digests(tmp_path, WORLD)
+    tormented = tmp_path / "tormented"
+    tormented.mkdir()
+    with Launched(tormented, ["--nproc-per-node", str(WORLD)], "job.py", ["--out", str(tormented), *more]) as run:
+        run.until(lambda: len(run.events("worker_started")) == WORLD, "all workers")
+        first = {e["rank"]: e["pid"] for e in run.events("worker_started")}
+        victims = dice.sample(range(WORLD), dice.choice([1, 1, 2]))
+        for rank in victims:
+            time.sleep(dice.uniform(0.0, 0.25))
+            os.kill(first[rank], signal.SIGKILL)
+        assert run.wait() == 0, f"seed {seed}\n{run.text()}\n{run.events()[-30:]}"
+    assert digests(tormented, WORLD) == expected, f"seed {seed}\n{run.events()}"
+    kept = {r["rank"]: r["pid"] for r in run.status()["ranks"] if r["rank"] not in victims}
+    assert kept == {rank: pid for rank, pid in first.items() if rank not in victims}, f"seed {seed}\n{run.events()}"

@@ -148,9 +148,29 @@ def test_a_loop_that_owns_its_counter_follows_a_rollback(tmp_path: pathlib.Path)
     assert sum(i["steps_lost"] for i in run.incidents()) == 0
 
 
-def test_killed_during_start_up(tmp_path: pathlib.Path) -> None:
-    run = struck(tmp_path, "ddp", "dropout", "1:-1:setup")
-    assert run.events("finding")
+@pytest.mark.parametrize("moment", ["setup", "talk1", "talk2", "talk3", "talk4", "built", "tracked"])
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 1), ("fsdp", 0)])
+def test_killed_during_start_up(tmp_path: pathlib.Path, moment: str, kind: str, rank: int) -> None:
+    """What the others had agreed upon stands; the newcomer comes into the middle of their set-up."""
+    run = struck(tmp_path, kind, "talk,dropout", f"{rank}:-1:{moment}")
+    check_incident(run, [rank])
+
+
+def test_killed_during_start_up_after_more_was_said_than_is_kept(tmp_path: pathlib.Path) -> None:
+    """Under DDP a replica makes up for it."""
+    run = struck(tmp_path, "ddp", "talk,large,dropout", "2:-1:built")
+    check_incident(run, [2])
+
+
+def test_a_set_up_that_cannot_be_repeated_alone_starts_again(tmp_path: pathlib.Path) -> None:
+    """Nobody else has the shard that the missing result went into."""
+    run = struck(tmp_path, "fsdp", "talk,large,dropout", "2:-1:built")
+    assert any(e["kind"] == "unrecorded" for e in run.events("finding"))
+
+
+def test_killed_twice_during_start_up(tmp_path: pathlib.Path) -> None:
+    run = struck(tmp_path, "ddp", "talk,dropout", "1:-1:talk2,2:-1:talk4,1:-1:built,0:0:forward")
+    check_incident(run, [0, 1, 2])
 
 
 def test_killed_again_while_another_recovery_is_under_way(tmp_path: pathlib.Path) -> None:

@@ -61,6 +61,18 @@ def test_nothing_is_lost_while_a_copy_lives(block):
         assert [line.steps_lost for line in world.invariants.closed if line.steps_lost] == [], f"seed {seed}\n{world.trace.tail()}"
 
 
+def test_kills_in_the_set_up_take_nobody_else_with_them():
+    for seed in range(100):
+        draw = random.Random(seed)
+        replicated = draw.random() < 0.5
+        world = World(Spec(slots=4, steps=10, setup_s=0.3, replicated=replicated, snapshots=not replicated), seed)
+        faults = storm(world, draw.choice([1, 2, 3]), 1.2, ("kill",))
+        assert world.run(60.0, world.over), f"seed {seed}: {faults}\n{world.trace.tail()}"
+        assert world.finish is not None
+        assert world.finish.exit_code == 0, f"seed {seed}: {faults}\n{world.trace.tail()}"
+        assert world.coordinator.round.restart == 0, f"seed {seed}: the group was started again\n{world.trace.tail()}"
+
+
 def test_twenty_kills_in_one_run():
     for seed in range(5):
         world = World(Spec(slots=4, standbys=1, steps=300, snapshots=True), seed)

@@ -23,6 +23,8 @@ from resilient.core.messages import (
     Seated,
     Segments,
     Suspect,
+    Unrecorded,
+    Unrepeatable,
 )
 
 
@@ -230,7 +232,28 @@ def test_suspicion_of_an_older_round_is_no_news(stage):
     assert not of(stage(m.Said(worker="n0.2", message=Suspect(round=1, text="x"))), m.Fence)
 
 
+def test_a_successor_hears_where_the_minutes_of_a_set_up_end():
+    stage = Stage()
+    stage.assign(1)
+    stage(m.Said(worker="n0.1", message=Join(worker="n0.1", pid=1, token="")))
+    stage(m.Said(worker="n0.1", message=Recorded(rank=0, index=0, key="seed", payload=b"1")))
+    stage(m.Exited(worker="n0.1", exit_code=-9))
+    assert stage.report.chairs[0].minuted
+    done = stage.assign(2, fence=1, round=2, put_down=("n0.1",), fresh=False)
+    assert [(f.role, f.rank) for f in of(done, m.Fork)] == [("standby", 0)]
+    done = stage(m.Said(worker="n0.3", message=Recall(rank=0, index=0)))
+    assert told(done, Recorded)["n0.3"].last
+    assert told(stage(m.Said(worker="n0.3", message=Recall(rank=0, index=1))), Unrecorded)["n0.3"].index == 1
+
+
+def test_a_set_up_that_cannot_be_gone_on_with_is_a_fault_of_the_group(stage):
+    assert of(stage(m.Said(worker="n0.1", message=Unrepeatable(reason="sends"))), m.Fence)
+    assert (stage.report.findings[0].kind, stage.report.findings[0].text) == ("unrecorded", "sends")
+
+
 def test_set_up_results_are_kept_shared_and_given(stage):
+    for rank in (0, 1):
+        stage(m.Said(worker=f"n0.{rank + 1}", message=Layout(rank=rank, digest="d", replicated=True, own_bytes=1, snapshot_bytes=0)))
     item = Recorded(rank=0, index=0, key="seed", payload=b"1")
     assert of(stage(m.Said(worker="n0.1", message=item)), m.Keep)
     assert told(stage(m.Said(worker="n0.2", message=Recall(rank=0, index=0))), Recorded)["n0.2"] == item

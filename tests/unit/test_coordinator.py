@@ -151,10 +151,10 @@ def test_who_was_put_down_never_comes_back_even_if_its_node_has_not_heard_it():
     house.report()
     house.report(chairs=chairs(round=1, dead=(1,), **setting_up), fenced=1)
     house(Tick(), 0.3)
-    assert house.at().put_down == ("w0", "w1")
+    assert house.at().put_down == ("w1",), "w0 goes on with its set-up"
     house.report(chairs=chairs(round=0, **setting_up), fenced=2, round=1)
     house(Tick(), 0.3)
-    assert (house.coordinator.round.number, house.at().put_down) == (3, ("w0", "w1")), "the old ones, still"
+    assert (house.coordinator.round.number, house.at().put_down) == (3, ("w1",)), "the old one, still"
 
 
 def test_deaths_that_are_close_together_make_one_round(house):

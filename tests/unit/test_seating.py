@@ -9,7 +9,7 @@ from resilient.core.seating import Hall, seat
 
 def chair(rank, state="active", step=5, phase="running", round=1, **more):
     record = Record(round=round, step=step, phase=phase) if state in ("active", "dead", "finished", "joined") else None
-    facts = {"replicated": True, "layout": "net", "own_step": step, "own_steps": (step - 1, step), **more}
+    facts = {"replicated": True, "layout": "net", "minuted": True, "own_step": step, "own_steps": (step - 1, step), **more}
     return Chair(rank=rank, local_rank=rank, state=state, worker=f"w{rank}", record=record, **facts)
 
 
@@ -98,6 +98,8 @@ def test_a_fault_during_start_up_keeps_those_who_were_not_seated():
     )
     dead = chair(2, "dead", phase="setup", round=0, own_steps=(), own_step=-1)
     sheet = seat(hall(report("n0", unseated, seated, dead), activated=frozenset()))
+    assert (sheet.again, sheet.emptied, sheet.put_down) == (False, (2,), {"n0": ("w2",)})
+    sheet = seat(hall(report("n0", unseated, seated, dead), activated=frozenset(), again=True))
     assert (sheet.again, sheet.emptied, sheet.put_down) == (True, (1, 2), {"n0": ("w1", "w2")})
 
 
@@ -118,3 +120,25 @@ def test_persistent_state_is_fetched_for_every_chair():
     assert sheet.plan.tier == "persistent"
     assert sheet.fetch == {"n0": tuple(Fetch(rank=r, step=3, tier="persistent", round=2) for r in range(2))}
     assert (sheet.put_down, sheet.reached) == ({"n0": ("w1",)}, 5)
+
+
+def test_a_fault_in_the_set_up_ends_nobody_else():
+    setting_up = {"phase": "setup", "step": -1, "own_steps": (), "layout": ""}
+    sheet = seat(hall(report("n0", chair(0, "joined", **setting_up), chair(1, "dead", **setting_up)), activated=frozenset()))
+    assert (sheet.emptied, sheet.put_down, sheet.again) == ((1,), {"n0": ("w1",)}, False)
+    assert (sheet.plan.step, sheet.plan.starting, sheet.plan.receivers) == (-1, True, ())
+
+
+def test_a_fault_while_others_have_not_come_to_their_first_step():
+    at_zero = {"step": 0, "own_steps": (0,)}
+    setting_up = {"phase": "setup", "step": -1, "own_steps": (), "layout": ""}
+    chairs = (chair(0, **at_zero), chair(1, "joined", **setting_up), chair(2, "dead", **at_zero))
+    sheet = seat(hall(report("n0", *chairs, slots=3), activated=frozenset({0, 2})))
+    assert (sheet.emptied, sheet.again, sheet.plan.step, sheet.plan.tier, sheet.plan.receivers) == ((2,), False, 0, "none", ())
+
+
+def test_a_group_of_which_nobody_is_left_in_its_set_up_starts_again():
+    setting_up = {"phase": "setup", "step": -1, "own_steps": (), "layout": ""}
+    chairs = (chair(0, "dead", **setting_up), chair(1, "dead", **setting_up))
+    assert seat(hall(report("n0", *chairs), activated=frozenset())).again
+    assert seat(hall(report("n0", *chairs), activated=frozenset(), committed=frozenset({7}))).again

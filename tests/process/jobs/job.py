@@ -5,7 +5,8 @@
 
 Each rank writes DIR/digest-<rank>: a digest of every bit of its final state. A *strike* kills (or stops, or breaks) the rank itself at an
 exact moment, once: a marker file in DIR keeps it from happening again in the replay. Moments:
-    setup forward backward collective optimizer optimizer_end between loop_end   SIGKILL there
+    setup talk1 .. talk4 large built tracked   in the set-up, from its beginning to its end
+    forward backward collective optimizer optimizer_end between loop_end   SIGKILL there
     stop:forward    SIGSTOP instead          spin:forward  an endless loop          raise:forward  an exception, once
     always:forward  an exception, every time        leave:forward  the script leaves its loop
 """
@@ -77,6 +78,32 @@ def strike(moment: str) -> None:
 
 
 strike("setup")
+agreed = torch.zeros(())
+if "talk" in features:  # what the ranks agree upon before they build anything: of every kind, on groups of every size
+    value = torch.arange(3.0) * (rank + 1)
+    dist.all_reduce(value)
+    strike("talk1")
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        found = [torch.zeros(3) for _ in range(2)]
+        dist.all_gather(found, value * (rank + 1), group=pair)
+        strike("talk2")
+        value = found[1]
+    dist.broadcast(value, 0)
+    words = [f"from {rank}" * 3] if rank == 1 else [None]
+    dist.broadcast_object_list(words, 1)
+    strike("talk3")
+    part = torch.zeros(2)
+    dist.reduce_scatter(part, list((torch.arange(2.0 * run.world_size) * (rank + 1)).split(2)))
+    dist.barrier()
+    strike("talk4")
+    agreed = value.sum() * len(words[0] or "") + part.sum()
+    agreed = agreed * 1e-3
+if "large" in features:  # more than is kept for newcomers
+    large = torch.full((1 << 19,), float(rank + 1))
+    dist.all_reduce(large)
+    agreed = agreed + large[0]
+    strike("large")
 torch.manual_seed(7)
 layers: list[nn.Module] = [nn.Linear(args.width, 31)]
 if "bn" in features:
@@ -117,6 +144,8 @@ class Struck(nn.Module):
 
 
 model = Struck(model)
+with torch.no_grad():
+    model.first[0].bias.add_(agreed)
 if args.kind in ("fsdp", "hsdp"):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -137,6 +166,7 @@ if "hook" in features:
 
     net.register_comm_hook(None, fp16_compress_hook)
 
+strike("built")
 torch.manual_seed(100 + rank)  # dropout differs per rank
 random.seed(rank)
 params = list(net.parameters())
@@ -184,6 +214,7 @@ if ema is not None:
     tracked["ema"] = ema
 stream = run.replayable(i * 0.001 for i in range(10_000)) if "stream" in features else None
 run.track(**tracked)
+strike("tracked")
 
 for optimizer in filter(None, (opt, second)):
     optimizer.register_step_pre_hook(lambda *_: strike("optimizer"))
