@@ -1,11 +1,12 @@
 """Copies: what this node's ranks seal is sent to the vaults of other nodes, in the background.
 
 Think of a clerk who walks past the mailboxes and carries on whatever is new; if two letters have come since his last round, he takes the
-newer one, for nobody will ask for the other.
+newer one, for nobody will ask for the other. He empties one mailbox after the other: the fullest one does not keep him from the rest.
 
 Contract: of each rank the newest start, the newest gate and the newest snapshot (not where shared state is replicated: other ranks hold
-that) end up at every peer, own state first. One transfer per rank at a time. A snapshot is copied to private memory before it is sent,
-so its writer never waits; if the writer was faster, the newer one is taken. A peer that does not answer rests a second.
+that) end up at every peer: in each round own state first, and each kind once, so that one which changes faster than it travels keeps none
+of the others back. One transfer per rank at a time. A snapshot is copied to private memory before it is sent, so its writer waits for
+memory at most (Slot.begin), never for a peer; if the writer was faster, the newer one is taken. A peer that does not answer rests a second.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
 from resilient_agents.lane import Errands, Lane
 
 REST_S: Final = 1.0
-ROUNDS_MAX: Final = 20  # transfers of one rank before the next look decides anew
+ROUNDS_MAX: Final = 20  # of one rank, through all kinds, before the next look decides anew
 COPY_S: Final = 60.0  # plus the time for the bytes
 COPY_BYTES_S: Final = 100 << 20  # slower than this, a copy within memory counts as hung
 _INLINE_BYTES: Final = 256 << 10  # copied on the spot: less work than handing it to a thread
@@ -104,10 +105,10 @@ class Copies:
     # ------------------------------------------------------------------ state
 
     def _behind(self, chest: Chest) -> Iterator[tuple[Kind, Slot, Mark, list[str]]]:
-        """What some peers lack: (kind, slot, this writing of it, those peers)."""
-        now = time.monotonic()
-        peers = [address for address in self._peers if self._resting.get(address, 0.0) <= now]
+        """What some peers lack: (kind, slot, this writing of it, those peers). Each kind once, as it is when its turn comes."""
         for kind, ring in _rings(chest):
+            now = time.monotonic()
+            peers = [address for address in self._peers if self._resting.get(address, 0.0) <= now]
             slot = ring.newest() if peers else None
             if slot is not None:
                 mark = (slot.where, slot.generation())
@@ -118,25 +119,29 @@ class Copies:
     async def _send(self, chest: Chest) -> None:
         try:
             for _ in range(ROUNDS_MAX):
-                todo = next(self._behind(chest), None)
-                if todo is None:
+                done = True
+                for kind, slot, mark, lacking in self._behind(chest):
+                    done = False
+                    await self._send_one(chest.rank, kind, slot, mark, lacking)
+                if done:
                     return
-                kind, slot, mark, lacking = todo
-                try:
-                    key, sealed = await staged(slot, chest.rank, kind, self._lane)
-                except SnapshotMissing:
-                    continue  # its writer was faster: take the newer one
-                except CheckpointError as error:
-                    log.warning("not copied to other nodes: %s", error)
-                    self._sent.update({(address, chest.rank, kind): mark for address in lacking})  # nor tried again
-                    continue
-                for address in lacking:
-                    if await self._try(address, lambda peer, key=key, sealed=sealed: peer.put(key, sealed)):  # type: ignore[misc]
-                        self._sent[address, chest.rank, kind] = mark
-                        self._arrived[address, chest.rank, kind] = key.step
-                        self._on_copied(chest.rank)
         finally:
             self._busy.discard(chest.rank)
+
+    async def _send_one(self, rank: int, kind: Kind, slot: Slot, mark: Mark, lacking: list[str]) -> None:
+        try:
+            key, sealed = await staged(slot, rank, kind, self._lane)
+        except SnapshotMissing:
+            return  # its writer was faster: the next round takes the newer one
+        except CheckpointError as error:
+            log.warning("not copied to other nodes: %s", error)
+            self._sent.update({(address, rank, kind): mark for address in lacking})  # nor tried again
+            return
+        for address in lacking:
+            if await self._try(address, lambda peer: peer.put(key, sealed)):
+                self._sent[address, rank, kind] = mark
+                self._arrived[address, rank, kind] = key.step
+                self._on_copied(rank)
 
     # ------------------------------------------------------------------ notes
 

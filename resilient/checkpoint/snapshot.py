@@ -6,7 +6,7 @@ seal may read; whoever finds none, or one that does not fit the letter, puts it 
 Contract: the seal is one aligned 8-byte word, stored last, so a process killed anywhere leaves an unsealed slot, never a torn
 snapshot. Header, layout and own state are under a digest made by the writer; the payload's digest (large) is made by the agent
 afterwards ("stamped") and names the seal it belongs to. Nothing leaves this node unstamped. One writer per slot at a time;
-any number of readers, which check after reading that the seal has not moved.
+any number of readers, which check after reading that the seal has not moved. Who copies asks the writer to wait (hold.py).
 
 Bytes: 256 of header (32 little-endian int64 words), layout, own, zeros up to a multiple of 4096, payload.
     word 0      magic and format version
@@ -35,6 +35,7 @@ from typing import Final
 
 import xxhash
 
+from resilient.checkpoint import hold
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
@@ -216,6 +217,7 @@ class Slot:
                 f"{payload_bytes} payload), {self.num_bytes} there ({self.where})"
             )
         assert payload_bytes == 0 or self._offset % ALIGN == 0, "a slot with a payload begins at a multiple of 4096"
+        hold.wait(self._fd, self._words[_PAYLOAD_BYTES])
         self.unseal(after)
         m, own_at = self._memory, HEADER_BYTES + len(layout)
         head_end = own_at + len(own)
@@ -334,19 +336,20 @@ class Slot:
 
         Raises SnapshotMissing if the seal moved meanwhile, SnapshotCorrupt if the payload is not what was stamped before.
         """
-        seal, was_stamped = self._words[_SEAL], self.is_stamped()
-        found = self.read(verify=False)
-        if found.num_bytes > len(into):
-            raise SnapshotMissing(f"snapshot step={found.step}: it has grown to {found.num_bytes} bytes meanwhile ({self.where})")
-        _copy(self._fd, self._offset, into[: found.num_bytes])
-        payload = into[found.num_bytes - len(found.payload) : found.num_bytes]
-        digest = _hash(payload)
-        self._check_unmoved(seal)
-        if found.payload and was_stamped and bytes(into[_PAYLOAD_DIGEST]) != digest:
-            raise SnapshotCorrupt(f"snapshot step={found.step}: the payload is not what was hashed ({self.where})")
-        self._stamp(seal, digest, payload)
-        into[:HEADER_BYTES] = self.header()
-        self._check_unmoved(seal)
+        with hold.held(self._fd, self._words[_PAYLOAD_BYTES]):
+            seal, was_stamped = self._words[_SEAL], self.is_stamped()
+            found = self.read(verify=False)
+            if found.num_bytes > len(into):
+                raise SnapshotMissing(f"snapshot step={found.step}: it has grown to {found.num_bytes} bytes meanwhile ({self.where})")
+            _copy(self._fd, self._offset, into[: found.num_bytes])
+            payload = into[found.num_bytes - len(found.payload) : found.num_bytes]
+            digest = _hash(payload)
+            self._check_unmoved(seal)
+            if found.payload and was_stamped and bytes(into[_PAYLOAD_DIGEST]) != digest:
+                raise SnapshotCorrupt(f"snapshot step={found.step}: the payload is not what was hashed ({self.where})")
+            self._stamp(seal, digest, payload)
+            into[:HEADER_BYTES] = self.header()
+            self._check_unmoved(seal)
         return parse(into[: found.num_bytes], verify=False, stamped=True, where=self.where)
 
     def header(self) -> bytes:

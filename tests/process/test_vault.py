@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ from resilient_agents.vault import Vault
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
@@ -289,6 +291,29 @@ async def test_a_writer_faster_than_the_network_never_tears_a_copy(tmp_path):
         with killed([sys.executable, "-c", WRITER, s.own, str(s.own_bytes), str(PAYLOAD), *s.slots]):
             await until(copied, poke=origin.poke)
         assert origin.known().refused == ()
+
+
+async def test_what_changes_faster_than_it_travels_keeps_nothing_else_back(tmp_path, monkeypatch):
+    async with vault(tmp_path / "n1") as holder, vault(tmp_path / "n0") as origin:
+        worker = Worker(origin, layout(0))
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))
+        steps, real = itertools.count(6), Peer.put
+
+        async def put(*args) -> None:
+            await real(*args)
+            worker.step(next(steps))  # whenever something has arrived there is a newer one already, of every kind
+
+        monkeypatch.setattr(Peer, "put", put)
+        worker.step(5)
+        for _ in range(3):
+            start, gate, snapshots = holder.seals(0)
+            before = start, gate, max(snapshots, default=NONE)
+
+            def all_newer(before=before) -> bool:
+                start, gate, snapshots = holder.seals(0)
+                return all(now > then for now, then in zip((start, gate, max(snapshots, default=NONE)), before, strict=True))
+
+            await until(all_newer, poke=origin.poke)
 
 
 async def test_a_peer_that_does_not_answer_costs_a_warning_and_recovers(tmp_path, caplog):

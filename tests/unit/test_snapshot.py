@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from resilient.checkpoint import hold, snapshot
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
 from resilient.core.messages import NONE
@@ -128,6 +130,7 @@ def test_a_stamp_does_not_outlive_its_seal(slot):
 
 
 def test_a_writer_that_overtakes_the_stamp_is_noticed(slot, monkeypatch):
+    monkeypatch.setattr(hold, "PATIENCE_S", 0.01)
     write(slot, 7, b"payload")
     real = slot.read
     monkeypatch.setattr(slot, "read", lambda **kw: (real(**kw), write(slot, 7, b"another"))[0])
@@ -146,6 +149,36 @@ def test_a_staged_copy_stands_alone(slot):
     write(slot, 8, b"overwritten")
     found = parse(copy[:num_bytes], run="run", rank=3, step=7, stamped=True)
     assert bytes(found.payload) == payload
+
+
+def test_a_writer_waits_for_a_copy_under_way(slot, monkeypatch):
+    write(slot, 7, b"payload")
+    writer, waits = threading.Thread(target=write, args=(slot, 8, b"another")), []
+    real = snapshot._copy
+
+    def copy(*args):
+        writer.start()
+        writer.join(0.2)
+        waits.append((writer.is_alive(), slot.sealed_step()))
+        real(*args)
+
+    monkeypatch.setattr(snapshot, "_copy", copy)
+    spare = memoryview(bytearray(room(10_000)))
+    assert bytes(slot.stage(spare).payload) == b"payload"
+    writer.join(10)
+    assert waits == [(True, 7)]
+    assert bytes(slot.read(step=8).payload) == b"another"
+
+
+def test_a_copy_that_hangs_holds_nobody_up_for_ever(slot, monkeypatch):
+    monkeypatch.setattr(hold, "PATIENCE_S", 0.05)
+    write(slot, 7, b"payload")
+    real = snapshot._copy
+    monkeypatch.setattr(snapshot, "_copy", lambda *args: (write(slot, 8, b"another"), real(*args)))
+    with pytest.raises(SnapshotMissing, match="overwritten"):
+        slot.stage(memoryview(bytearray(room(10_000))))
+    assert bytes(slot.read(step=8).payload) == b"another"
+    assert not hold.is_held(slot._fd)
 
 
 def test_the_same_bytes_travel_wherever_they_were_written(tmp_path):
