@@ -264,11 +264,10 @@ class Comm:
         """In-place maximum of `tensor` over all ranks, on the control group. Raises RoundAborted."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-        inner = self.control.inner
-        self.direct("vote", lambda group: inner.wait(group.allreduce([tensor], options)) if inner is not None else None)
+        self.direct("vote", lambda group: group.allreduce([tensor], options))
 
-    def direct(self, what: str, use: Callable[[Any], Any]) -> None:
-        """`use` the control group's inner group; never in loopback. Raises RoundAborted if the round is, or gets, broken."""
+    def direct(self, what: str, launch: Callable[[Any], Any]) -> None:
+        """`launch` on the control group's inner group and wait; never in loopback. Raises RoundAborted if the round is, or gets, broken."""
         group = self.control
         if group.size() == 1:
             return
@@ -278,7 +277,7 @@ class Comm:
         if self._page is not None:
             self._page.enter(group.slot)
         try:
-            use(inner.group)
+            inner.wait(launch(inner.group))
         except RuntimeError as error:  # gloo's only way to say that a peer is gone
             if group.inner is inner:
                 self._suspect(self.round, f"{what}: {str(error).splitlines()[0][:300]}")

@@ -25,6 +25,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from resilient.train import loopback
+from resilient.train.inner import Apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,6 +84,42 @@ def _coalesced(inner: Any, name: str, single: str, outputs: Sequence[Tensor], in
     return Several([_spelled(inner, single)(output, given, opts) for output, given in zip(outputs, inputs, strict=True)])
 
 
+class Scattered(Several):
+    """A reduce-scatter on gloo, made as gloo makes it: copies are reduced everywhere, and each rank keeps its own chunk.
+
+    Not gloo's own: the work it hands out heeds no timeout and is never completed (c10d's LambdaWork), so whoever waits for it could
+    neither be freed nor be told that it failed. To the bit the same: the same all-reduces of the same tensors.
+    """
+
+    def __init__(self, inner: Any, copies: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor]], opts: Any) -> None:
+        """copies: what is reduced, in place. kept: (output, where its chunk lies in the copies)."""
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = opts.reduceOp, opts.timeout
+        super().__init__([inner.allreduce([copy], options) for copy in copies])
+        self._kept = kept
+
+    def wait(self, *timeout: timedelta) -> None:
+        """As Several's."""
+        super().wait(*timeout)
+        for output, chunk in self._kept:
+            output.copy_(chunk.view_as(output))
+        self._kept = ()  # once: the script may have changed its outputs when it waits again
+
+    @classmethod
+    def flat(cls, inner: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> Scattered:
+        """inputs: one tensor per output, its chunks one after the other."""
+        copies = [given.clone(memory_format=torch.contiguous_format) for given in inputs]
+        chunks = [copy.view(inner.size(), -1)[inner.rank()] for copy in copies]
+        return cls(inner, copies, list(zip(outputs, chunks, strict=True)), opts)
+
+    @classmethod
+    def listed(cls, inner: Any, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> Scattered:
+        """inputs: one list of chunks per output."""
+        copies = [[chunk.clone(memory_format=torch.contiguous_format) for chunk in chunks] for chunks in inputs]
+        kept = [(output, mine[inner.rank()]) for output, mine in zip(outputs, copies, strict=True)]
+        return cls(inner, [copy for mine in copies for copy in mine], kept, opts)
+
+
 class Held(dist.Work):
     """One operation in flight (or already done). Torch waits on it as on any work."""
 
@@ -121,12 +158,9 @@ class Held(dist.Work):
             self._group.comm.left(self._group)
 
     def _await(self) -> None:
-        """Wait for the inner work; gloo's send and receive know no wait in slices."""
-        inner = self._inner
-        if inner is None or inner.kind != "gloo" or self._op.name in ("send", "recv"):
-            self._work.wait()
-            return
-        inner.wait(self._work)
+        assert self._inner is not None, "completed in loopback"
+        apart = self._op.name in ("send", "recv") and self._inner.kind == "gloo"
+        self._inner.wait(Apart(self._work) if apart else self._work)
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
@@ -334,7 +368,10 @@ class Group(dist.ProcessGroup):
             for output, chunks in zip(outputs, inputs, strict=True):
                 loopback.scatter_reduced(output, chunks, self._rank, opts.reduceOp)
 
-        return self._run("reduce_scatter", outputs, lambda g: g.reduce_scatter(outputs, inputs, opts), fill)
+        def launch(inner: Any) -> Any:
+            return Scattered.listed(inner, outputs, inputs, opts) if self.kind == "gloo" else inner.reduce_scatter(outputs, inputs, opts)
+
+        return self._run("reduce_scatter", outputs, launch, fill)
 
     def reduce_scatter_single(self, output: Tensor, flat: Tensor, opts: Any = None) -> Held:
         """output: own chunk; flat: size * output.numel() elements."""
@@ -349,7 +386,12 @@ class Group(dist.ProcessGroup):
         def fill() -> None:
             loopback.scatter_reduced_flat(output, flat, self._rank, self._size, opts.reduceOp)
 
-        return self._run("reduce_scatter_flat", [output], lambda g: _spelled(g, name)(output, flat, opts), fill)
+        def launch(inner: Any) -> Any:
+            if self.kind == "gloo":
+                return Scattered.flat(inner, [output], [flat], opts)
+            return _spelled(inner, name)(output, flat, opts)
+
+        return self._run("reduce_scatter_flat", [output], launch, fill)
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Held:
         """Several flat reduce-scatters in one message."""
@@ -367,7 +409,12 @@ class Group(dist.ProcessGroup):
             for output, flat in zip(outputs, inputs, strict=True):
                 loopback.scatter_reduced_flat(output, flat, self._rank, self._size, opts.reduceOp)
 
-        return self._run("reduce_scatter_many", outputs, lambda g: _coalesced(g, name, single, outputs, inputs, opts), fill)
+        def launch(inner: Any) -> Any:
+            if self.kind == "gloo":
+                return Scattered.flat(inner, outputs, inputs, opts)
+            return _coalesced(inner, name, single, outputs, inputs, opts)
+
+        return self._run("reduce_scatter_many", outputs, launch, fill)
 
     # ------------------------------------------------------------------ gathering and exchange
 

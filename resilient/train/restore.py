@@ -19,6 +19,7 @@ from resilient.checkpoint import capture
 from resilient.core.messages import Plan, Refused
 from resilient.errors import SnapshotMismatch
 from resilient.train.group import Several
+from resilient.train.inner import Apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -131,5 +132,5 @@ def _recv(comm: Comm, tensors: list[torch.Tensor], source: int) -> None:
     comm.direct("state from a replica", lambda inner: _all(inner.recv([tensor], source, tag) for tag, tensor in tagged))
 
 
-def _all(works: Iterable[Any]) -> None:
-    Several(list(works)).wait()
+def _all(works: Iterable[Any]) -> Apart:
+    return Apart(Several(list(works)))
