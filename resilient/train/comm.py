@@ -82,12 +82,19 @@ class Build(threading.Thread):
         for group in self._groups:
             if starting and store.add(f"has/{group.key}", 0) < group.size():
                 continue  # some members' scripts have not come to it: it is made when they have
-            inner = self.make(group)
+            inner = self._make(group)
             if starting:
                 self.settled[group.key] = largest(inner, group.settled)
 
     def make(self, group: Group) -> Inner:
-        """The inner group for `group` in this round; also for groups that the script makes later on."""
+        """The inner group for a group that not all members had when the round was joined. Waits for them."""
+        came = f"came/{group.key}"
+        if self.store.add(came, 1) == group.size():
+            self.store.set(f"{came}/all", b"1")
+        self.store.wait([f"{came}/all"], ARRIVE_TIMEOUT)
+        return self._make(group)
+
+    def _make(self, group: Group) -> Inner:
         store = dist.PrefixStore(f"{group.key}/", self.store)
         inner = Inner(group.kind, store, group.rank(), group.size(), CONNECT_TIMEOUT)
         inner.patience(self._timeout)
@@ -172,28 +179,30 @@ class Comm:
         self.groups.append(group)
         if self._page is not None:
             self._page.name_group(slot, hash(key) & (2**62 - 1) | 1)
-        while len(ranks) > 1 and group.inner is None and self._enter():
-            build = self._build
-            assert build is not None, "live, and no build"
-            try:
-                inner = build.make(group)
-            except RuntimeError as error:
-                self._suspect(build.round, str(error))
-                if not self._sets_up:
-                    raise self._aborted(f"new_group {key}") from error
-            else:
-                group.inner = inner if self._build is build else None
+        if self.mode != "alone" and self._sets_up and self.rehearsal is not None:
+            self.rehearsal.enter()
+        elif self.mode == "live" and not self.catch_up():
+            raise self._aborted(f"new_group {key}")
         return group
 
     @property
     def _sets_up(self) -> bool:
         return self.recorder.mode != "off" and self.rehearsal is not None
 
-    def _enter(self) -> bool:
-        """Whether there is a round to make groups in; before the first step a newer one is waited for."""
-        if self.mode == "broken" and self._sets_up:
-            assert self.rehearsal is not None, "see _sets_up"
-            self.rehearsal.enter()
+    def catch_up(self) -> bool:
+        """Make what groups are missing in the round in force, in the order of their making, as all members do. False: the round broke.
+
+        One that the script has just made; or that a newcomer, who stands for a rank that died after it was made, comes to only now.
+        """
+        for group in self.groups:
+            build = self._build
+            if group.size() > 1 and group.inner is None and build is not None:
+                try:
+                    inner = build.make(group)
+                except RuntimeError as error:  # of the store, which is shut when the round is fenced, or of gloo or nccl
+                    self._suspect(build.round, f"group {group.key}: {error}")
+                    return False
+                group.inner = inner
         return self.mode == "live"
 
     # ------------------------------------------------------------------ operations

@@ -7,7 +7,8 @@ How: every collective of a set-up is followed by a barrier of its group. Whoever
 so the members differ by one collective at most. When a round breaks, the builders of the next one (train/comm.py) agree for each group how
 many are **settled**, that is behind anybody's barrier. The collective that this rank is in is then either settled, and its result here is
 good, or it is made again from the inputs that were kept. A newcomer recalls what its predecessor had; where those minutes end it becomes
-the rank. Recorded is before the barrier, so the minutes are never behind what others rely on.
+the rank. Recorded is before the barrier, so the minutes are never behind what others rely on. Groups that its predecessor had made after
+its last collective it makes there, and the others with it, before they go on (`Comm.catch_up`).
 
 Contract: only before the first step (`Recorder.mode` is not "off"); `perform` blocks until the collective is settled, in whatever round.
 Sends and receives have no barrier: a set-up that breaks after one of them starts again with the whole group.
@@ -93,8 +94,8 @@ class Rehearsal:
         self.enter()
 
     def enter(self) -> None:
-        """Be in a sound round."""
-        while self._comm.mode != "live":
+        """Be in a sound round, with all groups that are made so far."""
+        while self._comm.mode != "live" or not self._comm.catch_up():
             if self._one_to_one:
                 self.refuse("it broke after sends or receives, of which nobody knows how far they came")
             self._seat()

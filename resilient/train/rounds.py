@@ -72,7 +72,7 @@ class Rounds:
             seated = self.desk.seat_after(tried)
             tried = seated.round
             broken_ns = self.comm.broken_ns
-            if not seated.plan.over and not self.comm.join(seated, self._newer_than(tried)):
+            if not seated.plan.over and not (self.comm.join(seated, self._newer_than(tried)) and self.comm.catch_up()):
                 continue
             self.ledger.regrouped(seated.round, broken_ns)
             self._order_buckets(seated.plan)

@@ -46,8 +46,8 @@ def first_buckets(tracked: Tracked) -> None:
         names = module._build_debug_param_to_name_mapping(parameters)  # noqa: SLF001
         module._ddp_init_helper(parameters, sparse, names, module.static_graph)  # noqa: SLF001
         if module.static_graph:
-            module.reducer._set_static_graph()  # noqa: SLF001
-            module.logger._set_static_graph()  # type: ignore[union-attr]  # noqa: SLF001
+            module.static_graph = False  # else it would say that this was done already
+            module._set_static_graph()  # noqa: SLF001
         for hook, state in module._comm_hooks:  # noqa: SLF001
             dist._register_comm_hook(module.reducer, state, hook)  # noqa: SLF001
 
