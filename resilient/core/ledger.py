@@ -7,7 +7,8 @@ brought there; else the last page that everyone has a copy of.
 Contract: `choose` is pure. What it picks, in this order:
 0. `none`: no rank has committed a step, and some have not come to their first: all hold, or will, what the script begins with.
 1. `live`: all state is replicated, and each newcomer's own state of that step lies somewhere. Nothing is lost.
-2. `memory` at the same step: each rank that needs state has a sealed snapshot of exactly that step. Nothing is lost.
+2. `memory` at the same step: each rank that needs state has a sealed snapshot of exactly that step, or its own state and, where shared
+   state is replicated, the snapshot of any rank (`lender`). Nothing is lost.
 3. `memory` or `persistent`, whichever is newer: a step of which every rank has a copy. All go back to it.
 4. nothing was ever committed: the script starts again. (If all committed checkpoints are refused, that is an error, not a start.)
 I2 all ranks begin the round at the same step. I3 no rank is given state that nobody holds, or that was refused.
@@ -102,6 +103,10 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
     if all(step in _snapshots(a) for a in seated if a.rank in needy):
         plan = Plan(step=step, tier="memory", receivers=receivers, over=over)
         return Choice(plan=plan, reached=reached, why=f"snapshots of step {step} are in memory")
+    lender = min((a.rank for a in accounts if step in _snapshots(a)), default=NONE)
+    if lender != NONE and all(a.replicated for a in seated) and all(_owns(a, step) for a in seated if a.rank in needy):
+        plan = Plan(step=step, tier="memory", receivers=receivers, lender=lender, over=over)
+        return Choice(plan=plan, reached=reached, why=f"rank {lender}'s snapshot of step {step} is in memory, and own states are")
     return _back(accounts, step, reached, committed, poison)
 
 
@@ -179,7 +184,7 @@ def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
     step = plan.step
 
     def serves(copy: Copy) -> bool:
-        if plan.tier == "memory":
+        if plan.tier == "memory" and plan.lender == NONE:
             return step in copy.snapshots
         return step in copy.own_steps or (account.rank in plan.repeat and step - 1 in copy.own_steps)
 

@@ -186,6 +186,7 @@ class Plan(Msg):
     receivers: tuple[int, ...] = ()  # ranks that must be given shared state; everybody else keeps its own
     sources: tuple[int, ...] = ()  # tier="live": ranks that hold `step`
     repeat: tuple[int, ...] = ()  # receivers whose own state is one step old: they repeat it with the gate shut
+    lender: int = NONE  # a rank whose snapshot of `step` serves every receiver for its shared state, which is replicated
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
     starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
 
@@ -332,7 +333,7 @@ class Seated(Msg):
     local_world_size: int
     store: str
     plan: Plan
-    snapshot: str = ""  # path of a sealed snapshot of `plan.step` for this rank (tier memory, peer, persistent)
+    snapshot: str = ""  # path of a sealed snapshot of `plan.step` for this rank, or of the lender's (tier memory, peer, persistent)
     own: str = ""  # path of this chair's own segment, "" before there is one
     own_bytes: int = 0
 

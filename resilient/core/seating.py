@@ -227,7 +227,14 @@ def _fetches(
         copy = best_copy(Account(rank=rank, copies=copies.get(rank, ())), plan, node)
         if torn_only or copy is None or copy.seated:
             continue
-        source = hall.reports[copy.node]
-        address = f"{source.host}:{source.data_port}"
-        fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="peer", source=address, round=hall.round))
+        fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
+    if plan.lender != NONE:
+        lent = [c for c in copies.get(plan.lender, ()) if plan.step in c.snapshots]
+        for node in sorted({places[rank].node for rank in plan.receivers} - {c.node for c in lent}):
+            fetch.setdefault(node, []).append(_from_peer(hall, lent[0].node, plan.lender, plan.step))
     return {node: tuple(items) for node, items in fetch.items()}
+
+
+def _from_peer(hall: Hall, node: str, rank: int, step: int) -> Fetch:
+    source = hall.reports[node]
+    return Fetch(rank=rank, step=step, tier="peer", source=f"{source.host}:{source.data_port}", round=hall.round)

@@ -29,9 +29,11 @@ def fork(new: Assignment, worker: Worker, restart: int) -> Fork:
     )
 
 
-def seated(new: Assignment, place: Place, seals: Seals) -> Seated:
-    """Which chair its worker holds, and where the chair's copies lie."""
+def seated(new: Assignment, place: Place, every: dict[int, Seals]) -> Seated:
+    """Which chair its worker holds, and where the chair's copies lie. every: what this node's memory holds, by rank."""
     copied = new.plan.tier in ("memory", "peer", "persistent")
+    seals = every.get(place.rank) or Seals()
+    giver = every.get(new.plan.lender) or seals
     return Seated(
         round=new.round,
         rank=place.rank,
@@ -42,7 +44,7 @@ def seated(new: Assignment, place: Place, seals: Seals) -> Seated:
         local_world_size=len(new.seats),
         store=new.store,
         plan=new.plan,
-        snapshot=seals.snapshots.get(new.plan.step, "") if copied else "",
+        snapshot=giver.snapshots.get(new.plan.step, "") if copied else "",
         own=seals.own,
         own_bytes=seals.own_bytes,
     )

@@ -386,6 +386,9 @@ class Loop:
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
             self.tier0.snapshot(step, self.ledger.round, own)
+        if self.page.copied() != UNCOPIED:
+            self.desk.send(Sealed())
+        self._await_copies(step)
         try:
             if self.broken:
                 raise RoundAborted("the round broke at the end of the loop")

@@ -189,11 +189,12 @@ class Rounds:
             self.tracked.load_own(own)
 
     def _load(self, seated: Seated, plan: Plan) -> None:
-        """From this chair's own slots, else from where the agent put what it fetched."""
-        with self.tier0.reading(plan.step, seated.snapshot) as slot:
-            found = slot.read(rank=self.comm.rank, step=plan.step)
+        """From this chair's own slots, else from where the agent put what it fetched; shared state perhaps from a lender's."""
+        lent = plan.lender != NONE
+        with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
+            found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)
             restore.load(self.tracked, found, slot.where)
-            self._put_own(found.own)
+            self._put_own(self.tier0.read_start(plan.step) if lent else found.own)
         self.tier0.forget_after(plan.step)
 
     def leave(self, why: str) -> NoReturn:

@@ -143,9 +143,9 @@ class Tier0:
         self.cost_s = self.taken_s - begin
 
     @contextlib.contextmanager
-    def reading(self, step: int, path: str) -> Iterator[Slot]:
-        """The snapshot of `step`: in this chair's slots, else the one at `path`. Raises SnapshotMissing."""
-        held = self._ring.find(step) if self._ring is not None else None
+    def reading(self, step: int, path: str, *, lent: bool = False) -> Iterator[Slot]:
+        """The snapshot of `step`: in this chair's slots, else (or because it is lent) the one at `path`. Raises SnapshotMissing."""
+        held = self._ring.find(step) if self._ring is not None and not lent else None
         if held is not None:
             yield held
             return

@@ -145,6 +145,29 @@ def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, kind: s
     assert tuple(digests(tmp_path, 4)) == expected
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_node_lost_when_the_loop_is_over_loses_nothing(tmp_path: pathlib.Path, kind: str) -> None:
+    """Its ranks finish on the other node, from what that has in memory: under DDP their own states and anybody's snapshot."""
+    expected = undisturbed(kind, "dropout,sched", world=4, steps=20)
+    first, second = two_nodes(tmp_path, job(tmp_path, kind=kind, features="dropout,sched,linger", steps=20))
+    with first, second:
+        host = first.until(lambda: next((r for r in (first, second) if r.events("run_started")), None), "the run to start")
+        other = second if host is first else first
+        host.until(lambda: all((tmp_path / f"over-{rank}").exists() for rank in range(4)), "all ranks to be over")
+        mine = set(host.pids().values()) & {child.pid for child in other.descendants()}
+        lost = [rank for rank, pid in host.pids().items() if pid in mine]
+        for rank in lost:
+            (tmp_path / f"over-{rank}").unlink()
+        assert other.process is not None
+        for child in [*other.descendants(), other.process]:
+            child.kill()
+        host.until(lambda: all((tmp_path / f"over-{rank}").exists() for rank in range(4)), "the lost ranks to be over as well")
+        (tmp_path / "end").touch()
+        assert host.wait() == 0, host.text()
+    assert sum(i["steps_lost"] for i in host.incidents()) == 0, host.incidents()
+    assert tuple(digests(tmp_path, 4)) == expected
+
+
 def test_the_loss_of_the_coordinators_node_ends_everything_with_a_clear_message(tmp_path: pathlib.Path) -> None:
     first, second = two_nodes(tmp_path, job(tmp_path, *SLOW, steps=2000))
     with first, second:

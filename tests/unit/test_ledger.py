@@ -100,6 +100,15 @@ def test_after_the_loop_a_newcomer_finishes_alone_from_its_snapshot():
     assert choose(survivors, ()).plan == Plan(step=9, tier="memory", receivers=(2,), over=True)
 
 
+def test_replicated_state_is_lent_where_nobody_can_give_it_any_more():
+    accounts = [rank(0, 9, "done", finished=True, own=[9], snapshots=[9]), rank(1, own=[9], node="n1"), rank(2, own=[9])]
+    plan = choose(accounts, ()).plan
+    assert plan == Plan(step=9, tier="memory", receivers=(1, 2), lender=0, over=True)
+    assert best_copy(accounts[1], plan, "n0").node == "n1", "its own state alone is what it needs of its own"
+    assert choose([*accounts[:2], rank(2)], ()).fresh, "without an own state there is nothing to go on from"
+    assert choose([rank(0, 9, "done", snapshots=[9], replicated=False), rank(1, own=[9], replicated=False)], ()).fresh
+
+
 def test_the_nearest_copy_is_the_best():
     account = Account(
         rank=1, copies=(Copy(node="n2", snapshots=(5,)), Copy(node="n1", snapshots=(5,)), Copy(node="n3", seated=True, snapshots=(4,)))
