@@ -42,7 +42,6 @@ from resilient.core.messages import (
 )
 from resilient.core.minutes import Minutes
 
-REPORT_S = 1.0
 LOOK_S, LOOK_FORMING_S, FORMING_S = 0.05, 0.005, 30.0
 SIGTERM, SIGKILL = 15, 9  # the numbers of every Linux
 LEAVE_S = 2.0  # a standby that was told to leave and a worker that reported its exception end by themselves within this
@@ -106,7 +105,7 @@ class Agent:
     def look_every_s(self) -> float:
         """How often the host should look at the pages now."""
         forming = self._managed and self.acted > self._asked and not all(w.committed(self.acted) for w in self.crew.seated())
-        recent = self._report_at < self._acted_s + REPORT_S + FORMING_S
+        recent = self._report_at < self._acted_s + self._report_s() + FORMING_S
         return LOOK_FORMING_S if forming and recent else LOOK_S
 
     def _take(self, event: m.AgentEvent, now: float) -> None:
@@ -457,6 +456,9 @@ class Agent:
 
     # ------------------------------------------------------------------ the end, and the report
 
+    def _report_s(self) -> float:
+        return self.assignment.report_s if self.assignment else 1.0
+
     def _orphaned_at(self) -> float:
         if self._heard is None:
             return (self._began or 0.0) + self.settings.join_timeout_s
@@ -495,7 +497,7 @@ class Agent:
         sketch = sheets.sketch(report)
         if sketch == self._sketch and now < self._report_at and not over:
             return
-        self._sketch, self._report_at, self._seq = sketch, now + REPORT_S, self._seq + 1
+        self._sketch, self._report_at, self._seq = sketch, now + self._report_s(), self._seq + 1
         self._out.append(m.SendReport(report=msgspec.structs.replace(report, seq=self._seq)))
         if over and self._end is not None:
             self.finished = True

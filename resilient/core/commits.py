@@ -31,6 +31,8 @@ class Commits:
     def take(self, report: Report, before: Report | None, *, leads: bool, world_size: int) -> int:
         """Take in what a node says; returns the step that was committed by it, or NONE. `before`: its last report."""
         news = NONE
+        if not leads and before is not None and report.persisted == before.persisted:
+            return news
         if leads:
             self.committed.update(report.available or ())
             if report.committed not in (NONE, *self.committed):

@@ -46,6 +46,9 @@ from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
+REPORTS_S = 1250  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
+REPORT_S_MAX = 10.0
+LEASE_REPORTS = 3  # so many reports in a row may be lost
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
 STATUS_S = 1.0
@@ -148,6 +151,7 @@ class Coordinator:
         node = self.nodes.get(report.node)
         if node is None:
             self.nodes[report.node] = Node(report.node, len(self.nodes), report, now)
+            self._leases.lease_s = max(self.settings.lease_s, LEASE_REPORTS * self._report_s())
             self._leases.touch(report.node, now)
             self._lack = ""  # a new node may have the room that a chair waits for
             return None
@@ -167,6 +171,9 @@ class Coordinator:
         before, node.report, node.heard = node.report, report, now
         self._leases.touch(report.node, now)
         return before
+
+    def _report_s(self) -> float:
+        return min(REPORT_S_MAX, 1.0 + len(self.nodes) // REPORTS_S)
 
     def _take(self, node: Node, before: Report | None, now: float) -> None:
         """Everything that a report may change."""
@@ -446,7 +453,7 @@ class Coordinator:
     def _answer(self, node: Node, now: float) -> None:
         """After a report: what it made new, or what the node has not heard, or a sign of life."""
         sheet = node.assignment
-        if sheet is None or node.stale or any(f.seq > sheet.seen for f in node.report.findings):
+        if sheet is None or node.stale or ((findings := node.report.findings) and findings[-1].seq > sheet.seen):
             self._send(node, now)
         elif now - node.sent >= (RESEND_S if node.report.assigned < sheet.seq else HEARTBEAT_S):
             node.sent = now
@@ -466,6 +473,7 @@ class Coordinator:
             manifest=self._commits.manifest if leads else (),
             exit_code=self.exit_code,
             message=self.message,
+            report_s=self._report_s(),
             evidence=self._evidence,
         )
 

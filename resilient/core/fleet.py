@@ -9,10 +9,10 @@ Contract: plain data, written by coordinator.py alone, and two readings of it th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from resilient.core import lines
-from resilient.core.messages import NONE, Assignment, Chair, Report, RunState
+from resilient.core.messages import NONE, Assignment, Chair, Report, RunState, Standby
 from resilient.core.placement import Place
 
 
@@ -28,6 +28,8 @@ class Node:
     sent: float = float("-inf")
     alive: bool = True
     stale: bool = False  # it was lost: its assignment may be old
+    _names: list[str] = field(default_factory=list)  # of those who sat here when this was last asked
+    _standbys: tuple[Standby, ...] = ()
     _known: frozenset[str] = frozenset()  # workers told of
     _ready: frozenset[str] = frozenset()  # standbys told of as parked
 
@@ -37,11 +39,13 @@ class Node:
 
     def news(self) -> list[lines.EventLine]:
         """Workers that were not there, or standbys not ready, when this was last asked."""
+        names = [c.worker for c in self.report.chairs if c.pid]
+        if names == self._names and self.report.standbys == self._standbys:
+            return []
+        self._names, self._standbys = names, self.report.standbys
         chairs = {c.worker: ("rank", c.pid, c.rank) for c in self.report.chairs if c.pid}
         present = {**{s.worker: ("standby", s.pid, s.shadow) for s in self.report.standbys if s.pid}, **chairs}
         ready = frozenset(s.worker for s in self.report.standbys if s.state == "parked")
-        if present.keys() == self._known and ready == self._ready:
-            return []
         told: list[lines.EventLine] = []
         for worker in sorted(present.keys() - self._known):
             role, pid, rank = present[worker]

@@ -18,14 +18,14 @@ class Leases:
 
     def __init__(self, lease_s: float) -> None:
         """lease_s: how long one coin lasts."""
-        self._lease_s = lease_s
+        self.lease_s = lease_s  # of coins from now on
         self._end: dict[str, float] = {}  # name -> when its meter runs out
         self._heap: list[tuple[float, str]] = []  # at least one entry per name, none later than its end
         self._now = 0.0
 
     def touch(self, name: str, now: float) -> None:
         """`name` was heard."""
-        end = now + self._lease_s
+        end = now + self.lease_s
         if name not in self._end:
             heapq.heappush(self._heap, (end, name))
         self._end[name] = end

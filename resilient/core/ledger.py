@@ -148,8 +148,7 @@ def _snapshots(account: Account) -> set[int]:
 
 
 def _owns(account: Account, step: int) -> bool:
-    """Whether own state of that step is there; a script that runs anew comes to its first step with what it had there before."""
-    return step == 0 or any(step in c.own_steps for c in account.copies)
+    return any(step in c.own_steps for c in account.copies)
 
 
 def _repeats(account: Account, step: int) -> bool:

@@ -226,6 +226,7 @@ class Assignment(Msg):
     exit_code: int = 0  # state finished/failed: what resilient-run exits with
     message: str = ""  # state failed: the reason, for people
     restart: int = 0  # how many times the whole group was started again (TORCHELASTIC_RESTART_COUNT)
+    report_s: float = 1.0  # between two reports in which nothing is new that somebody waits for
     evidence: int = 0  # incident whose stacks every node saves before it fences; 0 = none
 
 

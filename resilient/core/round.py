@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resilient.core.messages import NONE, Assignment, Chair, Report, Seat
+from resilient.core.messages import NONE, Assignment, Chair, ChairState, Report, Seat
 from resilient.core.placement import ring
 from resilient.core.seating import Seating
 
@@ -26,6 +26,7 @@ class Round:
         self.activated: set[int] = set()  # ranks that finished the set-up since the group was last started
         self.uncommitted: set[str] = set()  # nodes whose ranks have not all committed in this round
         self.unfinished: set[str] = set()  # nodes with a rank that is not at its end
+        self._states: dict[str, list[ChairState]] = {}  # node -> of its chairs, when they were last looked at
         self._fresh: frozenset[int] = frozenset()  # ranks whose script starts from its first line
         self._order: dict[str, int] = {}  # node -> torchrun's GROUP_RANK
         self._peers: dict[str, str] = {}  # node -> vault that its copies go to
@@ -44,11 +45,16 @@ class Round:
         self._order = {node: i for i, node in enumerate(self.ranks)}
         self._peers = {node: addresses[peer] for node, peer in ring(list(self.ranks)).items()}
         self.uncommitted, self.unfinished = set(self.ranks), set(self.ranks)
+        self._states.clear()
 
     def take(self, report: Report, *, managed: bool) -> None:
         """What a node's chairs say. managed: the group uses this library."""
         if report.round != self.number or report.node not in self.ranks:
             return
+        states = [c.state for c in report.chairs]
+        if report.node not in self.uncommitted and self._states.get(report.node) == states:
+            return  # nothing that counts here; of 100,000 ranks almost every report
+        self._states[report.node] = states
         chairs = [c for c in report.chairs if c.rank in self.seating.places]
         self.activated.update(c.rank for c in chairs if c.state in ("active", "finished") and c.record and c.record.phase != "setup")
         if self.fence == self.number or len(chairs) < len(self.ranks[report.node]):

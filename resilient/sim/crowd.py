@@ -2,8 +2,8 @@
 
 Think of a crowd scene: twelve thousand extras who know three gestures each (report, fence, take your seats) and one actor.
 
-Contract: nodes answer assignments within a millisecond and report once a second, spread over the second. A killed node is silent from
-then on. What is measured is the coordinator: everything else here is kept as cheap as it can be. Same seed, same minute.
+Contract: nodes answer assignments within a millisecond and report as often as they are told, spread over the time. A killed node is
+silent from then on. What is measured is the coordinator: everything else here is kept as cheap as it can be. Same seed, same minute.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Extra:
     name: str
     report: Report
     acted: int = 0
+    report_s: float = 1.0
     dead: bool = False
     faults: list[Finding] = field(default_factory=list)
 
@@ -101,7 +102,7 @@ class Crowd:
         self.reports += 1
         self._decide(extra.report)
         if again:
-            self._at(self.now + 1.0, extra.name)
+            self._at(self.now + extra.report_s, extra.name)
 
     def _decide(self, event: CoordinatorEvent) -> None:
         for action in self.coordinator.step(event, self.now):
@@ -116,6 +117,7 @@ class Crowd:
     def _obey(self, extra: Extra, new: Assignment) -> None:
         if extra.dead:
             return
+        extra.report_s = new.report_s
         changes: dict[str, object] = {"assigned": new.seq}
         later = 0.001
         if new.fence > extra.report.fenced:

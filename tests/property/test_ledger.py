@@ -34,7 +34,8 @@ def accounts(draw):
     for number in range(draw(st.integers(1, 5))):
         form = draw(st.one_of(st.none(), st.sampled_from(forms)))
         record = Record(round=1, phase=form[0], step=form[1], torn=draw(st.integers(0, 3)) == 0) if form else None
-        ranks.append(Account(rank=number, record=record, replicated=replicated, copies=draw(copies())))
+        initial = form is None and draw(st.booleans())
+        ranks.append(Account(rank=number, record=record, replicated=replicated, initial=initial, copies=draw(copies())))
     return ranks
 
 
@@ -62,7 +63,8 @@ def test_the_plan_can_be_carried_out(ranks, committed, poison):
         stays = record is not None and (
             claim(record) == plan.step or (record.phase == "voted" and record.step in (plan.step, plan.step - 1))
         )
-        assert account.rank in plan.receivers or choice.fresh or (stays and not record.torn), (account, plan)
+        begins = account.initial and plan.step in (NONE, 0)
+        assert account.rank in plan.receivers or choice.fresh or begins or (stays and not record.torn), (account, plan)
     if plan.tier == "live":  # I3
         assert plan.sources
         givers = [a.record for a in ranks if a.rank in plan.sources]
@@ -71,7 +73,12 @@ def test_the_plan_can_be_carried_out(ranks, committed, poison):
         assert all(a.replicated for a in ranks)
         assert not any(t == "live" and s == plan.step for t, s, _ in poison)
     elif plan.tier == "memory":
-        assert all(plan.step in held(a, poison) for a in ranks if a.rank in plan.receivers)
+        owned = {a.rank: {s for c in a.copies for s in c.own_steps} for a in ranks}
+        if plan.lender == NONE:
+            assert all(plan.step in held(a, poison) for a in ranks if a.rank in plan.receivers)
+        else:
+            assert plan.step in held(next(a for a in ranks if a.rank == plan.lender), poison)
+            assert all(a.replicated and plan.step in owned[a.rank] for a in ranks if a.rank in plan.receivers)
     elif plan.tier == "persistent":
         assert plan.step in sound
     assert set(plan.repeat) <= set(plan.receivers)

@@ -1,4 +1,4 @@
-"""100,000 ranks, one simulated minute, one core."""
+"""100,000 ranks, one simulated minute, one core (an hour: tests/bench/test_coordinator.py)."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def test_a_hundred_thousand_ranks():
     assert crowd.coordinator.state == "running"
     assert [(line.cause, line.steps_lost) for line in crowd.closed] == [("exit", 0), ("node_lost", 0)]
     assert crowd.coordinator.round.number == 3
-    assert crowd.reports > 700_000
+    assert crowd.reports > 80_000
     print(f"{crowd.reports} reports, {took:.1f} s of one core, {took / crowd.reports * 1e6:.0f} us each, everything included")

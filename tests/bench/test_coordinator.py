@@ -1,0 +1,41 @@
+"""The coordinator at 100,000 ranks: an hour of its life on one core (`pytest -m bench -s tests/bench/test_coordinator.py`).
+
+The machine is fed by a simulated crowd (resilient/sim/crowd.py) on a virtual clock; ranks and nodes die as often as the literature says of
+such fleets. The bound: the hour takes less than a minute of one core, everything included. Printed, not asserted.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from resilient.sim.crowd import Crowd
+
+pytestmark = pytest.mark.bench
+
+NODES, SLOTS = 12_500, 8
+HOUR_S, BETWEEN_FAULTS_S = 3600.0, 900.0  # a fault every half hour is what such fleets see; twice that, for the worse
+
+
+def test_an_hour_of_a_hundred_thousand_ranks() -> None:
+    dice = random.Random(1)
+    began = time.process_time()
+    crowd = Crowd(nodes=NODES, slots=SLOTS, spare=8)
+    crowd.run(20.0)
+    started_s, reports = time.process_time() - began, crowd.reports
+    faults = 0
+    for begin in range(0, int(HOUR_S), int(BETWEEN_FAULTS_S)):
+        if faults % 2:
+            crowd.kill_node(f"n{dice.randrange(1, NODES)}")
+        else:
+            crowd.kill_rank(dice.randrange(NODES * SLOTS))
+        faults += 1
+        crowd.run(BETWEEN_FAULTS_S)
+    took = time.process_time() - began
+    each = (took - started_s) / (crowd.reports - reports)
+    print(f"\n{NODES * SLOTS} ranks, an hour and {faults} faults: {took:.1f} s of one core (bound 60 s), the start {started_s:.1f} s of it")
+    print(f"{crowd.reports} reports, {each * 1e6:.1f} us each with all else: {1 / each:,.0f} a second on one core")
+    assert crowd.coordinator.state == "running"
+    assert [line.steps_lost for line in crowd.closed] == [0] * faults
