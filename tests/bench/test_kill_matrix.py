@@ -43,7 +43,10 @@ def told(kind: str, place: str, blows: int, runs: list[Launched], *, equal: bool
     incidents = [i for run in runs for i in run.incidents()]
     lost, longest = sum(i["steps_lost"] for i in incidents), max((i["downtime_s"] for i in incidents), default=0.0)
     bits = "bitwise equal" if equal else "NOT EQUAL"
-    print(f"{kind:<5} {place:<16} {blows:3} kills  {len(incidents):3} incidents  {lost} steps lost  longest {longest:.2f} s  {bits}", flush=True)
+    print(
+        f"{kind:<5} {place:<16} {blows:3} kills  {len(incidents):3} incidents  {lost} steps lost  longest {longest:.2f} s  {bits}",
+        flush=True,
+    )
     assert equal
     assert not lost
 

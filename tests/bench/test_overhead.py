@@ -7,15 +7,20 @@ of a step of 100 ms with 16 collectives.
 
 from __future__ import annotations
 
+import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from told import told
+
 pytestmark = pytest.mark.bench
 
 PROGRAM = """
-import time, torch, torch.distributed as dist
+import json, time, torch, torch.distributed as dist
 from resilient.train.comm import Comm
 from resilient.train.recorder import Recorder
 from resilient.train.scope import Scope
@@ -45,14 +50,17 @@ own = cpu(tracked.own, 1000)
 versions = cpu(tracked.versions, 1000)
 write = cpu(lambda: page.write(round=1, step=1, phase="running", torn=False, marks_ns=(0, 0, 0, 0)))
 step = 2 * own + versions + 3 * write + 16 * ours
-print(f"collective: ours {ours:.1f} us CPU, a plain gloo group of one {gloo:.1f} us")
-print(f"step: own state {own:.0f} us (twice), versions {versions:.0f} us, record {write:.1f} us (three times)")
-print(f"16 collectives and the rest: {step:.0f} us = {step / 1000:.2f} % of a step of 100 ms (bound 1 %)")
+print(json.dumps([
+    {"what": "a collective", "us": round(ours, 1), "times": 16, "gloo group of one, us": round(gloo, 1)},
+    {"what": "own state", "us": round(own, 1), "times": 2},
+    {"what": "versions of tracked tensors", "us": round(versions, 1), "times": 1},
+    {"what": "record in the page", "us": round(write, 1), "times": 3},
+    {"what": "a step", "us": round(step, 1), "share of 100 ms, %": round(step / 1000, 2), "bound, %": 1.0},
+]))
 """
 
 
 def test_overhead() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
-    print("\n" + done.stdout)
     assert done.returncode == 0, done.stderr
-    assert "bound" in done.stdout
+    told("overhead", json.loads(done.stdout))
