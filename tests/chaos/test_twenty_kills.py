@@ -34,7 +34,7 @@ def torment(run: Launched, dice: random.Random, kills: int) -> int:
         rank = dice.randrange(WORLD)
         try:
             os.kill(run.pid(rank), signal.SIGKILL)
-        except (ProcessLookupError, StopIteration):
+        except ProcessLookupError:
             time.sleep(0.01)
             continue
         blows += 1

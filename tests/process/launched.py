@@ -120,8 +120,8 @@ class Launched:
         self.until(lambda: sum(s["ready"] for s in self.status()["standbys"]) >= count, f"{count} standbys parked")
 
     def pid(self, rank: int) -> int:
-        """The process that sits on `rank` now."""
-        return next(row["pid"] for row in self.status()["ranks"] if row["rank"] == rank)
+        """The process that sits on `rank` now, or will soon: a chair may be empty for a moment, and 0 is no process to be signalled."""
+        return int(self.until(lambda: self.pids().get(rank), f"somebody on rank {rank}"))
 
     def pids(self) -> dict[int, int]:
         """Rank to process."""
