@@ -246,14 +246,19 @@ class Vault:
                 break
             except CheckpointError as error:
                 if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
+                    self._tell_notes(wanted.rank)
                     self._refuse(wanted, error)
                     return
             await asyncio.sleep(FETCH_PAUSE_S)
-        for note in self._notes.of(wanted.rank):
-            self._on_note(note)
+        self._tell_notes(wanted.rank)
         if wanted in self._fetches:
             self._fetches[wanted] = True
         self._changed()
+
+    def _tell_notes(self, rank: int) -> None:
+        """Whatever became of the copy: a newcomer on that chair will ask for the minutes of the set-up."""
+        for note in self._notes.of(rank):
+            self._on_note(note)
 
     async def _fetch_persistent(self, wanted: Fetch) -> None:
         if self._drain is None:
@@ -280,11 +285,13 @@ class Vault:
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 
     def _holds(self, wanted: Fetch) -> bool:
-        """Whether what was asked for is in memory: the snapshot; for a peer's, own state of that step or of the one before will do."""
+        """Whether what was asked for is in memory: the snapshot; for a peer's, own state of that step or of the one before will do.
+
+        The gate of the one before may be missing: it was sealed last, and its node died before it was copied (train/loop.py).
+        """
         chest = self._memory.chest(wanted.rank)
         starts = chest.sealed("start") if wanted.tier == "peer" else {}
-        repeats = wanted.step - 1 in starts and wanted.step in chest.sealed("gate")
-        return wanted.step in chest.sealed("snapshot") or wanted.step in starts or repeats
+        return wanted.step in chest.sealed("snapshot") or wanted.step in starts or wanted.step - 1 in starts
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)

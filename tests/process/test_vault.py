@@ -341,6 +341,26 @@ async def test_nothing_to_be_fetched(tmp_path, monkeypatch):
         assert keeper.known().fetched == ()
 
 
+async def test_a_start_of_the_step_before_is_enough_and_notes_come_in_any_case(tmp_path):
+    """A node that dies in a gate leaves no copy of the gate; its ranks' newcomers repeat the step, and ask for the minutes."""
+    told = []
+    async with vault(tmp_path / "n1") as holder, vault(tmp_path / "n0") as origin:
+        worker = Worker(origin, layout(0, replicated=True))
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))
+        origin.keep(Recorded(rank=0, index=0, key="seed", payload=b"1"))
+        worker.own.write_start(20, seed(20))
+        await until(lambda: any(h.own_steps == (20,) for h in holder.known().holdings), poke=origin.poke)
+        await until(lambda: holder._notes.of(0))
+        holder.watch(lambda: None, told.append)
+        repeated, never = (Fetch(rank=0, step=step, tier="peer", source=holder.address, round=step) for step in (21, 30))
+        holder.do(VaultDo(fetch=(repeated,), ranks=(0,)))
+        await until(lambda: holder.known().fetched == (repeated,))
+        assert [note.index for note in told] == [0]
+        holder.do(VaultDo(fetch=(never,), ranks=(0,)))
+        await until(lambda: holder.known().refused)
+        assert [note.index for note in told] == [0, 0]
+
+
 async def test_garbage_on_the_port_costs_one_line_each(tmp_path, caplog):
     async with vault(tmp_path / "n0") as keeper:
         worker = Worker(keeper, layout(0))
