@@ -188,7 +188,7 @@ class Agent:
     def _on_forked(self, event: m.Forked) -> None:
         if (worker := self.crew.workers.get(event.worker)) is not None:
             worker.pid = event.pid
-            if worker.unwanted:
+            if worker.unwanted or self._end is not None:  # born after the end: the signal that ended the others found no process
                 self._out.append(m.Kill(worker=worker.name, signal=SIGKILL))
 
     def _on_fork_failed(self, event: m.ForkFailed, now: float) -> None:
@@ -268,7 +268,8 @@ class Agent:
             case Recall():
                 self._on_recall(worker, message, now)
             case Unrepeatable():
-                self._fault("unrecorded", now, worker, text=message.reason)
+                if self.crew.place_of(worker):
+                    self._fault("unrecorded", now, worker, text=message.reason)
             case Suspect():
                 if message.round == self.acted > self._asked and self.crew.place_of(worker):
                     self._fault("suspect", now, worker, text=message.text)

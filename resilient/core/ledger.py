@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
+import msgspec
+
 from resilient.core.messages import NONE, Msg, Plan, Record, TierName
 
 SOURCES_MAX: Final = 64  # a plan names at most this many of the ranks that could give live state
@@ -175,7 +177,7 @@ def _sound(account: Account, poison: Collection[Poison]) -> Account:
         )
         for c in account.copies
     )
-    return Account(rank=account.rank, record=account.record, replicated=account.replicated, finished=account.finished, copies=copies)
+    return msgspec.structs.replace(account, copies=copies)
 
 
 def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:

@@ -55,13 +55,18 @@ class OverlayStore(dist.Store):
         """`below`: the store whose contents are seen, None for an empty one."""
         super().__init__()
         self._below, self._own = below, dist.HashStore()
+        self._written: set[str] = set()
 
     def open(self) -> None:
         """This process is the rank from here on: it reads and writes the run's store."""
-        self._own = self._below
+        own, self._own = self._own, self._below
+        for key in self._written:  # what the one who sat here before did not come to write
+            if not self._below.check([key]):
+                self._below.set(key, own.get(key))
 
     def set(self, key: str, value: Any) -> None:
         """Kept here only."""
+        self._written.add(key)
         self._own.set(key, value)
 
     def get(self, key: str) -> bytes:

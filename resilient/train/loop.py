@@ -158,7 +158,7 @@ class Loop:
         if self.warming:
             self.scope.leave()
             self.warming -= 1
-            if self.desk.newest and self.warming <= WARMUP_STEPS - WARMUP_MIN:
+            if self.desk.standby and self.desk.newest and self.warming <= WARMUP_STEPS - WARMUP_MIN:
                 self.warming = 0  # a chair waits for this newcomer
             self.tracked.forget_warmup()
             if self.warming:

@@ -5,9 +5,9 @@ what was really agreed, not a guess. So the result of every small collective bef
 that later runs the script as the same rank gets these results in the same order.
 
 Contract: `record` while a seated rank sets up, `recall` while a standby does, `off` from the first step on. Only what is at most 1 MiB
-is kept; a larger result (parameters broadcast by DDP) is worthless loopback for a standby, which gets its state later anyway (`lacking`).
-Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a clear error. Where the rank
-that is shadowed died in its set-up, recall says where its minutes end, and the newcomer goes on as that rank.
+(pickled objects: 8 MiB) is kept; a larger result (parameters broadcast by DDP) is worthless loopback for a standby, which gets its
+state later anyway (`lacking`). Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a
+clear error. Where the rank that is shadowed died in its set-up, recall says where its minutes end, and the newcomer goes on as that rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from resilient.train.group import Operation
 
 SMALL_BYTES: Final = 1 << 20
-Known = Literal["settled", "last", "nothing"]  # to every rank; to this one, perhaps to the others; not even to this one
+OBJECTS_BYTES: Final = 8 << 20  # pickled, made up they could not be read
+Known = Literal["settled", "last", "nothing", "unreadable"]  # to every rank; to this one, perhaps to others; not to this one; to nobody
 _LARGE: Final = "large: "  # prefix of the key of a result that was not kept
 
 
@@ -57,7 +58,7 @@ class Recorder:
 
     def put(self, op: Operation) -> None:
         """A numbered operation ended well."""
-        small = sum(t.numel() * t.element_size() for t in op.outputs) <= SMALL_BYTES
+        small = sum(t.numel() * t.element_size() for t in op.outputs) <= (OBJECTS_BYTES if _objects(op) else SMALL_BYTES)
         payload = b"".join(_bytes_of(t) for t in op.outputs) if small else b""
         self._send(Recorded(rank=self._rank, index=op.index, key=op.key if small else _LARGE + op.key, payload=payload))
 
@@ -74,6 +75,8 @@ class Recorder:
             msg = f"set-up collective {op.index} of rank {self._rank}: {record.key!r} was recorded, this process asks for {op.key!r}"
             raise UsageError(msg)
         if record.key.startswith(_LARGE):
+            if _objects(op):
+                return "unreadable"
             op.fill()
             self.lacking = True
             return "last" if record.last else "settled"
@@ -100,6 +103,11 @@ class Recorder:
                     msg = f"set-up collective {index} of rank {self._rank} was not seen in {self._timeout_s:.0f} s"
                     raise TimeoutError(msg)
             return self._arrived.pop(index)
+
+
+def _objects(op: Operation) -> bool:
+    """Whether what is exchanged is bytes: torch pickles objects into such tensors."""
+    return all(tensor.dtype == torch.uint8 for tensor in op.outputs)
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

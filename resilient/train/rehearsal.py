@@ -11,7 +11,8 @@ the rank. Recorded is before the barrier, so the minutes are never behind what o
 its last collective it makes there, and the others with it, before they go on (`Comm.catch_up`).
 
 Contract: only before the first step (`Recorder.mode` is not "off"); `perform` blocks until the collective is settled, in whatever round.
-Sends and receives have no barrier: a set-up that breaks after one of them starts again with the whole group.
+Sends, receives, and what its caller does not wait for at once (`async_op=True`) have no barrier: a set-up that breaks after one of them
+starts again with the whole group.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from resilient.core.messages import Unrepeatable
+from resilient.core.policy import infrastructure
 from resilient.train.inner import largest
+from resilient.train.recorder import OBJECTS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from resilient.train.desk import Desk
     from resilient.train.group import Operation
     from resilient.train.inner import Inner
+    from resilient.train.recorder import Known
 
 
 class Rehearsal:
@@ -39,13 +43,13 @@ class Rehearsal:
         """seat(): wait for a newer round and join it. leave(why): end this process."""
         self.enlisted: Callable[[], None] = lambda: None  # called when a newcomer becomes the rank
         self._comm, self._desk, self._recorder, self._seat, self._leave = comm, desk, comm.recorder, seat, leave
-        self._one_to_one = False  # sends or receives were made
+        self._unsettled = False  # operations without a barrier were made
 
     def perform(self, op: Operation) -> None:
         """Bring `op` to its end on all members of its group."""
         group, given = op.group, [tensor.clone() for tensor in op.outputs]
         self._recorder.number(op)
-        known = self._recorder.recall(op) if self._recorder.mode == "recall" else "nothing"
+        known = self._recall(op) if self._recorder.mode == "recall" else "nothing"
         if known != "settled":
             self._settle(op, given, held=known == "last")
         group.settled += 1
@@ -54,6 +58,7 @@ class Rehearsal:
         """held: the result is here; given: what it was made from."""
         if self._recorder.mode == "recall":
             self.enlist()
+        seen: set[str] = set()  # what this operation failed with
         while True:
             self.enter()
             if op.group.agreed > op.group.settled:
@@ -71,20 +76,30 @@ class Rehearsal:
                 held = True
                 largest(inner, 0)
             except RuntimeError as error:  # gloo's and nccl's only way to say that a peer is gone
+                text = str(error).splitlines()[0].rpartition("] ")[2]
+                if not held and text in seen and not infrastructure(str(error)):
+                    raise  # in two rounds the same, and no peer's fault: the script's own
+                seen.add(text)
                 self._comm.lost(inner, f"{op.key}: {error}")
             else:
                 return
 
-    def one_to_one(self, op: Operation) -> bool:
-        """Before a send or a receive. True: it was recalled, and is not to be made."""
+    def loose(self, op: Operation) -> bool:
+        """Before an operation without a barrier: a send, a receive, one that its caller does not wait for. True: it was recalled."""
         self._recorder.number(op)
         if self._recorder.mode == "recall":
-            if self._recorder.recall(op) != "nothing":
+            if self._recall(op) != "nothing":
                 return True
             self.enlist()
         self.enter()
-        self._one_to_one = True
+        self._unsettled = True
         return False
+
+    def _recall(self, op: Operation) -> Known:
+        known = self._recorder.recall(op)
+        if known == "unreadable":
+            self.refuse(f"{op.key}: objects of more than {OBJECTS_BYTES >> 20} MiB are not kept for newcomers")
+        return known
 
     def enlist(self) -> None:
         """The minutes end: from here on this process is the rank whose set-up it repeated."""
@@ -96,8 +111,8 @@ class Rehearsal:
     def enter(self) -> None:
         """Be in a sound round, with all groups that are made so far."""
         while self._comm.mode != "live" or not self._comm.catch_up():
-            if self._one_to_one:
-                self.refuse("it broke after sends or receives, of which nobody knows how far they came")
+            if self._unsettled:
+                self.refuse("it broke after sends, receives or async operations, of which nobody knows how far they came")
             self._seat()
 
     def refuse(self, reason: str) -> NoReturn:

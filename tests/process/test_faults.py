@@ -229,6 +229,7 @@ def test_everything_killed_continues_from_the_persistent_tier(tmp_path: pathlib.
         ("untracked", "run.steps before run.track"),
         ("untrackable", "track(loader=...): an object with state_dict() and load_state_dict() expected, list found"),
         ("twice", "this process has joined the run already"),
+        ("dtype", "Invalid scalar type"),
     ],
 )
 def test_a_wrong_use_of_the_api_ends_with_its_reason(tmp_path: pathlib.Path, mistake: str, says: str) -> None:

@@ -99,6 +99,17 @@ if "talk" in features:  # what the ranks agree upon before they build anything: 
     strike("talk4")
     agreed = value.sum() * len(words[0] or "") + part.sum()
     agreed = agreed * 1e-3
+if "objects" in features:  # of more bytes than a tensor that is kept
+    words = [list(range(400_000))] if rank == 0 else [None]
+    dist.broadcast_object_list(words, 0)
+    agreed = agreed + len(words[0] or "") * 1e-6
+if "async" in features:  # launched in another order on another rank: nobody may wait for one before the next
+    pair = [dist.new_group(list(range(run.world_size))) for _ in range(2)]
+    values = [torch.full((3,), float(rank + i)) for i in range(2)]
+    order = (0, 1) if rank == 0 else (1, 0)
+    for work in [dist.all_reduce(values[i], group=pair[i], async_op=True) for i in order]:
+        work.wait()
+    agreed = agreed + (values[0].sum() + 2 * values[1].sum()) * 1e-3
 if "large" in features:  # more than is kept for newcomers
     large = torch.full((1 << 19,), float(rank + 1))
     dist.all_reduce(large)

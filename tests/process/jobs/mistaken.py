@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import resilient
@@ -16,5 +17,7 @@ match sys.argv[1]:
         next(run.steps(3))
     case "untrackable":
         run.track(model=net, loader=[torch.ones(1)])
+    case "dtype":
+        dist.all_reduce(torch.ones(3, dtype=torch.uint16))
     case "twice":
         resilient.init()
