@@ -9,15 +9,12 @@ Modes:  alone   a standby: every collective in loopback; before its first step s
         broken  the inner groups are cut; loopback where the scope allows it, else RoundAborted
 
 Contract: `run`, `join`, `add` belong to the training thread (autograd's threads may call `run`); `fence` and `prepare` to any thread.
-A failure of an older round's operation never breaks a newer one. Every round has its own store client and prefix; a newer round shuts
-the older client's socket, so a builder never waits for somebody who will not come.
+A failure of an older round's operation never breaks a newer one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import sys
 import threading
 import time
@@ -27,132 +24,21 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch.distributed as dist
 
 from resilient.errors import RoundAborted
+from resilient.train.build import Build
 from resilient.train.group import _ECHO, Group, Held, Operation
-from resilient.train.inner import Inner, largest, tcp_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from resilient.core.messages import Seated
+    from resilient.train.inner import Inner
     from resilient.train.recorder import Recorder
     from resilient.train.rehearsal import Rehearsal
     from resilient.train.scope import Scope
     from resilient.wire.page import Page
 
-ARRIVE_TIMEOUT: Final = timedelta(hours=2)  # a newcomer's set-up may be long; a newer round ends the wait at once
-CONNECT_TIMEOUT: Final = timedelta(seconds=30)  # everybody has arrived: only connections are still to be made
 GRACE_S: Final = 5.0  # between the end of a round and the end of its groups
 PAGE_SLOTS: Final = 128  # counters in the page; the last one is shared by all further groups
-
-
-class Build(threading.Thread):
-    """Makes the inner groups of one round in the background."""
-
-    def __init__(self, seated: Seated, groups: Sequence[Group], timeout: timedelta) -> None:
-        """Starts at once."""
-        super().__init__(name=f"resilient-build-{seated.round}", daemon=True)
-        self.round = seated.round
-        self.inners: dict[str, Inner] = {}
-        self.error: str = ""
-        self.ready = threading.Event()
-        self.store: Any = None
-        self._seated, self._groups, self._timeout = seated, list(groups), timeout
-        self.settled: dict[str, int] = {}  # group -> collectives of the set-up that some member knows to be behind all
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._line: list[socket.socket] = []
-        self.start()
-
-    def run(self) -> None:
-        """The thread."""
-        try:
-            self._build()
-        except (RuntimeError, OSError, ValueError) as error:  # torch's own are RuntimeErrors; no descriptors left; bytes that are no ports
-            self.error = str(error) or type(error).__name__
-        finally:
-            self.ready.set()
-
-    def _build(self) -> None:
-        store = self._connect()
-        world, starting = self._seated.world_size, self._seated.plan.starting
-        for group in self._groups if starting else ():
-            store.add(f"has/{group.key}", 1)
-        if store.add("arrived", 1) == world:
-            store.set("complete", b"1")
-        store.wait(["complete"], ARRIVE_TIMEOUT)
-        for group in self._groups:
-            if starting and store.add(f"has/{group.key}", 0) < group.size():
-                continue  # some members' scripts have not come to it: it is made when they have
-            inner = self._make(group)
-            if starting:
-                self.settled[group.key] = largest(inner, group.settled)
-
-    def make(self, group: Group) -> Inner:
-        """The inner group for a group that not all members had when the round was joined. Waits for them, or until `cancel`."""
-        found: list[Inner] = []
-        errors: list[Exception] = []
-        over = threading.Event()
-
-        def work() -> None:
-            try:
-                found.append(self._make_late(group))
-            except (RuntimeError, OSError, ValueError) as error:
-                errors.append(error)
-            finally:
-                over.set()
-
-        # On a thread: gloo waits for a member that died while it connected, and not even its own timeout ends that.
-        threading.Thread(target=work, name="resilient-make", daemon=True).start()
-        while not over.wait(0.02):
-            if self._cancelled:
-                raise RuntimeError("the round broke")
-        if errors:
-            raise RuntimeError(str(errors[0])) from errors[0]
-        return found[0]
-
-    def _make_late(self, group: Group) -> Inner:
-        came = f"came/{group.key}"
-        if self.store.add(came, 1) == group.size():
-            self.store.set(f"{came}/all", b"1")
-        self.store.wait([f"{came}/all"], ARRIVE_TIMEOUT)
-        return self._make(group)
-
-    def _make(self, group: Group) -> Inner:
-        store = dist.PrefixStore(f"{group.key}/", self.store)
-        inner = Inner(group.kind, store, group.rank(), group.size(), CONNECT_TIMEOUT)
-        inner.patience(self._timeout)
-        with self._lock:
-            self.inners[group.key] = inner
-            if self._cancelled:
-                inner.cut()
-        return inner
-
-    def _connect(self) -> Any:
-        host, _, port = self._seated.store.rpartition(":")
-        before = tcp_sockets()
-        client = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
-        line = [sock for sock in _duplicates(tcp_sockets() - before) if _peer_port(sock) == int(port)]
-        with self._lock:
-            self._line = line
-            if self._cancelled:
-                self._shut()
-        self.store = dist.PrefixStore(f"round/{self.round}/", client)
-        return self.store
-
-    def cancel(self) -> None:
-        """Give up: whatever the thread waits for fails at once. Thread-safe, idempotent."""
-        with self._lock:
-            self._cancelled = True
-            self._shut()
-            for inner in self.inners.values():
-                inner.cut()
-
-    def _shut(self) -> None:
-        for sock in self._line:
-            with contextlib.suppress(OSError):  # the store is gone already
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        self._line = []
 
 
 class Comm:
@@ -451,18 +337,3 @@ def _drop(inners: list[Inner], build: Build | None) -> None:
         build.inners.clear()
         build.store = None
     inners.clear()
-
-
-def _duplicates(names: set[tuple[int, str]]) -> list[socket.socket]:
-    found = []
-    for fd, _ in names:
-        with contextlib.suppress(OSError):  # closed in between
-            found.append(socket.socket(fileno=os.dup(fd)))
-    return found
-
-
-def _peer_port(sock: socket.socket) -> int:
-    try:
-        return int(sock.getpeername()[1])
-    except (OSError, IndexError):  # not connected, or not TCP
-        return -1

@@ -3,7 +3,7 @@
 Think of a telephone call: `Inner` is the connection, not the telephone. It is made once per round, it can be cut from another thread
 at any time, and after that it is never used again.
 
-Contract: construction blocks until every member of the group has come, so it happens in a builder's thread (train/comm.py). `cut()`
+Contract: construction blocks until every member of the group has come, so it happens in a builder's thread (train/build.py). `cut()`
 is thread-safe, idempotent and returns at once; every operation in flight then fails within milliseconds, on this side and on the
 neighbours', or is given up by `wait`. `Inner` is dropped by its last user, never on one of gloo's own threads.
 

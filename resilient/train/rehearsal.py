@@ -4,7 +4,7 @@ Think of an orchestra that tunes. If a player falls over, nobody goes home: the 
 note where they end, all who had begun that note play it again together.
 
 How: every collective of a set-up is followed by a barrier of its group. Whoever is past the barrier knows that all members have the result,
-so the members differ by one collective at most. When a round breaks, the builders of the next one (train/comm.py) agree for each group how
+so the members differ by one collective at most. When a round breaks, the builders of the next one (train/build.py) agree for each group how
 many are **settled**, that is behind anybody's barrier. The collective that this rank is in is then either settled, and its result here is
 good, or it is made again from the inputs that were kept. A newcomer recalls what its predecessor had; where those minutes end it becomes
 the rank. Recorded is before the barrier, so the minutes are never behind what others rely on. Groups that its predecessor had made after

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from resilient.core.messages import Join, Raised
 from resilient.errors import ConfigError, RoundAborted, UsageError
 from resilient.train.backend import OverlayStore, install
-from resilient.train.comm import CONNECT_TIMEOUT, Comm
+from resilient.train.build import CONNECT_TIMEOUT
+from resilient.train.comm import Comm
 from resilient.train.desk import Desk
 from resilient.train.ledger import Ledger
 from resilient.train.loop import Loop

@@ -57,7 +57,6 @@ CORE_MAY_IMPORT = {
 }
 CORE_MAY_NOT_NAME = {"time", "asyncio", "socket", "threading", "os", "sys", "subprocess", "open", "print", "input"}
 LONGER_THAN_400 = {
-    "resilient/train/comm.py": "groups and rounds of one process share one lock",
     "resilient/core/agent.py": "one machine, one file: what is pure is in crew, sheets, minutes and hang",
     "resilient/core/coordinator.py": "one machine, one file: what is pure is in round, seating, ledger, culprit, commits and fleet",
     "resilient/sim/world.py": "the whole fleet on one clock",
