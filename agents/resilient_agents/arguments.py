@@ -80,7 +80,7 @@ def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:
     slots = checked.nproc_per_node
     if slots < 1:
         raise ConfigError(f"--nproc-per-node: at least 1 expected, {slots} found")
-    timeout = checked.shutdown_timeout
+    timeout = getattr(checked, "shutdown_timeout", None)  # torchrun has the flag since 2.12
     if timeout is None:
         timeout = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S))
     return Launch(
