@@ -34,7 +34,6 @@ from resilient.core.messages import (
     Recorded,
     Refused,
     Sealed,
-    Seat,
     Suspect,
     Unrecorded,
     Unrepeatable,
@@ -358,11 +357,16 @@ class Agent:
         """Walk the rows for a new round."""
         self.acted, self._acted_s = new.round, now
         places, seats = self.crew.places, {seat.rank: seat for seat in new.seats}
+        void: set[int] = set()  # chairs whose workers repeat a set-up that does not count any more
         if new.restart > self.restart:
             self.restart = new.restart
             self._minutes.clear()
             for place in places.values():
-                place.layout, place.native = None, False
+                place.layout, place.native = None, True  # who keeps its chair waits for its first seat: all will be minuted here
+                if place.worker is not None and place.worker.role == "standby":
+                    self._dismiss(place.worker)
+                    place.worker = None
+                    void.add(place.rank)
             for worker in self.crew.standbys():
                 self._dismiss(worker)
         for rank, place in list(places.items()):
@@ -375,15 +379,15 @@ class Agent:
             place = places.setdefault(seat.rank, Place(seat.rank, seat.local_rank))
             if place.worker is None:
                 place.native = place.native or seat.fresh
-                self._fill(place, seat)
+                self._fill(place, fresh=seat.fresh or seat.rank in void)
         if any(p.worker is not None and p.worker.chair_state() == "dead" for p in places.values()):
             self._fence(new.round)
 
-    def _fill(self, place: Place, seat: Seat) -> None:
-        able = [w for w in self.crew.standbys() if w.rank == place.rank or (w.any_rank and w.parked)] if not seat.fresh else []
+    def _fill(self, place: Place, *, fresh: bool) -> None:
+        able = [w for w in self.crew.standbys() if w.rank == place.rank or (w.any_rank and w.parked)] if not fresh else []
         chosen = min(able, key=lambda w: (w.rank != place.rank, not w.parked, w.name), default=None)
         if chosen is None:
-            chosen = self.crew.hire("rank" if seat.fresh else "standby", place.rank, place.local_rank)
+            chosen = self.crew.hire("rank" if fresh else "standby", place.rank, place.local_rank)
         chosen.rank, chosen.local_rank = place.rank, place.local_rank
         place.worker = chosen
 

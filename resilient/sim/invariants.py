@@ -56,7 +56,13 @@ class Invariants:
         self._acted[key] = host.agent.acted
 
     def committed(self, script: Script) -> None:
-        """A rank completed a step."""
+        """A rank completed a step.
+
+        One whose node is cut off, and whose chair has moved, may yet complete the step that it had voted for: nobody can tell it.
+        """
+        place = self._world.coordinator.round.seating.places.get(script.rank)
+        if place is None or place.node != script.host.name:
+            return
         ranks = self._commits.setdefault((script.round, script.step), set())
         self._world.check(script.rank not in ranks, f"I5: rank {script.rank} completed step {script.step} twice in round {script.round}")
         ranks.add(script.rank)

@@ -265,7 +265,8 @@ class Script:
         assert self.seated is not None
         self.round = self.seated.round
         self.marks = [self._broken_s, self.world.now, 0.0, 0.0]
-        self.world.check(self.minutes <= {self.restart}, f"{self.name} was told the minutes of another start")
+        start = {self.host.agent.restart}
+        self.world.check(self.minutes <= start, f"{self.name} was told the minutes of another start: {self.minutes}, not {start}")
         if self._set_up:
             self._restore()
         else:
@@ -286,7 +287,7 @@ class Script:
 
     def _recorded(self, index: int) -> None:
         self.held = index + 1
-        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=str(self.restart).encode()))
+        self.host.said(self, Recorded(rank=self.rank, index=index, key="seed", payload=str(self.host.agent.restart).encode()))
         self._meet(f"settle {index}", self._passed)
 
     def _passed(self) -> None:

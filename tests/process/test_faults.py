@@ -136,7 +136,7 @@ def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, kind: s
         (tmp_path / "go").touch()
         host.until_step(8)
         assert other.process is not None
-        for child in [*other.descendants(), other.process]:
+        for child in [other.process, *other.descendants()]:  # the agent first: it must not live to tell
             child.kill()
         assert host.wait() == 0, host.text()
     (incident,) = host.incidents()
@@ -159,7 +159,7 @@ def test_a_node_lost_when_the_loop_is_over_loses_nothing(tmp_path: pathlib.Path,
         for rank in lost:
             (tmp_path / f"over-{rank}").unlink()
         assert other.process is not None
-        for child in [*other.descendants(), other.process]:
+        for child in [other.process, *other.descendants()]:  # the agent first: it must not live to tell
             child.kill()
         host.until(lambda: all((tmp_path / f"over-{rank}").exists() for rank in range(4)), "the lost ranks to be over as well")
         (tmp_path / "end").touch()
@@ -188,7 +188,7 @@ def test_the_loss_of_the_coordinators_node_ends_everything_with_a_clear_message(
 
 def kill_everything(run: Launched) -> None:
     assert run.process is not None
-    for child in [*run.descendants(), run.process]:
+    for child in [run.process, *run.descendants()]:
         child.kill()
     run.process.wait()
 
