@@ -77,6 +77,15 @@ class Launched:
         except psutil.NoSuchProcess:
             return []
 
+    def kill_all(self) -> None:
+        """SIGKILL for every process of this node at once: the agent first, it must not live to tell what became of the others."""
+        assert self.process is not None
+        below = self.descendants()
+        self.process.kill()
+        for child in below:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it died with its agent
+                child.kill()
+
     # ------------------------------------------------------------------ watching
 
     def text(self) -> str:

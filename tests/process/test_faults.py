@@ -135,9 +135,7 @@ def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, kind: s
         host.until_standbys(4)
         (tmp_path / "go").touch()
         host.until_step(8)
-        assert other.process is not None
-        for child in [other.process, *other.descendants()]:  # the agent first: it must not live to tell
-            child.kill()
+        other.kill_all()
         assert host.wait() == 0, host.text()
     (incident,) = host.incidents()
     assert incident["cause"] == "node_lost"
@@ -158,9 +156,7 @@ def test_a_node_lost_when_the_loop_is_over_loses_nothing(tmp_path: pathlib.Path,
         lost = [rank for rank, pid in host.pids().items() if pid in mine]
         for rank in lost:
             (tmp_path / f"over-{rank}").unlink()
-        assert other.process is not None
-        for child in [other.process, *other.descendants()]:  # the agent first: it must not live to tell
-            child.kill()
+        other.kill_all()
         host.until(lambda: all((tmp_path / f"over-{rank}").exists() for rank in range(4)), "the lost ranks to be over as well")
         (tmp_path / "end").touch()
         assert host.wait() == 0, host.text()
@@ -175,9 +171,7 @@ def test_the_loss_of_the_coordinators_node_ends_everything_with_a_clear_message(
         other = second if host is first else first
         host.until_step(3)
         workers = [child.pid for child in other.descendants()]
-        assert host.process is not None
-        for child in [*host.descendants(), host.process]:
-            child.kill()
+        host.kill_all()
         assert other.wait() == 1
         assert "no word from the coordinator" in other.text()
         assert not [pid for pid in workers if pathlib.Path(f"/proc/{pid}").exists()]
@@ -187,9 +181,8 @@ def test_the_loss_of_the_coordinators_node_ends_everything_with_a_clear_message(
 
 
 def kill_everything(run: Launched) -> None:
+    run.kill_all()
     assert run.process is not None
-    for child in [run.process, *run.descendants()]:
-        child.kill()
     run.process.wait()
 
 
