@@ -3,6 +3,7 @@
     resilient status RUN_DIR              who sits where, and how far they are
     resilient events RUN_DIR [--follow]   what happened, one line each
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
+    resilient ckpt VERB URL               checkpoints (ckpt.py)
 
 Contract: reads the run directory's files (host/journal.py) and nothing else; never imports torch; changes nothing but in `clean`.
 """
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from resilient import ckpt
 from resilient.checkpoint import memory
 from resilient.config import Options
 
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove shared memory that dead runs left")
     clean.add_argument("--memory-dir", default=Options().memory_dir, metavar="DIR")
     clean.set_defaults(command=_clean)
+    ckpt.add(commands)
     return parser
 
 
