@@ -46,8 +46,8 @@ from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
-REPORTS_S = 1250  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
-REPORT_S_MAX = 10.0
+REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
+REPORT_S_MAX = 12.0
 LEASE_REPORTS = 3  # so many reports in a row may be lost
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
