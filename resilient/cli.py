@@ -5,7 +5,8 @@
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
     resilient ckpt VERB URL               checkpoints (ckpt.py)
 
-Contract: reads the run directory's files (host/journal.py) and nothing else; never imports torch; changes nothing but in `clean`.
+Contract: `status` and `events` read the run directory's files (host/journal.py) and nothing else. Never imports torch; changes nothing but
+in `clean`, and what `ckpt` is told to write.
 """
 
 from __future__ import annotations

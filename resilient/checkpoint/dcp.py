@@ -3,8 +3,8 @@
 Think of a library's card index: it says of every work in how many volumes it stands, on which shelf each, and at which page. The works do
 not care who wrote the cards.
 
-Contract: `metadata` is pure; what it gives is read by `FileSystemReader` and `FsspecReader` of torch 2.11 to 2.13 as their own. A tensor is
-given as its chunks, each with the place of its torch file (torchfile.py); a chunk that lies in several files is named once. Sources:
+Contract: `metadata` is pure; what it gives is read by `FileSystemReader` and `FsspecReader` as their own. A tensor is given as its chunks,
+each with the place of its torch file (torchfile.py). Sources:
 torch/distributed/checkpoint/metadata.py and filesystem.py (the classes and their fields).
 """
 

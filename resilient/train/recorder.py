@@ -6,7 +6,7 @@ that later runs the script as the same rank gets these results in the same order
 
 Contract: `record` while a seated rank sets up, `recall` while a standby does, `off` from the first step on. Only what is at most 1 MiB
 (pickled objects: 8 MiB) is kept; a larger result (parameters broadcast by DDP) is worthless loopback for a standby, which gets its
-state later anyway (`lacking`). Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a
+state later anyway (`made_up`). Recall waits for what does not exist yet and never invents; an operation other than the recorded one is a
 clear error. Where the rank that is shadowed died in its set-up, recall says where its minutes end, and the newcomer goes on as that rank.
 """
 
@@ -41,7 +41,7 @@ class Recorder:
     ) -> None:
         """timeout_s: how long a recall may wait for the rank that is shadowed."""
         self.mode = mode
-        self.lacking = False  # a result that was too large to be kept was made up here
+        self.made_up: set[int] = set()  # operations whose result was too large to be kept: here is loopback's
         self._rank, self._send, self._timeout_s = rank, send, timeout_s
         self._count = 0
         self._arrived: dict[int, Recorded | Unrecorded] = {}
@@ -57,7 +57,8 @@ class Recorder:
         self._count += 1
 
     def put(self, op: Operation) -> None:
-        """A numbered operation ended well."""
+        """A numbered operation ended well, here and with the others."""
+        self.made_up.discard(op.index)
         small = sum(t.numel() * t.element_size() for t in op.outputs) <= (OBJECTS_BYTES if _objects(op) else SMALL_BYTES)
         payload = b"".join(_bytes_of(t) for t in op.outputs) if small else b""
         self._send(Recorded(rank=self._rank, index=op.index, key=op.key if small else _LARGE + op.key, payload=payload))
@@ -78,7 +79,7 @@ class Recorder:
             if _objects(op):
                 return "unreadable"
             op.fill()
-            self.lacking = True
+            self.made_up.add(op.index)
             return "last" if record.last else "settled"
         offset = 0
         for tensor in op.outputs:

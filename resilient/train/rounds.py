@@ -137,14 +137,14 @@ class Rounds:
     def _make_equal(self, plan: Plan) -> None:
         """Nobody has committed a step, and some repeated a set-up alone: who lacks results too large to be kept is given state."""
         lacks = torch.zeros(self.comm.world_size, dtype=torch.int32)
-        lacks[self.comm.rank] = int(self.comm.recorder.lacking)
+        lacks[self.comm.rank] = bool(self.comm.recorder.made_up)
         self.comm.vote(lacks)
         receivers = tuple(lacks.nonzero().flatten().tolist())
         if not receivers:
             return
         sources = tuple(r for r in range(self.comm.world_size) if r not in (*receivers, *plan.receivers))[:SOURCES_MAX]
         if not sources or not self.tracked.replicated:
-            if self.comm.recorder.lacking:
+            if self.comm.recorder.made_up:
                 self.rehearsal.refuse("results too large to be kept are missing, and no replica could make up for them")
             return
         again = Plan(step=0, tier="live", receivers=receivers, sources=sources)
@@ -152,7 +152,7 @@ class Rounds:
         if self.comm.rank in receivers:
             with self.comm.quiet():
                 restore.take(self.comm, self.tracked, again)
-            self.comm.recorder.lacking = False
+            self.comm.recorder.made_up.clear()
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 from resilient.checkpoint.dcp import Chunk, Tensor, Where, metadata
 from resilient.checkpoint.pickling import encode
@@ -53,7 +55,8 @@ def test_four_gigabytes_take_the_long_form():
     assert b"PK\x06\x07" in back
 
 
-def test_a_distributed_checkpoint_is_read_by_a_program_that_knows_nothing_of_us(tmp_path: Path):
+@pytest.mark.parametrize("reader", [FileSystemReader, FsspecReader])
+def test_a_distributed_checkpoint_is_read_by_a_program_that_knows_nothing_of_us(tmp_path: Path, reader):
     weight, bias = torch.randn(10, 3), torch.randn(7).bfloat16()
     with (tmp_path / "rank-0.distcp").open("wb") as out:
 
@@ -70,7 +73,7 @@ def test_a_distributed_checkpoint_is_read_by_a_program_that_knows_nothing_of_us(
     paths = {"model.weight": ("model", "weight"), "model.bias": ("model", "bias")}
     (tmp_path / ".metadata").write_bytes(metadata(tensors, {}, paths))
     state = {"model": {"weight": torch.zeros(10, 3), "bias": torch.zeros(7).bfloat16()}}
-    dist_checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    dist_checkpoint.load(state, storage_reader=reader(str(tmp_path)), no_dist=True)
     assert torch.equal(state["model"]["weight"], weight)
     assert torch.equal(state["model"]["bias"], bias)
 
