@@ -20,13 +20,14 @@ from typing import Final
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.disk import KEEP, Keep
 from resilient.checkpoint.peer import Notes, PeerServer
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
-from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.lane import Errands, Lane
@@ -50,6 +51,8 @@ class Vault:
         key: str,
         checkpoint_url: str | None,
         checkpoint_every: int,
+        keep: Keep = KEEP,
+        level: int = 0,
         token: str,
         node: str,
         host: str = "127.0.0.1",
@@ -68,7 +71,16 @@ class Vault:
         self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node)
         self._drain: Drain | None = None
         if checkpoint_url:
-            self._drain = Drain(checkpoint_url, checkpoint_every, run=run, lane=self._lane, changed=self._changed)
+            self._drain = Drain(
+                checkpoint_url,
+                checkpoint_every,
+                keep=keep,
+                level=level,
+                run=run,
+                lane=self._lane,
+                changed=self._changed,
+                differ=self._differ,
+            )
         self._claim: memory.Claim | None = None
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
@@ -132,7 +144,7 @@ class Vault:
             return _no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
-            chest.replicated = layout.replicated
+            chest.replicated, chest.often = layout.replicated, layout.often
             own = chest.grow_own(own_slot_bytes(layout.own_bytes))
             ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
         except TierUnavailable as error:
@@ -297,9 +309,17 @@ class Vault:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
         if self._drain is not None and wanted.tier == "persistent" and isinstance(error, SnapshotCorrupt):
             self._drain.distrust(wanted.step)
+        self._tell(Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error)))
+
+    def _differ(self, step: int, error: ReplicasDiffer) -> None:
+        """Replicas that should be equal are not: that step is not committed, and somebody has to look at these ranks."""
+        log.warning("checkpoint not committed: %s", error)
+        for rank in sorted(error.ranks):
+            self._tell(Refused(tier="persistent", step=step, rank=rank, reason=str(error), kind="replicas_differ"))
+
+    def _tell(self, refused: Refused) -> None:
         if len(self._refused) < REFUSED_MAX:
-            refused = Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error))
-            self._refused[wanted.tier, wanted.step, wanted.rank] = refused
+            self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
 
     # ------------------------------------------------------------------ hashing, telling

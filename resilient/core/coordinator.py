@@ -41,7 +41,7 @@ from resilient.core.machine import (
 )
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
 from resilient.core.placement import Room, in_order, seat_all
-from resilient.core.policy import TABLE, Verdict
+from resilient.core.policy import TABLE, UNKNOWN, Verdict
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
 
@@ -217,8 +217,9 @@ class Coordinator:
         """Copies that were refused; those that the round in force is built upon are returned."""
         refused = self._court.refuse(node.report, self.round.number)
         for finding in refused:
-            self._tell_finding(finding, TABLE["refused"], node.name)
-        return [(finding, TABLE["refused"]) for finding in refused if finding.step == self.round.seating.plan.step]
+            self._tell_finding(finding, TABLE.get(finding.kind, UNKNOWN), node.name)
+        step = self.round.seating.plan.step
+        return [(finding, TABLE["refused"]) for finding in refused if finding.kind == "refused" and finding.step == step]
 
     # ------------------------------------------------------------------ stages
 

@@ -125,7 +125,8 @@ class Persisted(Msg):
     rank: int
     step: int
     num_bytes: int
-    digest: str  # xxh3_128 of the whole file, hex
+    tail_at: int = 0  # where the file's tail begins (checkpoint/rankfile.py)
+    digest: str = ""  # xxh3_128 of the tail, hex: from there every byte is under a digest
 
 
 class Refused(Msg):
@@ -135,6 +136,7 @@ class Refused(Msg):
     step: int
     rank: int
     reason: str
+    kind: str = "refused"  # or "replicas_differ"
 
 
 class Report(Msg):
@@ -250,6 +252,7 @@ class Layout(Msg):
     replicated: bool
     own_bytes: int  # room for one own state
     snapshot_bytes: int  # room for one snapshot; 0 = this rank takes none
+    often: bool = False  # it seals a snapshot at every step
 
 
 class Recorded(Msg):

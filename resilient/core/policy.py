@@ -34,6 +34,9 @@ TABLE: Final[dict[str, Verdict]] = {
     "node_lost": Verdict(verdict="replace", why="the node is silent"),
     "fork_failed": Verdict(verdict="replace", why="the worker could not be started"),
     "refused": Verdict(verdict="restart", why="a copy is damaged; another one is taken"),
+    "replicas_differ": Verdict(
+        verdict="watch", why="replicas are not equal to the last bit: silent data corruption, or ranks treated differently"
+    ),
     "unrecorded": Verdict(verdict="restart", why="a newcomer cannot repeat the set-up: the group starts again"),
     "store_lost": Verdict(verdict="restart", why="the store process is started again"),
     "zygote_lost": Verdict(verdict="restart", why="the zygote is started again"),

@@ -35,8 +35,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resilient.checkpoint import capture, codec
+from resilient.checkpoint.layout import Layout, Row, decode
 from resilient.errors import SnapshotMismatch, UsageError
-from resilient.train import rng
+from resilient.train import rng, twins, wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,10 +61,9 @@ class Item:
         """Of the local part."""
         return self.local.numel() * self.local.element_size()
 
-    def row(self) -> list[Any]:
-        """Plain data that says what this is: (key, dtype, global shape, offsets, local shape)."""
-        dtype = str(self.local.dtype).removeprefix("torch.")
-        return [self.key, dtype, list(self.shape), list(self.offsets), list(self.local.shape)]
+    def row(self) -> Row:
+        """Plain data that says what this is."""
+        return Row(self.key, str(self.local.dtype).removeprefix("torch."), self.shape, self.offsets, tuple(self.local.shape))
 
 
 class Tracked:
@@ -75,6 +75,7 @@ class Tracked:
         self.optimizers: dict[str, Optimizer] = {}
         self.others: dict[str, Any] = {}
         self._items: list[Item] | None = None
+        self._layout = b""  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
         self._count = 0
 
@@ -102,7 +103,7 @@ class Tracked:
         """Every shared tensor, in an order that is equal on all ranks. Recomputed when optimizer state came into being."""
         count = sum(len(opt.state) for opt in self.optimizers.values())
         if self._items is None or count != self._count:
-            self._items, self._count = list(self._walk()), count
+            self._items, self._count, self._layout = list(self._walk()), count, b""
         return self._items
 
     def _walk(self) -> Iterator[Item]:
@@ -125,9 +126,19 @@ class Tracked:
                         yield replace(_item(f"{name}.state.{seen[id(param)]}.{key}", value), owner=(optimizer, param))
 
     def layout(self) -> tuple[bytes, str]:
-        """The rows of `shared` encoded, and their digest: equal digests mean that copies fit tensor by tensor."""
-        encoded = msgspec.msgpack.encode([item.row() for item in self.shared()])
-        return encoded, xxhash.xxh3_128_hexdigest(encoded)
+        """checkpoint/layout.py of `shared`, encoded, and its digest: equal digests mean that copies fit tensor by tensor."""
+        items = self.shared()
+        if not self._layout:
+            rows = tuple(item.row() for item in items)
+            self._layout = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules)).encode()
+        return self._layout, xxhash.xxh3_128_hexdigest(self._layout)
+
+    def _groups(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Per optimizer, the keys of each group's parameters."""
+        return {
+            name: tuple(tuple(self._keys.get(id(p), "") for p in group["params"]) for group in optimizer.param_groups)
+            for name, optimizer in self.optimizers.items()
+        }
 
     @property
     def replicated(self) -> bool:
@@ -225,15 +236,16 @@ class Tracked:
 
     def expected_layout_bytes(self) -> int:
         """At least the bytes of `layout`, whether or not the optimizers have made their state: none keeps 15 tensors a parameter."""
-        return 16 * len(msgspec.msgpack.encode([item.row() for item in self.shared() if item.owner is None]))
+        rows = tuple(item.row() for item in self.shared() if item.owner is None)
+        return 16 * len(Layout(rows, groups=self._groups()).encode())
 
     def shape_like(self, layout: bytes, where: str) -> None:
         """Make or drop optimizer state until `shared` has exactly the tensors of `layout`; their values are then to be filled.
 
         Raises SnapshotMismatch, naming the first difference, if that cannot be.
         """
-        rows = msgspec.msgpack.decode(layout)
-        wanted = {row[0] for row in rows}
+        rows = decode(layout).rows
+        wanted = {row.key for row in rows}
         if wanted - {item.key for item in self.shared()}:
             self.prime(wanted)
         for item in self.shared():
@@ -244,8 +256,7 @@ class Tracked:
         own = [item.row() for item in self.shared()]
         for there, here in zip(rows, own, strict=False):
             if there != here:
-                msg = f"{where}: {here[0]} {here[1]} {here[4]} of {here[2]} expected, {there[0]} {there[1]} {there[4]} of {there[2]} found"
-                raise SnapshotMismatch(msg)
+                raise SnapshotMismatch(f"{where}: {_described(here)} expected, {_described(there)} found")
         if len(rows) != len(own):
             msg = f"{where}: {len(own)} tensors expected, {len(rows)} found"
             raise SnapshotMismatch(msg)
@@ -315,6 +326,10 @@ def _state_shape(optimizer: Optimizer, group: dict[str, Any]) -> tuple[int, int]
 def _wanted(param: Tensor, head: str, wanted: set[str] | None) -> bool:
     """Whether state of this parameter is to be made."""
     return param.requires_grad if wanted is None else any(key.startswith(head) for key in wanted)
+
+
+def _described(row: Row) -> str:
+    return f"{row.key} {row.dtype} {list(row.local)} of {list(row.shape)}"
 
 
 def gated(module: nn.Module) -> bool:

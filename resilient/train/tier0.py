@@ -61,6 +61,7 @@ class Tier0:
             replicated=self._tracked.replicated,
             own_bytes=_pages(own_bytes),
             snapshot_bytes=_pages(room),
+            often=self._tracked.undo_needed,
         )
         segments = self._desk.segments_for(wish)
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
