@@ -18,12 +18,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from resilient.checkpoint import layout
 from resilient.checkpoint.chest import Berth, Chest
 from resilient.checkpoint.disk import KEEP, DiskTier, Keep
+from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.core.messages import NONE, Persisted
+from resilient.core.messages import NONE, Layout, Persisted
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import staged
 from resilient_agents.lane import Errands, Lane
@@ -70,6 +72,7 @@ class Drain:
         self._seen: dict[str, tuple[int, int]] = {}  # slot -> (generation, step) of its last snapshot that was looked at
         self._quay: dict[int, int] = {}  # rank -> snapshots on it
         self._outrun: set[int] = set()  # ranks that wrote into a slot before it was drained: theirs are copied first
+        self._brought: set[tuple[int, int]] = set()  # (rank, step) that came from the persistent tier: they need not go there again
         self._wish: tuple[int, tuple[Persisted, ...]] = (NONE, ())
         self._errands = Errands()
 
@@ -93,6 +96,8 @@ class Drain:
         """Start to write what is due."""
         for slot in chest.snapshots.slots if self._every and chest.snapshots is not None else ():
             now = (slot.generation(), slot.sealed_step())
+            if (chest.rank, now[1]) in self._brought and now[1] not in self._distrusted:
+                continue
             if now[1] <= 0 or now[1] % self._every or self._seen.get(slot.path) == now:
                 continue
             self._seen[slot.path] = now
@@ -101,11 +106,6 @@ class Drain:
                 continue
             self._quay[chest.rank] = self._quay.get(chest.rank, 0) + 1
             self._errands.start(self._write(slot, chest.rank, often=chest.often))
-
-    def pass_over(self, chest: Chest) -> None:
-        """What lies in this chest now came from the persistent tier: it need not go there again."""
-        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
-            self._seen[slot.path] = (slot.generation(), slot.sealed_step())
 
     def persisted(self) -> tuple[Persisted, ...]:
         """What lies there complete and waits for its commit marker."""
@@ -196,9 +196,22 @@ class Drain:
 
     async def fetch(self, key: SnapshotKey, berth: Berth) -> None:
         """Bring a committed snapshot into memory, verified. Raises as `Tier.get`."""
+        self._brought.add((key.rank, key.step))
         entry = await self._reading.run(functools.partial(self.tier.entry, key), deadline_s=ANSWER_S)
         work = functools.partial(self.tier.get, key, berth)
         await self._reading.run(work, deadline_s=ANSWER_S + entry.bytes / PACE_BYTES_S)
+
+    async def reshape(self, wanted: Layout, room: Callable[[int], Ring]) -> int:
+        """As DiskTier.reshape, for the rank and step that `wanted` names."""
+        self._brought.add((wanted.rank, wanted.reshape))
+        key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
+        work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size)
+        return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+
+    async def foreign(self, step: int) -> bool:
+        """Whether that step was written in a world of another size."""
+        manifest = await self._reading.run(functools.partial(self.tier.manifest, step), deadline_s=ANSWER_S)
+        return self.tier.world_size not in (None, manifest.world_size)
 
     def distrust(self, step: int) -> None:
         """Its bytes were read and found wrong: if the run comes past that step again, it is written anew."""

@@ -308,8 +308,7 @@ class Host:
         worker.signal(signal.SIGKILL)
 
     async def _allocate(self, worker: str, layout: Layout) -> None:
-        segments = await asyncio.to_thread(self._vault.allocate, layout)
-        self._driver.put(m.Allocated(worker=worker, segments=segments))
+        self._driver.put(m.Allocated(worker=worker, segments=await self._vault.reshape(layout)))
 
     # ------------------------------------------------------------------ birth and death
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.disk import KEEP, Keep
@@ -161,6 +163,22 @@ class Vault:
             snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
         )
 
+    async def reshape(self, layout: Layout) -> Segments:
+        """As `allocate`, and bring a step into these segments that was written in a world of another size."""
+        segments = await asyncio.to_thread(self.allocate, layout)
+        if segments.error or layout.reshape == NONE:
+            return segments
+        try:
+            if self._drain is None:
+                raise SnapshotMissing("no checkpoint URL was given")
+            own_of = await self._drain.reshape(layout, self._memory.chest(layout.rank).grow_snapshots)
+        except CheckpointError as error:
+            if isinstance(error, SnapshotCorrupt) and self._drain is not None:
+                self._drain.distrust(layout.reshape)
+            return msgspec.structs.replace(segments, refused=str(error))
+        segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
+        return msgspec.structs.replace(segments, own_of=own_of)
+
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
@@ -275,10 +293,11 @@ class Vault:
     async def _fetch_persistent(self, wanted: Fetch) -> None:
         if self._drain is None:
             raise SnapshotMissing("no checkpoint URL was given")
+        if await self._drain.foreign(wanted.step):
+            return  # the worker says what it tracks, and it is cut to that (`reshape`)
         key = SnapshotKey(wanted.rank, wanted.step)
         with self._memory.berth(key) as berth:
             await self._drain.fetch(key, berth)
-        self._drain.pass_over(self._memory.chest(wanted.rank))
 
     async def _fetch_peer(self, wanted: Fetch) -> None:
         rank = wanted.rank

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 import msgspec
 import xxhash
 
-from resilient.checkpoint import layout, rankfile, replicas
+from resilient.checkpoint import layout, rankfile, replicas, reshape
 from resilient.checkpoint.catalogue import catalogue
 from resilient.checkpoint.layout import Layout
 from resilient.checkpoint.rankfile import Tail
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of
+from resilient.checkpoint.ring import Ring
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of, own_of, slot_bytes
 from resilient.checkpoint.source import Source, Whole
 from resilient.checkpoint.storage import Input, Storage
 from resilient.checkpoint.tier import Landing, SnapshotKey, check, landing
@@ -168,6 +169,22 @@ class DiskTier:
         """As `Tier.get`, from a committed step. SnapshotMismatch if that is of another world size than ours."""
         return self._fill(self._checkpoint(key), key, landing(into))
 
+    def reshape(self, key: SnapshotKey, wanted: Layout, room: Callable[[int], Ring], *, run: str, world_size: int) -> int:
+        """The snapshot of `key` in a world of another size: `wanted` is what that rank tracks, `room(bytes)` where it goes.
+
+        Gives the old rank whose own state it has (reshape.py). Raises as `get`; nothing is sealed then.
+        """
+        whole = self.checkpoint(key.step)
+        old = reshape.own_rank(key.rank, whole.manifest.world_size)
+        tail, there = whole.tail(old)
+        rows, own = reshape.rows_for(wanted, there), own_of(tail.head)
+        described, payload_bytes = rows.encode(), sum(layout.padded(row.num_bytes) for row in rows.rows)
+        ring = room(slot_bytes(len(described), len(own), payload_bytes))
+        payload = ring.begin(run=run, rank=key.rank, world_size=world_size, round=0, layout=described, own=own, payload_bytes=payload_bytes)
+        reshape.assemble(whole, rows, payload)
+        ring.seal(key.step)
+        return old
+
     def list(self) -> Iterator[SnapshotKey]:
         """As `Tier.list`: sound committed steps only."""
         found: set[SnapshotKey] = set()
@@ -195,8 +212,12 @@ class DiskTier:
         if (found.rank, found.step) != (key.rank, key.step):
             raise SnapshotMismatch(f"{key} expected, rank={found.rank} step={found.step} found")
         if not again and self._is_whole(key.step):
-            with contextlib.suppress(SnapshotMissing, SnapshotMismatch):
-                return _persisted(self.entry(key), key.step)
+            manifest = self.manifest(key.step)
+            if manifest.world_size != found.world_size:
+                raise SnapshotMismatch(
+                    f"{key}: that step is committed already, by {manifest.world_size} ranks ({self._storage.where(_marker(key.step))})"
+                )
+            return _persisted(manifest.ranks[key.rank], key.step)
         self._storage.remove(_marker(key.step))
         with self._storage.writing(self.path(key)) as output:
             written = rankfile.write(output, source, level=self._level)

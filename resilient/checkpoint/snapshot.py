@@ -132,6 +132,13 @@ def layout_of(head: bytes) -> bytes:
     return head[HEADER_BYTES : HEADER_BYTES + memoryview(head[:HEADER_BYTES]).cast("q")[_LAYOUT_BYTES]]
 
 
+def own_of(head: bytes) -> bytes:
+    """The own state in such a head."""
+    words = memoryview(head[:HEADER_BYTES]).cast("q")
+    begin = HEADER_BYTES + words[_LAYOUT_BYTES]
+    return head[begin : begin + words[_OWN_BYTES]]
+
+
 def stamped_digest(header: bytes) -> bytes:
     """The payload's digest, as a stamped header says."""
     return bytes(header[_PAYLOAD_DIGEST])

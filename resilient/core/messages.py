@@ -253,6 +253,9 @@ class Layout(Msg):
     own_bytes: int  # room for one own state
     snapshot_bytes: int  # room for one snapshot; 0 = this rank takes none
     often: bool = False  # it seals a snapshot at every step
+    reshape: int = NONE  # bring that step of the persistent tier, which was written in another world, into these segments
+    rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
+    world_size: int = 0
 
 
 class Recorded(Msg):
@@ -323,6 +326,8 @@ class Segments(Msg):
     slots: tuple[str, ...]  # paths of the snapshot slots
     snapshot_bytes: int
     error: str = ""  # not empty: could not be had; says the bytes wanted, the bytes free, and which setting helps
+    own_of: int = NONE  # a reshaped step was brought here, with this old rank's own state
+    refused: str = ""  # not empty: why that step could not be brought
 
 
 class Seated(Msg):

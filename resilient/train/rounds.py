@@ -19,7 +19,7 @@ import torch
 from resilient.core.ledger import SOURCES_MAX
 from resilient.core.messages import NONE, Plan, Raised, Seated, Suspect
 from resilient.errors import CheckpointError, GoneError, RoundAborted
-from resilient.train import restore, wrappers
+from resilient.train import restore, rng, wrappers
 from resilient.train.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Rounds:
         self.warmed = False  # steps were made in loopback: the script's initial state is gone
         self.defer = False  # a loop that owns its counter has first to run on to the step: its own state is put in place then
         self.deferred = b""
+        self.spread = False  # own state that comes is another rank's as well: random numbers must not be
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
         self.rehearsal = comm.rehearsal = Rehearsal(comm, desk, self.seat, self.leave)
 
@@ -179,18 +180,27 @@ class Rounds:
         if self.defer:
             self.deferred = own
         else:
-            self.tracked.load_own(own)
+            self._load_own(own)
+
+    def _load_own(self, own: bytes) -> None:
+        self.tracked.load_own(own)
+        if self.spread:
+            self.spread = False
+            rng.spread(self.comm.rank)
 
     def put_deferred(self) -> None:
         """The loop has come to its step."""
         self.defer = False
         if self.deferred:
             own, self.deferred = self.deferred, b""
-            self.tracked.load_own(own)
+            self._load_own(own)
 
     def _load(self, seated: Seated, plan: Plan) -> None:
         """From this chair's own slots, else from where the agent put what it fetched; shared state perhaps from a lender's."""
         lent = plan.lender != NONE
+        if plan.tier == "persistent" and not seated.snapshot and not self.tier0.sealed(plan.step):
+            source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step)
+            self.spread = source != self.comm.rank
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
             found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)
             restore.load(self.tracked, found, slot.where)

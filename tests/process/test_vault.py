@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 from resilient_agents import drain
@@ -462,13 +463,30 @@ async def test_a_damaged_checkpoint_is_refused_by_name_and_written_anew_later(tm
         tier.get(SnapshotKey(rank, 20), bytearray(2 * PAYLOAD))
 
 
-async def test_another_world_size_is_refused(tmp_path):
+async def test_a_checkpoint_of_another_world_size_is_cut_to_what_a_rank_tracks(tmp_path):
     url = str(tmp_path / "checkpoints")
     await committed(tmp_path, url, 10)
+    rows = checkpoint.layout.Layout((Row("model.w", "uint8", (PAYLOAD,), (64,), (640,)),))
+    other = checkpoint.layout.Layout((Row("model.v", "uint8", (PAYLOAD,), (0,), (640,)),))
     async with vault(tmp_path / "shm", url=url) as keeper:
-        keeper.do(VaultDo(fetch=(Fetch(rank=0, step=10, tier="persistent"),), ranks=(0,), world_size=4))
-        refused = await until(lambda: keeper.known().refused)
-        assert "world size 4 expected, 2 found" in refused[0].reason
+        wanted = Fetch(rank=3, step=10, tier="persistent")
+        keeper.do(VaultDo(fetch=(wanted,), ranks=(3,), world_size=4))
+        await until(lambda: keeper.known().fetched == (wanted,))
+        assert keeper.snapshot_path(3, 10) == "", "what it needs of it is not known yet"
+        ask = msgspec.structs.replace(layout(3), reshape=10, rows=rows.encode(), world_size=4)
+        found = await keeper.reshape(msgspec.structs.replace(ask, rows=other.encode()))
+        assert found.refused == "model.w: it is in the checkpoint, and not tracked here"
+        found = await keeper.reshape(ask)
+        assert (found.refused, found.error, found.own_of) == ("", "", 1)
+        slot = Slot(keeper.snapshot_path(3, 10), writable=False)
+        sealed = slot.read(rank=3, step=10)
+        assert bytes(sealed.payload) == (seed(10) * 30)[64:704]
+        assert (sealed.world_size, codec.decode(sealed.own)) == (4, {"seed": seed(10)})
+        del sealed
+        slot.close()
+        keeper.poke()
+        await asyncio.sleep(0.2)
+    assert DiskTier(url).manifest(10).world_size == 2, "it was not written over"
 
 
 async def test_everything_killed_while_a_checkpoint_is_written(tmp_path):
