@@ -27,6 +27,7 @@ import torch
 from resilient.core.messages import Marked, Sealed
 from resilient.errors import RoundAborted, SnapshotMissing, UsageError
 from resilient.train import wrappers
+from resilient.train.canary import Canary
 from resilient.train.gates import Gates
 from resilient.train.rounds import Rounds
 from resilient.wire.page import UNCOPIED
@@ -69,7 +70,8 @@ class Loop:
         self.tier0, self.checkpoint_every = tier0, checkpoint_every
         self.opened = False
         self.over = False  # the loop's end was reached together
-        self.rounds = Rounds(comm, desk, ledger, tracked, tier0)
+        self.canary = Canary()
+        self.rounds = Rounds(comm, desk, ledger, tracked, tier0, self.canary)
         self.warming = WARMUP_STEPS if desk.standby else 0
         self.pending: dict[str, Any] = {}  # run.log: numbers, and tensors of one element that nobody has read yet
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
@@ -146,7 +148,7 @@ class Loop:
             self._kept = [(tensor, tensor.detach().clone()) for tensor in self.tracked.by_hand()]
         if self.warming or self.rounds.repeating:
             return
-        self._versions = self.tracked.versions()
+        self._versions, self.tracked.canary = self.tracked.versions(), None
         self._own = self.tracked.own()
         self.tier0.own_start(step, self.ledger.round, self._own)
         self.ledger.write("running")
@@ -294,6 +296,8 @@ class Loop:
     def _commit(self) -> None:
         step = self.ledger.step + 1
         due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        if due:
+            self.tracked.canary = self.canary.sing()
         if self.scope.snapshot or due or self.undo_needed:
             self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
         self.ledger.committed(step)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_RNG, _GRADS = " rng", " grads"  # in own state, beside the names given to `track`: no keyword can be called so
+_RNG, _GRADS, _CANARY = " rng", " grads", " canary"  # in own state, beside the names given to `track`: no keyword can be called so
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Tracked:
         self._layout = b""  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
         self._count = 0
+        self.canary: float | None = None  # the canary's number for this state (train/canary.py), where it was asked
 
     def add(self, name: str, thing: Any) -> None:
         """Track `thing`. Raises UsageError if its state cannot be taken and put back."""
@@ -265,7 +266,8 @@ class Tracked:
 
     def own(self) -> bytes:
         """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
-        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: [i for i, p in enumerate(self.trained()) if p.grad is not None]}
+        present = [i for i, p in enumerate(self.trained()) if p.grad is not None]
+        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: present, _CANARY: self.canary}
         for name, module in self.modules.items():
             if not gated(module):
                 tree[name] = dict(_persistent_buffers(module))
@@ -278,7 +280,7 @@ class Tracked:
     def load_own(self, encoded: bytes) -> None:
         """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
         tree = codec.decode(encoded, leaf=_unleaf)
-        wanted = {_RNG, _GRADS, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        wanted = {_RNG, _GRADS, _CANARY, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
         if set(tree) != wanted:
             msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
             raise SnapshotMismatch(msg)
@@ -301,6 +303,7 @@ class Tracked:
                 param.grad.zero_()
             else:
                 param.grad = torch.zeros_like(param)  # an optimizer moves a parameter whose gradient is zero, and skips one without
+        self.canary = tree[_CANARY]
         rng.put(tree[_RNG])  # last: a load_state_dict may have drawn numbers
 
 

@@ -23,6 +23,11 @@ def trained(tmp_path: pathlib.Path, name: str, kind: str, world: int, steps: int
         begun = run.events("round_started")[0]
         if (out / "losses.jsonl").exists() and kept and name != "first":
             assert (begun["tier"], begun["step"]) == ("persistent", EVERY)
+    return losses(out)
+
+
+def losses(out: pathlib.Path) -> dict[int, tuple[float, float]]:
+    """step -> (loss, learning rate), as rank 0 wrote them."""
     rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
     return {row["step"]: (row["loss"], row["lr"]) for row in rows}
 

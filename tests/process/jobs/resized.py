@@ -1,6 +1,6 @@
 """A training whose losses do not depend on how many ranks share a batch: to be gone on with in a world of another size.
 
-    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP]
+    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary]
 
 Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl. `--flip`: before that step one
 bit of that rank's optimizer state changes, as a device that computes wrongly would leave it.
@@ -29,6 +29,7 @@ parser.add_argument("--out", type=pathlib.Path, required=True)
 parser.add_argument("--kind", default="ddp")
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--flip", default="")
+parser.add_argument("--canary", action="store_true")
 args = parser.parse_args()
 
 run = resilient.init()
@@ -53,6 +54,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.7)
 run.track(model=model, optimizer=optimizer, scheduler=scheduler)
 losses = args.out / "losses.jsonl"
+kept = torch.linspace(-1, 1, 40).view(4, 10)
+if args.canary:
+    run.canary(lambda: model(kept).square().mean())
 
 for step in run.steps(args.steps):
     if args.flip == f"{run.rank}:{step}" and run.sound:
