@@ -3,9 +3,9 @@
 Think of a ship that is unloaded while it is already being loaded again: the crates go first onto the quay (private memory), then, in
 their own time, into the warehouse.
 
-Contract: a snapshot of a rank seated here whose step is a multiple of `every` is copied as soon as it is seen sealed, written in the
+Contract: a snapshot of a rank seated here that is `due(rank, step)` is copied as soon as it is seen sealed, written in the
 background, and then listed in `persisted`. `commit` writes the marker and removes old checkpoints, and is tried again while storage
-does not answer. At most two snapshots per rank are on the quay; one more is left out (the next multiple comes). Every use of storage has
+does not answer. At most two snapshots per rank are on the quay; one more is left out (the next one comes). Every use of storage has
 a deadline; what hangs is left behind (lane.py).
 """
 
@@ -37,12 +37,12 @@ log = logging.getLogger("resilient.vault")
 class Drain:
     """This node's use of the checkpoint URL."""
 
-    def __init__(self, url: str, every: int, *, run: str, lane: Lane, changed: Callable[[], None]) -> None:
-        """`every`: steps between two checkpoints, 0 = none are written. `lane`: for copies in memory. Raises TierUnavailable."""
+    def __init__(self, url: str, due: Callable[[int, int], bool], *, run: str, lane: Lane, changed: Callable[[], None]) -> None:
+        """`due(rank, step)`: whether that snapshot is to be written. `lane`: for copies in memory. Raises TierUnavailable."""
         self.available: tuple[int, ...] | None = None  # committed steps that were there at the start; None = not listed yet
         self.committed = NONE  # the newest one since
         self.tier = DiskTier(url)
-        self._every = every
+        self._due = due
         self._run = run
         self._copying = lane
         self._writing = Lane("checkpoint storage (writing)", niceness=10)
@@ -73,9 +73,9 @@ class Drain:
 
     def look(self, chest: Chest) -> None:
         """Start to write what is due."""
-        for slot in chest.snapshots.slots if self._every and chest.snapshots is not None else ():
+        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
             now = (slot.generation(), slot.sealed_step())
-            if now[1] <= 0 or now[1] % self._every or self._seen.get(slot.path) == now:
+            if now[1] <= 0 or not self._due(chest.rank, now[1]) or self._seen.get(slot.path) == now:
                 continue
             self._seen[slot.path] = now
             if self._quay.get(chest.rank, 0) >= QUAY_MAX:
