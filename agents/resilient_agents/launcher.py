@@ -296,7 +296,8 @@ class _Node:
         self._signals += 1
         name = signal.Signals(number).name
         if self._signals == 1:
-            self._console.say(f"{name}: ending the workers (a second signal kills them at once)")
+            rescue = ", then what they held is checkpointed" if self._options.checkpoint and self._options.grace_s else ""
+            self._console.say(f"{name}: ending the workers{rescue} (a second signal kills at once)")
             self._host.stop(number)
         else:
             self._host.abort(1, f"{name} again: killed")

@@ -328,7 +328,7 @@ class Agent:
             return
         self.assignment = new
         if self._end is not None:
-            if self._leaving and new.state == "failed" and not new.wait:
+            if new.state == "failed" and not new.wait and new.message:
                 self._end = (1, new.message)
             return
         self._findings.heard(new.seen)

@@ -38,6 +38,7 @@ WINDOWS: Final = 31  # of undisturbed steps, one per report: their median is the
 COSTS: Final = 9  # newest checkpoints, whose median is the cost
 HEARD_S: Final = 1.0  # until every agent has heard of a named step: one interval between reports, should the first word be lost
 GIVE_UP_S: Final = 600.0  # a checkpoint that is not committed after this long, or twice the longest so far, is not waited for
+GIVE_UP_BROKEN_S: Final = 10.0  # the same for one that a fault fell into: it may lack a rank
 
 
 def interval_s(cost_s: float, mtbf_s: float, budget: float) -> float:
@@ -65,6 +66,7 @@ class _Flight:
     stall_s: float
     since: float  # coordinator's clock
     done: bool = False
+    whole: bool = True  # no fault fell into it
 
 
 class Cadence:
@@ -76,7 +78,8 @@ class Cadence:
         self.committed = NONE
         self._fixed, self._auto, self._budget = every, auto, budget
         self._failures = 0
-        self._asked = False
+        self._asked = False  # and not named yet
+        self._asked_for = NONE  # named because somebody asked, and not committed yet
         self._pace: Pace | None = None  # newest, of the round in force
         self._heard = 0.0  # when; coordinator's clock, as all that follows
         self._began: float | None = None
@@ -97,13 +100,26 @@ class Cadence:
             last = None
         if last is None:
             self._pace, self._heard = pace, now
-            self.named = NONE if self.named <= pace.step else self.named  # nobody is sure to know of it who came in here
+            self._begin_again(pace, now)
         elif pace.step > last.step:
             self._pace, self._heard = pace, now
             self._measure(last, pace, now)
-        if self._flight is not None and now - self._flight.since > max(GIVE_UP_S, 2 * self._longest_s):
-            self._flight = None
+        flight = self._flight
+        if flight is not None:
+            patience_s = max(GIVE_UP_S if flight.whole else GIVE_UP_BROKEN_S, 2 * self._longest_s)
+            if (flight.done and not flight.whole) or now - flight.since > patience_s:
+                self._flight = None
+                self._asked = self._asked or self._asked_for != NONE
         self._name(nodes, now)
+
+    def _begin_again(self, pace: Pace, now: float) -> None:
+        """The first word after a fault. What was named and is passed was sealed, or is lost; who came in new does not know of it."""
+        if self._flight is not None:
+            self._flight.since, self._flight.whole = now, False
+        elif self.committed < self.named <= pace.step:
+            self._flight = _Flight(self.named, pace.at_s, 0.0, now, whole=False)
+        if self.named <= pace.step:
+            self.named = NONE
 
     def _measure(self, last: Pace, pace: Pace, now: float) -> None:
         """What came between two reports: undisturbed steps, a seal, steps beside a write."""
@@ -113,7 +129,7 @@ class Cadence:
         elif self._flight is None:
             self._quiet(pace.step - last.step, pace.at_s - last.at_s)
         flight = self._flight
-        if flight is not None and flight.done and pace.step > flight.step:
+        if flight is not None and flight.whole and flight.done and pace.step > flight.step:
             slow_s = pace.at_s - flight.at_s - (pace.step - flight.step) * self._step_s()
             self._costs.append((flight.stall_s, slow_s))
             self._flight = None
@@ -127,13 +143,14 @@ class Cadence:
     def marked(self, step: int, now: float) -> None:
         """`step` was committed."""
         self.committed = max(self.committed, step)
+        self._asked_for = NONE if step >= self._asked_for else self._asked_for
         if self._flight is not None and step >= self._flight.step:
             self._flight.done = True
             self._longest_s = max(self._longest_s, now - self._flight.since)
 
     def disturbed(self) -> None:
-        """The round broke: what was being measured is worth nothing, and what was being written may miss a rank."""
-        self._pace = self._flight = None
+        """The round broke: what was being measured is worth nothing, and what was being written may lack a rank."""
+        self._pace = None
 
     def failed(self) -> None:
         """Something was lost that memory does not survive."""
@@ -156,7 +173,7 @@ class Cadence:
         waiting = self.named > pace.sealed
         if self._asked:
             self._asked = False
-            self.named = min(self.named, soon) if waiting else soon
+            self.named = self._asked_for = min(self.named, soon) if waiting else soon
         elif self._auto and not waiting and self._flight is None:
             if self._costs:
                 self.named = max(max(self.committed, pace.sealed) + self._every(nodes, now), soon)

@@ -211,8 +211,10 @@ class Coordinator:
         if self.stage == "broken" and report.fenced >= self.round.fence:
             self._unfenced.discard(node.name)
         self._commit(node, before, now)
-        if self.stage == "seated" and report.pace is not None and report.pace.rank == 0 == self.round.ranks.get(node.name, (NONE,))[0]:
-            self._cadence.take(report.pace, len(self.round.ranks), now)
+        pace = report.pace
+        sound = self.stage == "seated" and self.incident is None and report.round == self.round.number
+        if sound and pace is not None and pace.rank == 0:
+            self._cadence.take(pace, len(self.round.ranks), now)
             self._name_step(now)
 
     def _commit(self, node: Node, before: Report | None, now: float) -> None:

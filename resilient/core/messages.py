@@ -142,7 +142,7 @@ class Pace(Msg):
 
     rank: int
     step: int  # completed
-    at_s: float  # when that was
+    at_s: float  # when that was, or (later) when a recovery had put it back there
     sealed: int = NONE  # newest step that it sealed for the persistent tier
     sealed_s: float = 0.0  # when that step was complete, the seal included
     stall_s: float = 0.0  # how long its training thread stood still for that seal; 0 where it would have sealed the step anyway

@@ -197,10 +197,10 @@ class Page:
         )
 
     def pace(self, rank: int) -> Pace:
-        """How far this worker, who sits on `rank`, has come; whole, as the record."""
+        """How far this worker, who sits on `rank`, has come, and since when it could go on from there; whole, as the record."""
         row = self._row()
-        _, step, *_, stepped, sealed, sealed_at, stall = row
-        return Pace(rank=rank, step=step, at_s=stepped / 1e9, sealed=sealed, sealed_s=sealed_at / 1e9, stall_s=stall / 1e9)
+        _, step, *_, restored, _, stepped, sealed, sealed_at, stall = row
+        return Pace(rank=rank, step=step, at_s=max(stepped, restored) / 1e9, sealed=sealed, sealed_s=sealed_at / 1e9, stall_s=stall / 1e9)
 
     def _row(self) -> tuple[int, ...]:
         w = self._words
