@@ -95,7 +95,7 @@ class Cadence:
         """Rank 0's node said how far it is."""
         self._began = now if self._began is None else self._began
         last = self._pace
-        if last is not None and (pace.rank != last.rank or pace.step < last.step):
+        if last is not None and pace.step < last.step:
             self.disturbed()
             last = None
         if last is None:
@@ -155,7 +155,8 @@ class Cadence:
     def failed(self) -> None:
         """Something was lost that memory does not survive."""
         self._failures += 1
-        self.named = NONE if self._auto else self.named  # so long an interval is not called for any more
+        if self._auto:
+            self.named, self._asked = NONE, self._asked or self._asked_for != NONE  # so long an interval is not called for any more
 
     def ask(self, nodes: int, now: float) -> None:
         """Somebody sees trouble coming, or wants one now."""

@@ -213,7 +213,7 @@ class Coordinator:
         self._commit(node, before, now)
         pace = report.pace
         sound = self.stage == "seated" and self.incident is None and report.round == self.round.number
-        if sound and pace is not None and pace.rank == 0:
+        if sound and pace is not None:
             self._cadence.take(pace, len(self.round.ranks), now)
             self._name_step(now)
 

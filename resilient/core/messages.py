@@ -176,7 +176,7 @@ class Report(Msg):
     assigned: int = 0  # seq of the newest Assignment that arrived here
     acted_s: float = 0.0  # CLOCK_MONOTONIC of this node when it acted on `round`; to be compared with its records' marks only
     managed: bool = False  # known here that the script uses this library (it joined, or its source names it)
-    pace: Pace | None = None  # of this node's lowest rank: all ranks keep step
+    pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
 
 
 # --------------------------------------------------------------------------- coordinator -> agent

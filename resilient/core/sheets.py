@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from resilient.core.crew import Crew, Findings, Place, Worker
 from resilient.core.machine import AgentSettings, Fork, Seals, VaultDo, Vaulted
-from resilient.core.messages import NONE, Assignment, Pace, Refused, Report, Seated
+from resilient.core.messages import Assignment, Pace, Refused, Report, Seated
 
 
 def fork(new: Assignment, worker: Worker, restart: int) -> Fork:
@@ -98,9 +98,9 @@ def report(
 
 
 def _pace(crew: Crew) -> Pace | None:
-    """Of the lowest rank, which stands for all."""
-    lowest = crew.places.get(min(crew.places, default=NONE))
-    return lowest.worker.pace if lowest is not None and lowest.worker is not None else None
+    """Of rank 0, which stands for all."""
+    first = crew.places.get(0)
+    return first.worker.pace if first is not None and first.worker is not None else None
 
 
 def sketch(it: Report) -> object:

@@ -421,7 +421,7 @@ class Loop:
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
             self.tier0.snapshot(step, self.ledger.round, own)
-        if self.checkpoint_every is None:
+        if self.checkpoint_every is None and self._asked < step:
             self._sealed(step)
         if self.page.copied() != UNCOPIED:
             self.desk.send(Sealed())
