@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -33,6 +32,8 @@ NOT_OURS: Final = frozenset(
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+SecondsOrNone = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,7 +43,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     shadows: Literal["none", "all"] = "none"
     run_dir: str = ""
     checkpoint: str = ""
-    checkpoint_every: NonNegative = 100
+    checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0010-cadence.md
+    checkpoint_budget: Share = 0.01  # what nobody notices; ten times less often than the step time of most runs changes by itself
+    grace_s: SecondsOrNone = 25.0  # Kubernetes and Slurm give 30; five are for ending what is left
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
@@ -55,7 +58,9 @@ HELP: Final[dict[str, str]] = {
     "shadows": "'all' keeps one parked standby for every rank of this node (wins over --standbys).",
     "run_dir": "Directory of status.json, events.jsonl, logs and evidence (default: runs/<run id>).",
     "checkpoint": "URL or directory of the persistent checkpoints (anything fsspec opens); without it none are written.",
-    "checkpoint_every": "Steps between two persistent checkpoints.",
+    "checkpoint_every": "Steps between two persistent checkpoints, or 'auto': as often as is worth it.",
+    "checkpoint_budget": "With 'auto': the share of the time that checkpoints may cost.",
+    "grace_s": "With --checkpoint: seconds from SIGTERM to the end; the newest state in memory is checkpointed first (0: not).",
     "memory_dir": "Directory of the shared-memory segments.",
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
@@ -153,7 +158,4 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
 
 def _bare(kind: Any) -> Any:
     """The type without its Annotated wrapper."""
-    if get_origin(kind) is Annotated:
-        return get_args(kind)[0]
-    assert get_origin(kind) not in (Union, types.UnionType), kind
-    return kind
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind

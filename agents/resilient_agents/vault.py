@@ -60,7 +60,9 @@ class Vault:
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
     ) -> None:
-        """`directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
+        """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
+
+        `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
         Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
@@ -75,7 +77,7 @@ class Vault:
         if checkpoint_url:
             self._drain = Drain(
                 checkpoint_url,
-                checkpoint_every,
+                self._due,
                 keep=keep,
                 level=level,
                 run=run,
@@ -83,6 +85,8 @@ class Vault:
                 changed=self._changed,
                 differ=self._differ,
             )
+        self._every, self._rescue = checkpoint_every, NONE
+        self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
         self._claim: memory.Claim | None = None
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
@@ -223,6 +227,7 @@ class Vault:
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
+        self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
         self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
@@ -230,6 +235,15 @@ class Vault:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
         self._changed()
+
+    def sealed(self, rank: int, step: int) -> None:
+        """The worker of this rank says that `step`, its newest so far, is for the persistent tier."""
+        self._sealed[rank] = step
+
+    def _due(self, rank: int, step: int) -> bool:
+        """Whether a snapshot goes to the persistent tier."""
+        by_interval = self._every > 0 and step % self._every == 0
+        return by_interval or step in (self._sealed.get(rank, NONE), self._rescue)
 
     def copied(self, rank: int) -> int | None:
         """See Copies.copied; None also for a rank of which nothing is known."""

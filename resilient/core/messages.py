@@ -139,6 +139,17 @@ class Refused(Msg):
     kind: str = "refused"  # or "replicas_differ"
 
 
+class Pace(Msg):
+    """How far one rank has come, when, and what its newest checkpoint cost it. Times: CLOCK_MONOTONIC of its node, seconds."""
+
+    rank: int
+    step: int  # completed
+    at_s: float  # when that was, or (later) when a recovery had put it back there
+    sealed: int = NONE  # newest step that it sealed for the persistent tier
+    sealed_s: float = 0.0  # when that step was complete, the seal included
+    stall_s: float = 0.0  # how long its training thread stood still for that seal; 0 where it would have sealed the step anyway
+
+
 class Report(Msg):
     """Everything one node knows. Sent every second, and at once on any change."""
 
@@ -167,6 +178,7 @@ class Report(Msg):
     assigned: int = 0  # seq of the newest Assignment that arrived here
     acted_s: float = 0.0  # CLOCK_MONOTONIC of this node when it acted on `round`; to be compared with its records' marks only
     managed: bool = False  # known here that the script uses this library (it joined, or its source names it)
+    pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
 
 
 # --------------------------------------------------------------------------- coordinator -> agent
@@ -230,6 +242,9 @@ class Assignment(Msg):
     restart: int = 0  # how many times the whole group was started again (TORCHELASTIC_RESTART_COUNT)
     report_s: float = 1.0  # between two reports in which nothing is new that somebody waits for
     evidence: int = 0  # incident whose stacks every node saves before it fences; 0 = none
+    checkpoint: int = NONE  # besides those at a fixed interval: seal this step for the persistent tier, or the first one after it
+    rescue: int = NONE  # state failed: bring what is sealed of this step to the persistent tier
+    wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
@@ -307,7 +322,7 @@ class Raised(Msg):
 
 
 class Sealed(Msg):
-    """worker -> agent: a step was sealed, copy it to the other node now. Sent only where the page says that copies are made."""
+    """worker -> agent: a step was sealed, look now. Sent where the page says that copies are made, and for the persistent tier."""
 
 
 class Marked(Msg):

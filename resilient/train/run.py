@@ -271,7 +271,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         ledger=ledger,
         tracked=tracked,
         tier0=Tier0(desk, tracked, run_id),
-        checkpoint_every=int(env.get("RESILIENT_CHECKPOINT_EVERY", "0")),
+        checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))
     desk.listen()
