@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from resilient import config
-from resilient.checkpoint import memory
+from resilient.checkpoint import memory, room
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
 from resilient.errors import ConfigError, ResilientError, TierUnavailable
@@ -108,13 +108,12 @@ def _check_memory(launch: Launch, options: config.Options) -> None:
     """Room for the pages of all workers, and of those that take their places, must be there before the first one starts."""
     wanted = 4 * PAGE_BYTES * (launch.slots + _standbys(launch, options))
     try:
-        free = memory.free_bytes(options.memory_dir)
+        found = room.left(options.memory_dir)
     except OSError as error:
         raise ConfigError(f"--memory-dir {options.memory_dir}: cannot be used ({error.strerror})") from error
-    if free < wanted:
+    if found.num_bytes < wanted:
         raise ConfigError(
-            f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {free} found; "
-            f"enlarge it (mount -o remount,size=... {options.memory_dir}) or name another place",
+            f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {found.num_bytes} found {found.where}; {found.cure}"
         )
 
 

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.chest import SLOT_COUNT, Chest, MemoryTier
 from resilient.checkpoint.disk import KEEP, Keep
 from resilient.checkpoint.peer import Notes, PeerServer
 from resilient.checkpoint.ring import own_slot_bytes
@@ -154,7 +154,9 @@ class Vault:
             own = chest.grow_own(own_slot_bytes(layout.own_bytes))
             ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
         except TierUnavailable as error:
-            return _no_segments(layout, str(error))
+            ranks = max(len(self._ranks), 1)
+            total = ranks * (3 * own_slot_bytes(layout.own_bytes) + SLOT_COUNT * layout.snapshot_bytes)
+            return _no_segments(layout, f"{error}; for all ranks of this node, {ranks}, about {total} bytes are needed")
         except OSError as error:
             return _no_segments(layout, f"memory tier: {error}")
         finally:

@@ -74,7 +74,8 @@ class Chest:
             return old
         spares: list[str] = []
         try:
-            spares.extend(_create_anew(f"{path}.new", num_bytes) for path in self._slot_paths)
+            for number, path in enumerate(self._slot_paths):
+                spares.append(_create_anew(f"{path}.new", num_bytes, (SLOT_COUNT - number) * num_bytes))
             new = Ring.open(spares)
             if old is not None:
                 _carry_over(old, new)
@@ -139,9 +140,9 @@ class Chest:
         return {step: slot for step, _, slot in sorted(found, key=lambda row: row[:2]) if step != NONE}
 
 
-def _create_anew(path: str, num_bytes: int) -> str:
+def _create_anew(path: str, num_bytes: int, of_bytes: int = 0) -> str:
     remove(path)  # left over from an attempt that failed
-    return create(path, num_bytes)
+    return create(path, num_bytes, of_bytes)
 
 
 def _carry_over(source: Ring, target: Ring) -> None:

@@ -191,7 +191,7 @@ class Slot:
         protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE if populate else mmap.MAP_SHARED
         self._map = mmap.mmap(fd, offset + self.num_bytes - start, flags=flags, prot=protection, offset=start)
-        self._memory = memoryview(self._map)[offset - start :]
+        self._memory = self.memory = memoryview(self._map)[offset - start :]  # public for who registers its pages with a driver
         self._words = self._memory[:HEADER_BYTES].cast("q")
         self._barrier = threading.Lock()  # taking and releasing it is a full barrier on every CPU that torch runs on
         self._received = b""

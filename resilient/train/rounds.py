@@ -218,7 +218,7 @@ class Rounds:
             self.spread, self.reshaped = source != self.comm.rank, True
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
             found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)
-            restore.load(self.tracked, found, slot.where)
+            self.tier0.unpack(found, slot.where)
             self._put_own(self.tier0.read_start(plan.step) if lent else found.own)
         self.tier0.forget_after(plan.step)
 

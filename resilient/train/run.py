@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from resilient.checkpoint.movers import Movers, threads_for
 from resilient.core.messages import Join, Raised
 from resilient.errors import ConfigError, RoundAborted, UsageError
 from resilient.train.backend import OverlayStore, install
@@ -270,7 +271,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(desk, tracked, run_id),
+        tier0=Tier0(desk, tracked, run_id, Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))),
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))

@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -588,9 +589,11 @@ async def test_memory_that_is_full_is_said_to_the_worker(small):
     async with vault(small) as keeper:
         worker = Worker(keeper, layout(0))
         worker.step(1)
+        keeper.do(VaultDo(ranks=(0, 1)))
         segments = keeper.allocate(layout(1, payload=2_000_000))
         assert "bytes wanted" in segments.error
         assert "--memory-dir" in segments.error
+        assert re.search(r"for all ranks of this node, 2, about 8\d{6} bytes are needed", segments.error)
         segments = keeper.allocate(layout(0, payload=2_000_000))  # and what was there is still there
         assert "bytes wanted" in segments.error
         assert keeper.seals(0) == (1, 2, (1,))
