@@ -18,7 +18,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
 from resilient.checkpoint.chest import Chest
-from resilient.checkpoint.peer import Notes, Peer
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot, Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey

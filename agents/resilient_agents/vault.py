@@ -20,7 +20,8 @@ from typing import Final
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
-from resilient.checkpoint.peer import Notes, PeerServer
+from resilient.checkpoint.holder import PeerServer
+from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey

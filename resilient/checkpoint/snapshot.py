@@ -86,12 +86,14 @@ def parse(
     step: int | None = None,
     verify: bool = True,
     stamped: bool = False,
+    hashed: bytes | None = None,
     where: str = "memory",
 ) -> Snapshot:
     """Read a snapshot out of any bytes and check all that can be checked.
 
     `run`, `rank`, `step`: what is expected, None = anything. `header`: stands in for the first 256 bytes of `memory`.
-    `verify=False` skips the payload's digest. `stamped=True` refuses a payload that nobody has hashed.
+    `verify=False` skips the payload's digest. `stamped=True` refuses a payload that nobody has hashed. `hashed`: the digest of the
+    payload as it lies there, from whoever has made it while filling the memory.
     Raises SnapshotMissing (no seal), SnapshotCorrupt, SnapshotMismatch (sound, but another one).
     """
     view = memoryview(memory).cast("B").toreadonly()
@@ -122,7 +124,7 @@ def parse(
     is_stamped = words[_STAMP] == words[_SEAL] or not payload
     if stamped and not is_stamped:
         raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
-    if verify and is_stamped and payload and _hash(payload) != header[_PAYLOAD_DIGEST]:
+    if verify and is_stamped and payload and (hashed or _hash(payload)) != header[_PAYLOAD_DIGEST]:
         raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
     return Snapshot(found_step, found_rank, world_size, round_, head[:layout_len], head[layout_len:], payload, num_bytes, is_stamped)
 
@@ -140,6 +142,11 @@ def announced_bytes(header: bytes, where: str = "header") -> int:
     if min(layout, own, payload) < 0 or payload_at != _payload_offset(layout, own, payload):
         raise SnapshotCorrupt(f"snapshot: sizes {layout}, {own}, {payload_at}, {payload} cannot be ({where})")
     return payload_at + payload
+
+
+def payload_place(header: bytes) -> int:
+    """Where the payload begins, counted from the end of the header. `header`: one that `announced_bytes` has taken."""
+    return memoryview(header).cast("q")[_PAYLOAD_AT] - HEADER_BYTES
 
 
 class Slot:
@@ -259,10 +266,10 @@ class Slot:
         self._received = header
         return self._memory[HEADER_BYTES:num_bytes]
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
         """All of it has arrived: check every byte as `parse` does, then seal. Returns the step. If it raises, nothing is sealed."""
         header, self._received = self._received, b""
-        found = parse(self._memory, header=header, rank=rank, step=step, stamped=True, where=self.where)
+        found = parse(self._memory, header=header, rank=rank, step=step, stamped=True, hashed=hashed, where=self.where)
         w = self._words
         w[0] = MAGIC
         w[_STAMP] = (w[_SEAL] & ~_SEALED) | (found.step + 1) if found.payload else 0
