@@ -216,6 +216,11 @@ class Source:
         return cls(bytes(data[:HEADER_BYTES]), data[HEADER_BYTES:], lambda: True)
 
 
+def payload_place(header: bytes) -> int:
+    """Where the payload begins in the body (word 14 of checkpoint/snapshot.py). `header`: one that `announced_bytes` has taken."""
+    return memoryview(header).cast("q")[14] - HEADER_BYTES
+
+
 def piece_count(num_bytes: int) -> int:
     """Into how many pieces a body of this length is cut."""
     return -(-num_bytes // PIECE_BYTES)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source
+from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source, payload_place
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
@@ -41,7 +41,7 @@ from resilient.checkpoint.pipe import (
     Recollect,
     Request,
 )
-from resilient.checkpoint.snapshot import announced_bytes, payload_place
+from resilient.checkpoint.snapshot import announced_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept

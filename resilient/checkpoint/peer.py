@@ -32,7 +32,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source
+from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source, payload_place
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
@@ -52,7 +52,7 @@ from resilient.checkpoint.pipe import (
     Recollect,
     allowed_s,
 )
-from resilient.checkpoint.snapshot import Buffer, Slot, announced_bytes, payload_place
+from resilient.checkpoint.snapshot import Buffer, Slot, announced_bytes
 from resilient.checkpoint.tier import Landing, SnapshotKey, landing
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import (

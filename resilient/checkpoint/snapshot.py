@@ -92,8 +92,7 @@ def parse(
     """Read a snapshot out of any bytes and check all that can be checked.
 
     `run`, `rank`, `step`: what is expected, None = anything. `header`: stands in for the first 256 bytes of `memory`.
-    `verify=False` skips the payload's digest. `stamped=True` refuses a payload that nobody has hashed. `hashed`: the digest of the
-    payload as it lies there, from whoever has made it while filling the memory.
+    `verify=False` skips the payload's digest. `hashed`: it is known already. `stamped=True` refuses a payload that nobody has hashed.
     Raises SnapshotMissing (no seal), SnapshotCorrupt, SnapshotMismatch (sound, but another one).
     """
     view = memoryview(memory).cast("B").toreadonly()
@@ -144,11 +143,6 @@ def announced_bytes(header: bytes, where: str = "header") -> int:
     return payload_at + payload
 
 
-def payload_place(header: bytes) -> int:
-    """Where the payload begins, counted from the end of the header. `header`: one that `announced_bytes` has taken."""
-    return memoryview(header).cast("q")[_PAYLOAD_AT] - HEADER_BYTES
-
-
 class Slot:
     """A region of a segment file that holds one snapshot, mapped.
 
@@ -175,8 +169,7 @@ class Slot:
         self.num_bytes = room if num_bytes is None else num_bytes
         if offset % 8 or not HEADER_BYTES <= self.num_bytes <= room:
             self._close_fd()
-            wanted = max(self.num_bytes, HEADER_BYTES)
-            raise SnapshotCorrupt(f"segment: {wanted} bytes from offset {offset} expected, {room} found ({path})")
+            raise SnapshotCorrupt(f"segment: {max(self.num_bytes, HEADER_BYTES)} bytes from {offset} on expected, {room} found ({path})")
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE if populate else mmap.MAP_SHARED
