@@ -20,6 +20,7 @@ from typing import Final
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.ring import own_slot_bytes
@@ -55,9 +56,11 @@ class Vault:
         node: str,
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
+        data_rate: int = 0,
     ) -> None:
         """`directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
+        `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
         Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
         self._directory, self._key, self._host, self._bind = directory, key, host, bind
@@ -66,7 +69,8 @@ class Vault:
         self._lane = Lane("memory", threads=2)
         self._server = PeerServer(self._memory, self._notes, token=token, run=run)
         self._server.changed = self._changed
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node)
+        limit = Limit(data_rate) if data_rate else None
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(checkpoint_url, checkpoint_every, run=run, lane=self._lane, changed=self._changed)

@@ -60,6 +60,8 @@ class AgentSettings(Msg):
     standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
     host: str = "127.0.0.1"  # address at which other nodes reach this one
     data_port: int = 0  # the vault's port for peers
+    data_host: str = ""  # the vault's address, where it is not `host`
+    failure_domain: str = ""  # --failure-domain
     node_rank: int = NONE  # --node-rank if given
     hosts_store: bool = False  # this node runs the store process
     managed: bool = False  # the script's source names `resilient`; otherwise the first Join tells
@@ -346,6 +348,7 @@ class CoordinatorSettings(Msg):
     culprit_s: float = 5.0  # all stalled ranks wait in a collective: a culprit's report may be on its way
     fruitless_max: int = 10  # rounds without a committed step before giving up
     farewell_s: float = 5.0  # at the end: wait this long for the agents to have heard it
+    copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
 
 
 class NodeUp(Msg):
