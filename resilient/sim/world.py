@@ -70,6 +70,8 @@ class Spec:
     slots: int = 2
     standbys: int = 1
     spare_nodes: int = 0
+    copies: int = 1
+    rack_size: int = 0  # nodes that are one failure domain, 0 = none is named
     steps: int = 50
     managed: bool = True  # the script uses this library
     replicated: bool = True
@@ -101,6 +103,7 @@ class Host:
                 standbys=spec.standbys,
                 host=name,
                 data_port=1,
+                failure_domain=f"rack {int(name[1:]) // spec.rack_size}" if spec.rack_size else "",
                 hosts_store=self.leads,
                 managed=spec.managed,
             )
@@ -306,7 +309,8 @@ class World:
         self.trace = Trace()
         self._meetings: dict[tuple[int, str], dict[Script, Callable[[float], None]]] = {}
         self.finish: Finish | None = None
-        self.coordinator = Coordinator(CoordinatorSettings(run="run", leader="n0", nodes_min=spec.nodes, nodes_max=spec.nodes))
+        settings = CoordinatorSettings(run="run", leader="n0", nodes_min=spec.nodes, nodes_max=spec.nodes, copies=spec.copies)
+        self.coordinator = Coordinator(settings)
         self._timer = 0
         self.hosts: dict[str, Host] = {}
         for i in range(spec.nodes + spec.spare_nodes):
