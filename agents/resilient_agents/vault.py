@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Final
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.chest import Berth, Chest, MemoryTier
 from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey
@@ -245,16 +246,22 @@ class Vault:
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        while wanted in self._fetches:
-            try:
-                await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted))
-                break
-            except CheckpointError as error:
-                if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
-                    self._tell_notes(wanted.rank)
-                    self._refuse(wanted, error)
-                    return
-            await asyncio.sleep(FETCH_PAUSE_S)
+        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source != self._address else None
+        berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
+        try:
+            while wanted in self._fetches:
+                try:
+                    await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted, peer, berths))
+                    break
+                except CheckpointError as error:
+                    if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
+                        self._tell_notes(wanted.rank)
+                        self._refuse(wanted, error)
+                        return
+                await asyncio.sleep(FETCH_PAUSE_S)
+        finally:
+            if peer is not None:
+                peer.close()
         self._tell_notes(wanted.rank)
         if wanted in self._fetches:
             self._fetches[wanted] = True
@@ -273,19 +280,16 @@ class Vault:
             await self._drain.fetch(key, berth)
         self._drain.pass_over(self._memory.chest(wanted.rank))
 
-    async def _fetch_peer(self, wanted: Fetch) -> None:
+    async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
+        """From `peer`, or, if that is None, from ourselves."""
         rank = wanted.rank
-        if wanted.source != self._address:
-            peer = self._copies.peer(wanted.source)
-            try:
-                for key in await peer.list():  # ascending by step, so that the newest start comes last
-                    if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
-                        with self._memory.berth(key) as berth:
-                            await peer.get(key, berth)
-                for note in await peer.notes(rank):
-                    self._notes.add(note)
-            finally:
-                peer.close()
+        if peer is not None:
+            for key in await peer.list():  # ascending by step, so that the newest start comes last
+                if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
+                    with berths.setdefault(key, self._memory.berth(key)) as berth:
+                        await peer.get(key, berth)
+            for note in await peer.notes(rank):
+                self._notes.add(note)
         if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 

@@ -164,8 +164,12 @@ class Peer:
             async with asyncio.timeout(haul_s(num_bytes)), asyncio.TaskGroup() as group:
                 for stream in self._streams:
                     group.create_task(one(stream))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        except BaseException as error:
+            for stream in self._streams:  # also those that had come to their end: nobody knows what of it has arrived
+                stream.close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
         await pipe.send(Hauled())
 
     async def list(self) -> tuple[SnapshotKey, ...]:

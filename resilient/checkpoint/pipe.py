@@ -175,14 +175,8 @@ class Pipe:
 
     async def recv_bulk(self, view: memoryview) -> None:
         """Fill `view`. Raises as `recv`."""
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(allowed_s(len(view))):
-            done = 0
-            while done < len(view):
-                count = await loop.sock_recv_into(self._socket, view[done:])
-                if count == 0:
-                    raise EOFError
-                done += count
+            await self._fill(view)
 
     async def lend(self, work: Callable[[socket.socket], None], threads: Executor) -> None:
         """`work(socket)` in a thread, with the socket made ready for a haul. When this has ended, so has the thread.
@@ -204,8 +198,17 @@ class Pipe:
 
     async def _exactly(self, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)
-        await self.recv_bulk(memoryview(data))
+        await self._fill(memoryview(data))
         return bytes(data)
+
+    async def _fill(self, view: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        done = 0
+        while done < len(view):
+            count = await loop.sock_recv_into(self._socket, view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
 
 
 class Caller:

@@ -30,7 +30,7 @@ from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
-from resilient.core.messages import Layout
+from resilient.core.messages import Fetch, Layout
 from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 pytestmark = pytest.mark.process
@@ -411,3 +411,52 @@ async def test_a_receiver_that_stops_reading_holds_up_nobody(tmp_path):
             assert time.monotonic() - begin < haul.STALL_S
             there.close()
             await origin.close()
+
+
+async def test_what_a_lost_holder_held_is_sent_to_the_next_one(tmp_path):
+    """The holder's process is killed; the vault is told of another one, as after every loss, and brings it up to date by itself."""
+    for name in ("n0", "n2"):
+        (tmp_path / name).mkdir()
+    words = {"checkpoint_url": "", "checkpoint_every": 0, "token": "secret", "node": "n0"}
+    origin = Vault(run="run", directory=tmp_path / "n0", key=memory.new_key(), **words)
+    await origin.start()
+    rings = {}
+    for rank in (0, 1):
+        segments = origin.allocate(Layout(rank=rank, digest="", replicated=False, own_bytes=100, snapshot_bytes=SIZE))
+        rings[rank] = Ring.open(segments.slots)
+        seal(rings[rank], 3, rank)
+    copied = {}
+    origin.watch(lambda: None, copied=lambda rank: copied.update({rank: True}))
+    with started(HOLDER, str(tmp_path / "n2")) as lost:
+        address = f"127.0.0.1:{int(lost.stdout.readline())}"
+        origin.do(VaultDo(peers=(address,), ranks=(0, 1)))
+        await until(lambda: copied == {0: True, 1: True}, poke=origin.poke)
+        lost.kill()
+        lost.wait()
+        async with holder(tmp_path / "n1") as (server, proxy, _):
+            origin.do(VaultDo(peers=(proxy.address,), ranks=(0, 1)))  # nothing new has been sealed since
+            await until(lambda: held(server, 3) and held(server, 3, rank=1), poke=origin.poke)
+            await origin.close()
+
+
+async def test_a_fetch_of_the_vault_goes_on_after_a_cut(tmp_path):
+    async with holder(tmp_path / "n1") as (_, proxy, peer):
+        await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
+        real = proxy._carry
+        back = Proxy(int(proxy.address.rpartition(":")[2]))
+        back._carry = lambda near, far, counts: real.__func__(back, near, far, not counts)
+        back.cut_at = int(0.6 * SIZE)
+        (tmp_path / "n0").mkdir()
+        words = {"checkpoint_url": "", "checkpoint_every": 0, "token": "secret", "node": "n0"}
+        newcomer = Vault(run="run", directory=tmp_path / "n0", key=memory.new_key(), **words)
+        await newcomer.start()
+        wanted = Fetch(rank=0, step=1, tier="peer", source=back.address)
+        newcomer.do(VaultDo(fetch=(wanted,), ranks=(0,)))
+        await until(lambda: newcomer.known().fetched == (wanted,))
+        assert back.cut_at == -1
+        assert SIZE < back.carried < 1.5 * SIZE  # not all of it twice
+        slot = Slot(newcomer.snapshot_path(0, 1), writable=False)
+        assert bytes(slot.read(rank=0, step=1, stamped=True).payload) == content(1)
+        slot.close()
+        back.close()
+        await newcomer.close()
