@@ -8,6 +8,7 @@ import functools
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import pytest
 import uvloop
+import xxhash
 from resilient_agents.copies import Copies
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
 
 from resilient.checkpoint import haul, memory
 from resilient.checkpoint.chest import Chest, MemoryTier
-from resilient.checkpoint.haul import PIECE_BYTES, Limit
+from resilient.checkpoint.haul import PIECE_BYTES, Incoming, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
@@ -31,7 +33,7 @@ from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch, Layout
-from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient.errors import ProtocolError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 pytestmark = pytest.mark.process
 
@@ -334,6 +336,48 @@ def started(code: str, *arguments: str):
         process.wait()
         process.stdin.close()
         process.stdout.close()
+
+
+def carried(incoming: Incoming, *words: bytes) -> None:
+    """Let a connection say this to the receiving side."""
+    near, far = socket.socketpair()
+    haul.prepare(far)
+    with near, far:
+        speaker = threading.Thread(target=lambda: (near.sendall(b"".join(words)), near.shutdown(socket.SHUT_WR)))
+        speaker.start()
+        try:
+            incoming.carry(far)
+        finally:
+            speaker.join()
+
+
+def test_pieces_in_any_order_give_the_digest_of_the_whole():
+    data, end = content(1), struct.pack(">I", haul.END)
+    for payload_at in (0, 100, PIECE_BYTES, PIECE_BYTES + 7):
+        body = bytearray(len(data))
+        incoming = Incoming(memoryview(body), payload_at)
+        for number in random.Random(payload_at).sample(range(haul.piece_count(len(data))), haul.piece_count(len(data))):
+            assert incoming.digest() is None
+            carried(incoming, struct.pack(">I", number), data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES], end)
+        assert body == data
+        assert incoming.digest() == xxhash.xxh3_128_digest(data[payload_at:])
+
+
+def test_a_piece_that_is_there_or_cannot_be_is_refused_and_half_of_one_does_not_count():
+    data, end = content(1), struct.pack(">I", haul.END)
+    incoming = Incoming(memoryview(bytearray(len(data))), 0)
+    first = struct.pack(">I", 0) + data[:PIECE_BYTES]
+    with pytest.raises(EOFError):
+        carried(incoming, first[:-1])
+    assert incoming.have() == ()
+    carried(incoming, first, end)
+    assert incoming.have() == (0,)
+    for number in (0, haul.piece_count(len(data)), 1 << 31):
+        with pytest.raises(ProtocolError, match="piece"):
+            carried(incoming, struct.pack(">I", number), end)
+    with pytest.raises(EOFError):
+        carried(incoming)
+    assert incoming.have() == (0,)
 
 
 SENDER = """
