@@ -48,7 +48,7 @@ from resilient.wire.link import accept
 
 SNAPSHOT_BYTES_MAX: Final = 1 << 40  # whether there is room is seen when it is made; this only keeps nonsense out
 RANKS_MAX: Final = 1 << 20
-CONNECTIONS_MAX: Final = 64  # a node copies to one or two others, with six connections each, and serves one fetch per lost rank
+CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
 BROKEN_MAX: Final = 16  # transfers that broke off and may be gone on with, the last ones
 IDLE_S: Final = 600.0  # a kept connection without a word; the other side simply connects anew
