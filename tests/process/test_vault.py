@@ -293,6 +293,16 @@ async def test_a_writer_faster_than_the_network_never_tears_a_copy(tmp_path):
         assert origin.known().refused == ()
 
 
+async def test_it_listens_at_the_address_it_was_given_and_nowhere_else(tmp_path):
+    async with vault(tmp_path / "n1", host="127.0.0.2", bind="127.0.0.2") as holder, vault(tmp_path / "n0") as origin:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", holder.port))
+        worker = Worker(origin, layout(0))
+        origin.do(VaultDo(peers=(f"127.0.0.2:{holder.port}",), ranks=(0,)))
+        worker.step(5)
+        await until(lambda: holder.seals(0) == (5, 6, (5,)), poke=origin.poke)
+
+
 async def test_what_changes_faster_than_it_travels_keeps_nothing_else_back(tmp_path, monkeypatch):
     async with vault(tmp_path / "n1") as holder, vault(tmp_path / "n0") as origin:
         worker = Worker(origin, layout(0))
