@@ -26,7 +26,7 @@ from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
-from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.tier import KINDS, SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
@@ -39,6 +39,8 @@ FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest
 FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
 REFUSED_MAX: Final = 256
+FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
+SWEEP_STEPS: Final = 10
 log = logging.getLogger("resilient.vault")
 
 
@@ -80,6 +82,7 @@ class Vault:
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
+        self._swept_step = NONE
         self._hashing = False
         self._hash_again_at = 0.0
         self._hashed_at: dict[int, float] = {}
@@ -240,6 +243,7 @@ class Vault:
             if self._drain is not None:
                 self._drain.look(chest)
             _drop_outdated(chest)
+        self._drop_forsaken(min((chest.start_step() for chest in seated), default=NONE))
         self._hash_now_and_then(seated)
 
     # ------------------------------------------------------------------ bringing copies here
@@ -311,6 +315,17 @@ class Vault:
             self._refused[wanted.tier, wanted.step, wanted.rank] = refused
         self._changed()
 
+    def _drop_forsaken(self, step: int) -> None:
+        """Give back the memory of copies whose owner sends them elsewhere now. `step`: where the ranks seated here are at least."""
+        if abs(step - self._swept_step) < SWEEP_STEPS:
+            return
+        self._swept_step = step
+        for rank, chest in list(self._memory.chests.items()):
+            newest = max((s for kind in KINDS for s in chest.sealed(kind)), default=NONE)
+            wanted = chest.seated or newest == NONE or any(fetch.rank == rank for fetch in self._fetches)
+            if not wanted and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
+                log.info("copies of rank %d, the newest of step %d, are no longer sent here: removed", rank, newest)
+
     # ------------------------------------------------------------------ hashing, telling
 
     def _hash_now_and_then(self, chests: list[Chest]) -> None:
@@ -359,7 +374,7 @@ def _holding(rank: int, chest: Chest) -> Holding | None:
         return None
     return Holding(
         rank=rank,
-        own_step=chest.own.start_step() if chest.own is not None else NONE,
+        own_step=chest.start_step(),
         gate_step=seals.gate_step,
         snapshots=tuple(seals.snapshots),
         own_steps=seals.own_steps,
@@ -369,7 +384,7 @@ def _holding(rank: int, chest: Chest) -> Holding | None:
 def _drop_outdated(chest: Chest) -> None:
     """A fetched snapshot has done its work when the worker has begun the step after the next."""
     step = chest.fetched.newest_step() if chest.fetched is not None else NONE
-    if step != NONE and chest.own is not None and chest.own.start_step() > step + 1:
+    if step != NONE and chest.start_step() > step + 1:
         chest.drop_fetched()
 
 

@@ -134,6 +134,10 @@ class Chest:
         """Where snapshots of this kind lie, sealed or not."""
         return tuple(slot for ring in self.rings(kind) for slot in ring.slots)
 
+    def start_step(self) -> int:
+        """The step that the rank began last, as far as is known here."""
+        return self.own.start_step() if self.own is not None else NONE
+
     def sealed(self, kind: Kind) -> dict[int, Slot]:
         """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
         found = [(slot.sealed_step(), slot.generation(), slot) for slot in self.slots(kind)]
@@ -251,6 +255,16 @@ class MemoryTier:
             steps = ", ".join(map(str, held)) or "none"
             raise SnapshotMissing(f"{key}: not in this node's memory (steps there: {steps})")
         return held[key.step]
+
+    def forget(self, rank: int) -> bool:
+        """Remove the chest of `rank`; whether nobody was just filling it."""
+        chest = self.chests[rank]
+        if not chest.filling.acquire(blocking=False):
+            return False
+        del self.chests[rank]
+        chest.unlink()
+        chest.filling.release()
+        return True
 
     def unlink(self) -> None:
         """Unmap and remove everything."""
