@@ -139,7 +139,7 @@ class Copies:
 
     async def _send_one(self, address: str, rank: int, kind: Kind, slot: Slot, mark: Mark) -> None:
         try:
-            if slot.sealed_bytes() <= _INLINE_BYTES:
+            if kind != "snapshot":
                 step = await self._put(address, *await staged(slot, rank, kind, self._lane))
             elif self._overtaken.get(rank, 0.0) > time.monotonic():
                 async with self._staging:

@@ -207,6 +207,8 @@ class Source:
         """Must be stamped. Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch; the payload is not looked at."""
         if isinstance(sealed, Slot):
             generation = sealed.generation()
+            if not sealed.is_stamped():
+                raise SnapshotMissing(f"{key}: not there, or overwritten and not hashed yet")
             step, header, body = sealed.read(verify=False, stamped=True, rank=key.rank).step, sealed.header(), sealed.body()
             if sealed.generation() != generation or step != key.step:
                 raise SnapshotMissing(f"{key}: overwritten just now")

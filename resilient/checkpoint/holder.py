@@ -42,7 +42,7 @@ from resilient.checkpoint.pipe import (
     Request,
 )
 from resilient.checkpoint.snapshot import announced_bytes
-from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
@@ -67,7 +67,7 @@ class PeerServer:
         self._run = run
         self._server: asyncio.Server | None = None
         self._hauls: dict[bytes, _Haul] = {}
-        self._broken: dict[int, _Broken] = {}  # rank -> what came of a copy whose transfer broke off
+        self._broken: dict[tuple[int, Kind], _Broken] = {}  # what came of a rank's copy whose transfer broke off
         self._threads = ThreadPoolExecutor(CONNECTIONS_MAX, "peer")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -146,7 +146,7 @@ class PeerServer:
             raise ProtocolError(f"{key}: {num_bytes} bytes announced, at most {SNAPSHOT_BYTES_MAX} taken")
         if self._memory.chest(key.rank).seated:
             raise TierUnavailable(f"{key}: that rank sits on this node, its worker writes here")
-        broken = self._broken.pop(key.rank, None)
+        broken = self._broken.pop((key.rank, key.kind), None)
         berth = broken.berth if broken is not None and broken.header == request.header else self._memory.berth(key)
         with berth:
             if not request.streams:
@@ -170,9 +170,9 @@ class PeerServer:
                 await pipe.send(Ready(haul=haul.name, have=what.incoming.have()))
                 await haul.hauled(len(what.incoming.body))
         except BaseException:
-            self._broken[request.rank] = what
-            for rank in list(self._broken)[:-BROKEN_MAX]:
-                del self._broken[rank]
+            self._broken[request.rank, request.kind] = what
+            for oldest in list(self._broken)[:-BROKEN_MAX]:
+                del self._broken[oldest]
             raise
         digest = what.incoming.digest()
         if digest is None:

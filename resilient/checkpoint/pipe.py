@@ -189,7 +189,9 @@ class Pipe:
             await asyncio.shield(future)
         except asyncio.CancelledError:
             self.shut()
-            await asyncio.wait({future})  # no wait of the thread is longer than that for a piece's hash
+            while not future.done():  # soon: the longest thing that the thread still does is to hash a piece
+                with contextlib.suppress(asyncio.CancelledError):  # once more makes no difference
+                    await asyncio.wait({future})
             if not future.cancelled():
                 future.exception()  # it has been seen
             raise

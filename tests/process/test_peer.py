@@ -28,7 +28,7 @@ from resilient.checkpoint.haul import PIECE_BYTES, Incoming, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
-from resilient.checkpoint.ring import Ring
+from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.snapshot import Slot, slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
@@ -211,7 +211,7 @@ async def test_a_transfer_that_was_cut_goes_on_where_it_stopped(tmp_path):
             await peer.put(SnapshotKey(0, 1), slot)
         assert list(server.memory.list()) == []
         await until(lambda: server._broken)
-        came = len(server._broken[0].incoming.have())
+        came = len(server._broken[0, "snapshot"].incoming.have())
         assert came >= 2
         before = proxy.carried
         await peer.put(SnapshotKey(0, 1), slot)
@@ -234,7 +234,7 @@ async def test_what_came_of_a_cut_transfer_is_not_used_for_another_snapshot_nor_
         await peer.put(SnapshotKey(0, 2), seal(source, 2))
         assert held(server, 2)
         await cut()
-        broken = server._broken[0]
+        broken = server._broken[0, "snapshot"]
         with server.memory.berth(SnapshotKey(0, 3)) as other:  # somebody else's copy of the rank came into the same place
             other.receive(slot.header())[:100] = bytes(100)
         assert not broken.berth.untouched()
@@ -384,7 +384,7 @@ SENDER = """
 import asyncio, sys
 from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.peer import Peer
-from resilient.checkpoint.ring import Ring
+from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.tier import SnapshotKey
 address, *paths = sys.argv[1:]
 async def main():
@@ -481,6 +481,29 @@ async def test_what_a_lost_holder_held_is_sent_to_the_next_one(tmp_path):
             origin.do(VaultDo(peers=(proxy.address,), ranks=(0, 1)))  # nothing new has been sealed since
             await until(lambda: held(server, 3) and held(server, 3, rank=1), poke=origin.poke)
             await origin.close()
+
+
+async def test_what_the_vault_sends_goes_on_after_a_cut(tmp_path):
+    """Own state, which goes first at the next try, does not make the pieces forgotten."""
+    (tmp_path / "n0").mkdir()
+    origin = Vault(
+        run="run", directory=tmp_path / "n0", key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="secret", node="n0"
+    )
+    await origin.start()
+    segments = origin.allocate(Layout(rank=0, digest="", replicated=False, own_bytes=20_000, snapshot_bytes=SIZE))
+    seal(Ring.open(segments.slots), 3)
+    own = OwnSegment(segments.own, segments.own_bytes, run="run", rank=0)
+    own.write_start(3, b"own" * 5000)
+    async with holder(tmp_path / "n1") as (server, proxy, _):
+        proxy.cut_at = int(0.6 * SIZE)
+        origin.do(VaultDo(peers=(proxy.address,), ranks=(0,)))
+        await until(lambda: server._broken, poke=origin.poke)
+        came = len(server._broken[0, "snapshot"].incoming.have())
+        own.write_start(4, b"own" * 5000)
+        await until(lambda: held(server, 3), poke=origin.poke)
+        assert server.memory.chest(0).own.start_step() == 4
+        assert proxy.carried < 1.6 * SIZE - (came - 1) * PIECE_BYTES + 100_000
+        await origin.close()
 
 
 async def test_a_fetch_of_the_vault_goes_on_after_a_cut(tmp_path):
