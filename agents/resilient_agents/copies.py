@@ -60,6 +60,7 @@ class Copies:
         self._busy: set[tuple[str, int]] = set()  # peer, rank: whose state is on its way; rank NONE: notes
         self._overtaken: dict[int, float] = {}  # rank whose writer was faster than the wire -> until when it is thought to be
         self._staging = asyncio.Lock()
+        self._stamping: dict[int, asyncio.Lock] = {}  # rank
         self._kept: list[Recorded] = []
         self._arrived: dict[tuple[str, int, Kind], int] = {}  # peer, rank, kind -> newest step there
         self._on_copied: Callable[[int], None] = lambda _rank: None
@@ -163,8 +164,9 @@ class Copies:
     async def _straight(self, slot: Slot, rank: int, kind: Kind) -> tuple[SnapshotKey, Slot]:
         """The slot itself, stamped. Raises SnapshotMissing if its writer was faster."""
         deadline_s = COPY_S + slot.sealed_bytes() / COPY_BYTES_S
-        if not slot.is_stamped():
-            await self._lane.run(slot.stamp_payload, deadline_s=deadline_s)
+        async with self._stamping.setdefault(rank, asyncio.Lock()):  # another peer's turn may be at it
+            if not slot.is_stamped():
+                await self._lane.run(slot.stamp_payload, deadline_s=deadline_s)
         step = slot.sealed_step()
         if step == NONE:
             raise SnapshotMissing(f"{kind} of rank {rank}: overwritten just now")
