@@ -43,6 +43,15 @@ class SnapshotCorrupt(CheckpointError):
     """A snapshot was found and its bytes are not those that were sealed."""
 
 
+class ReplicasDiffer(SnapshotCorrupt):
+    """Ranks that should hold the same bytes do not; `ranks` are those in the minority, or all where there is no majority."""
+
+    def __init__(self, message: str, ranks: frozenset[int]) -> None:
+        """`message` names step, tensors and ranks."""
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class SnapshotMismatch(CheckpointError):
     """A sound snapshot, but of another run, world, rank or model."""
 

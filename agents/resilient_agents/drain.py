@@ -1,11 +1,12 @@
 """Drain: snapshots flow from memory to the persistent tier; training is not involved.
 
-Think of a ship that is unloaded while it is already being loaded again: the crates go first onto the quay (private memory), then, in
-their own time, into the warehouse.
+Think of a ship that is unloaded while it waits for its next voyage; one that sails at once has its crates put onto the quay first (private
+memory), from where they go, in their own time, into the warehouse.
 
-Contract: a snapshot of a rank seated here whose step is a multiple of `every` is copied as soon as it is seen sealed, written in the
-background, and then listed in `persisted`. `commit` writes the marker and removes old checkpoints, and is tried again while storage
-does not answer. At most two snapshots per rank are on the quay; one more is left out (the next multiple comes). Every use of storage has
+Contract: a snapshot of a rank seated here that is `due(rank, step)` is written in the background as soon as it is seen sealed, straight
+from its slot without holding up its writer, or, where that one comes back too soon, from a copy; then it is listed in `persisted`.
+`commit` writes the marker and removes old checkpoints, and is tried again while storage does not answer. At most two snapshots per rank
+are on the quay; one more is left out (the next one comes). Every use of storage has
 a deadline; what hangs is left behind (lane.py).
 """
 
@@ -17,12 +18,15 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from resilient.checkpoint import layout
 from resilient.checkpoint.chest import Berth, Chest
-from resilient.checkpoint.disk import KEEP_LAST, DiskTier
+from resilient.checkpoint.disk import KEEP, DiskTier, Keep
+from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot
+from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.core.messages import NONE, Persisted
-from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
+from resilient.core.messages import NONE, Layout, Persisted
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import staged
 from resilient_agents.lane import Errands, Lane
 
@@ -37,21 +41,38 @@ log = logging.getLogger("resilient.vault")
 class Drain:
     """This node's use of the checkpoint URL."""
 
-    def __init__(self, url: str, every: int, *, run: str, lane: Lane, changed: Callable[[], None]) -> None:
-        """`every`: steps between two checkpoints, 0 = none are written. `lane`: for copies in memory. Raises TierUnavailable."""
+    def __init__(
+        self,
+        url: str,
+        due: Callable[[int, int], bool],
+        *,
+        keep: Keep = KEEP,
+        level: int = 0,
+        run: str,
+        lane: Lane,
+        changed: Callable[[], None],
+        differ: Callable[[int, ReplicasDiffer], None],
+    ) -> None:
+        """`due(rank, step)`: whether that snapshot is to be written. `level`: of zstandard. `lane`: for copies in memory.
+
+        `differ`: a step was not committed because its replicas are not equal. Raises TierUnavailable.
+        """
         self.available: tuple[int, ...] | None = None  # committed steps that were there at the start; None = not listed yet
         self.committed = NONE  # the newest one since
-        self.tier = DiskTier(url)
-        self._every = every
+        self.tier = DiskTier(url, level=level)
+        self._keep = keep
+        self._due = due
         self._run = run
         self._copying = lane
         self._writing = Lane("checkpoint storage (writing)", niceness=10)
         self._reading = Lane("checkpoint storage (reading)", threads=4, niceness=0)  # somebody waits for it
-        self._changed = changed
+        self._changed, self._differ = changed, differ
         self._persisted: dict[SnapshotKey, Persisted] = {}
         self._distrusted: set[int] = set()
         self._seen: dict[str, tuple[int, int]] = {}  # slot -> (generation, step) of its last snapshot that was looked at
         self._quay: dict[int, int] = {}  # rank -> snapshots on it
+        self._outrun: set[int] = set()  # ranks that wrote into a slot before it was drained: theirs are copied first
+        self._brought: set[tuple[int, int]] = set()  # (rank, step) that came from the persistent tier: they need not go there again
         self._wish: tuple[int, tuple[Persisted, ...]] = (NONE, ())
         self._errands = Errands()
 
@@ -73,33 +94,34 @@ class Drain:
 
     def look(self, chest: Chest) -> None:
         """Start to write what is due."""
-        for slot in chest.snapshots.slots if self._every and chest.snapshots is not None else ():
+        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
             now = (slot.generation(), slot.sealed_step())
-            if now[1] <= 0 or now[1] % self._every or self._seen.get(slot.path) == now:
+            if (chest.rank, now[1]) in self._brought and now[1] not in self._distrusted:
+                continue
+            if now[1] <= 0 or not self._due(chest.rank, now[1]) or self._seen.get(slot.path) == now:
                 continue
             self._seen[slot.path] = now
             if self._quay.get(chest.rank, 0) >= QUAY_MAX:
                 log.warning("checkpoint of step %d left out for rank %d: storage is slower than training", now[1], chest.rank)
                 continue
             self._quay[chest.rank] = self._quay.get(chest.rank, 0) + 1
-            self._errands.start(self._write(slot, chest.rank))
-
-    def pass_over(self, chest: Chest) -> None:
-        """What lies in this chest now came from the persistent tier: it need not go there again."""
-        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
-            self._seen[slot.path] = (slot.generation(), slot.sealed_step())
+            self._errands.start(self._write(slot, chest.rank, often=chest.often))
 
     def persisted(self) -> tuple[Persisted, ...]:
         """What lies there complete and waits for its commit marker."""
         return tuple(part for _, part in sorted(self._persisted.items()))
 
-    async def _write(self, slot: Slot, rank: int) -> None:
+    async def _write(self, slot: Slot, rank: int, *, often: bool) -> None:
         try:
-            key, sealed = await staged(slot, rank, "snapshot", self._copying)
-            self._persisted.pop(key, None)
-            write = functools.partial(self.tier.write, key, sealed, again=key.step in self._distrusted)
-            self._persisted[key] = await self._writing.run(write, deadline_s=ANSWER_S + len(sealed) / PACE_BYTES_S)
+            deadline_s = ANSWER_S + slot.sealed_bytes() / PACE_BYTES_S
+            if often or rank in self._outrun:
+                _, sealed = await staged(slot, rank, "snapshot", self._copying)
+                part = await self._writing.run(lambda: self._put(rank, Whole(sealed)), deadline_s=deadline_s)
+            else:
+                part = await self._writing.run(lambda: self._put(rank, Live(slot)), deadline_s=deadline_s)
+            self._persisted[SnapshotKey(rank, part.step)] = part
         except SnapshotMissing as error:
+            self._outrun.add(rank)
             log.warning("rank %d left out of a checkpoint: %s", rank, error)
         except CheckpointError as error:
             log.warning("rank %d is missing in a checkpoint: %s", rank, error)
@@ -109,6 +131,10 @@ class Drain:
             self._changed()
         finally:
             self._quay[rank] -= 1
+
+    def _put(self, rank: int, source: Source) -> Persisted:
+        key = SnapshotKey(rank, source.found.step)
+        return self.tier.write(key, source, again=key.step in self._distrusted)
 
     # ------------------------------------------------------------------ committing
 
@@ -128,6 +154,9 @@ class Drain:
                 break
             except TierUnavailable as error:
                 log.warning("checkpoint of step %d is not committed yet: %s", step, error)
+            except ReplicasDiffer as error:
+                self._differ(step, error)
+                return
             except CheckpointError as error:
                 log.warning("checkpoint of step %d is given up: %s", step, error)
                 return
@@ -140,7 +169,7 @@ class Drain:
 
     async def _prune(self) -> None:
         try:
-            work = functools.partial(self.tier.prune, keep_last=KEEP_LAST, distrusted=frozenset(self._distrusted))
+            work = functools.partial(self.tier.prune, self._keep, distrusted=frozenset(self._distrusted))
             gone = await self._writing.run(work, deadline_s=ANSWER_S)
         except CheckpointError as error:
             log.warning("old checkpoints are not removed: %s", error)
@@ -167,9 +196,22 @@ class Drain:
 
     async def fetch(self, key: SnapshotKey, berth: Berth) -> None:
         """Bring a committed snapshot into memory, verified. Raises as `Tier.get`."""
+        self._brought.add((key.rank, key.step))
         entry = await self._reading.run(functools.partial(self.tier.entry, key), deadline_s=ANSWER_S)
         work = functools.partial(self.tier.get, key, berth)
         await self._reading.run(work, deadline_s=ANSWER_S + entry.bytes / PACE_BYTES_S)
+
+    async def reshape(self, wanted: Layout, room: Callable[[int], Ring]) -> int:
+        """As DiskTier.reshape, for the rank and step that `wanted` names."""
+        self._brought.add((wanted.rank, wanted.reshape))
+        key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
+        work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size)
+        return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+
+    async def foreign(self, step: int) -> bool:
+        """Whether that step was written in a world of another size."""
+        manifest = await self._reading.run(functools.partial(self.tier.manifest, step), deadline_s=ANSWER_S)
+        return self.tier.world_size not in (None, manifest.world_size)
 
     def distrust(self, step: int) -> None:
         """Its bytes were read and found wrong: if the run comes past that step again, it is written anew."""

@@ -49,6 +49,7 @@ USAGE_EXIT: Final = 2
 CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this long does without them
 FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
 ALONE_S: Final = 0.2  # there is nobody to tell
+WARNING: Final = signal.SIGUSR1  # schedulers send it some time before the end (Slurm: --signal=B:USR1@300)
 log = logging.getLogger("resilient")
 
 
@@ -203,7 +204,7 @@ class _Node:
                 directory=options.memory_dir,
                 key=key,
                 checkpoint_url=options.checkpoint,
-                checkpoint_every=options.checkpoint_every,
+                checkpoint_every=0 if options.checkpoint_every == "auto" else options.checkpoint_every,
                 token=meeting.token,
                 node=node,
                 host=data_host or address(self._launch, meeting),
@@ -248,7 +249,7 @@ class _Node:
         return f"{socket.gethostname().split('.')[0][:24]}-{secrets.token_hex(2)}"
 
     def _coordinator_settings(self, node: str) -> CoordinatorSettings:
-        conf = self._launch.endpoint_conf
+        conf, options = self._launch.endpoint_conf, self._options
         return CoordinatorSettings(
             run=self._meeting.run_id,
             leader=node,
@@ -257,8 +258,13 @@ class _Node:
             max_restarts=self._launch.max_restarts,
             last_call_s=_seconds(conf, "last_call_timeout", 30.0),
             join_timeout_s=_seconds(conf, "join_timeout", 600.0),
-            lease_s=self._options.lease_s,
-            copies=self._options.copies,
+            lease_s=options.lease_s,
+            checkpoints=bool(options.checkpoint),
+            checkpoint_every=0 if options.checkpoint_every == "auto" or not options.checkpoint else options.checkpoint_every,
+            checkpoint_auto=options.checkpoint_every == "auto" and bool(options.checkpoint),
+            checkpoint_budget=options.checkpoint_budget,
+            grace_s=options.grace_s if options.checkpoint else 0.0,
+            copies=options.copies,
         )
 
     def _agent_settings(self, node: str, data_host: str, data_port: int, *, hosts: bool) -> AgentSettings:
@@ -281,6 +287,7 @@ class _Node:
             shutdown_timeout_s=launch.shutdown_timeout_s,
             join_timeout_s=_seconds(launch.endpoint_conf, "join_timeout", 600.0),
             orphan_s=3 * options.lease_s,
+            grace_s=options.grace_s if options.checkpoint else 0.0,
         )
 
     def _listen_to_signals(self) -> None:
@@ -291,12 +298,19 @@ class _Node:
                 self._console.say(f"--signals-to-handle: {name!r} is no signal of this system")
             else:
                 loop.add_signal_handler(number, self._signalled, int(number))
+        if WARNING.name not in self._launch.signals:
+            loop.add_signal_handler(WARNING, self._warned)
+
+    def _warned(self) -> None:
+        self._console.say(f"{WARNING.name}: a checkpoint is made soon" if self._options.checkpoint else f"{WARNING.name}: no --checkpoint")
+        self._host.warn(WARNING.name)
 
     def _signalled(self, number: int) -> None:
         self._signals += 1
         name = signal.Signals(number).name
         if self._signals == 1:
-            self._console.say(f"{name}: ending the workers (a second signal kills them at once)")
+            rescue = ", then what they held is checkpointed" if self._options.checkpoint and self._options.grace_s else ""
+            self._console.say(f"{name}: ending the workers{rescue} (a second signal kills at once)")
             self._host.stop(number)
         else:
             self._host.abort(1, f"{name} again: killed")

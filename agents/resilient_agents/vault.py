@@ -18,8 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Berth, Chest, MemoryTier
+from resilient.checkpoint.disk import KEEP, Keep
 from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
@@ -29,7 +32,7 @@ from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import KINDS, SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
-from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.lane import Errands, Lane
@@ -55,13 +58,17 @@ class Vault:
         key: str,
         checkpoint_url: str | None,
         checkpoint_every: int,
+        keep: Keep = KEEP,
+        level: int = 0,
         token: str,
         node: str,
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
         data_rate: int = 0,
     ) -> None:
-        """`directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
+        """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
+
+        `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
         `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
         Raises TierUnavailable if the URL is of a kind that cannot be opened.
@@ -76,7 +83,18 @@ class Vault:
         self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit)
         self._drain: Drain | None = None
         if checkpoint_url:
-            self._drain = Drain(checkpoint_url, checkpoint_every, run=run, lane=self._lane, changed=self._changed)
+            self._drain = Drain(
+                checkpoint_url,
+                self._due,
+                keep=keep,
+                level=level,
+                run=run,
+                lane=self._lane,
+                changed=self._changed,
+                differ=self._differ,
+            )
+        self._every, self._rescue = checkpoint_every, NONE
+        self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
         self._claim: memory.Claim | None = None
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
@@ -141,7 +159,7 @@ class Vault:
             return _no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
-            chest.replicated = layout.replicated
+            chest.replicated, chest.often = layout.replicated, layout.often
             own = chest.grow_own(own_slot_bytes(layout.own_bytes))
             ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
         except TierUnavailable as error:
@@ -157,6 +175,22 @@ class Vault:
             slots=tuple(slot.path for slot in ring.slots) if ring is not None else (),
             snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
         )
+
+    async def reshape(self, layout: Layout) -> Segments:
+        """As `allocate`, and bring a step into these segments that was written in a world of another size."""
+        segments = await asyncio.to_thread(self.allocate, layout)
+        if segments.error or layout.reshape == NONE:
+            return segments
+        try:
+            if self._drain is None:
+                raise SnapshotMissing("no checkpoint URL was given")
+            own_of = await self._drain.reshape(layout, self._memory.chest(layout.rank).grow_snapshots)
+        except CheckpointError as error:
+            if isinstance(error, SnapshotCorrupt) and self._drain is not None:
+                self._drain.distrust(layout.reshape)
+            return msgspec.structs.replace(segments, refused=str(error))
+        segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
+        return msgspec.structs.replace(segments, own_of=own_of)
 
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
@@ -202,6 +236,7 @@ class Vault:
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
+        self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
         self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
@@ -209,6 +244,15 @@ class Vault:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
         self._changed()
+
+    def sealed(self, rank: int, step: int) -> None:
+        """The worker of this rank says that `step`, its newest so far, is for the persistent tier."""
+        self._sealed[rank] = step
+
+    def _due(self, rank: int, step: int) -> bool:
+        """Whether a snapshot goes to the persistent tier."""
+        by_interval = self._every > 0 and step % self._every == 0
+        return by_interval or step in (self._sealed.get(rank, NONE), self._rescue)
 
     def copied(self, rank: int) -> int | None:
         """See Copies.copied; None also for a rank of which nothing is known."""
@@ -279,10 +323,11 @@ class Vault:
     async def _fetch_persistent(self, wanted: Fetch) -> None:
         if self._drain is None:
             raise SnapshotMissing("no checkpoint URL was given")
+        if await self._drain.foreign(wanted.step):
+            return  # the worker says what it tracks, and it is cut to that (`reshape`)
         key = SnapshotKey(wanted.rank, wanted.step)
         with self._memory.berth(key) as berth:
             await self._drain.fetch(key, berth)
-        self._drain.pass_over(self._memory.chest(wanted.rank))
 
     async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
         """From `peer`, or, if that is None, from ourselves."""
@@ -310,9 +355,17 @@ class Vault:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
         if self._drain is not None and wanted.tier == "persistent" and isinstance(error, SnapshotCorrupt):
             self._drain.distrust(wanted.step)
+        self._tell(Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error)))
+
+    def _differ(self, step: int, error: ReplicasDiffer) -> None:
+        """Replicas that should be equal are not: that step is not committed, and somebody has to look at these ranks."""
+        log.warning("checkpoint not committed: %s", error)
+        for rank in sorted(error.ranks):
+            self._tell(Refused(tier="persistent", step=step, rank=rank, reason=str(error), kind="replicas_differ"))
+
+    def _tell(self, refused: Refused) -> None:
         if len(self._refused) < REFUSED_MAX:
-            refused = Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error))
-            self._refused[wanted.tier, wanted.step, wanted.rank] = refused
+            self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
 
     def _drop_forsaken(self, step: int) -> None:

@@ -25,6 +25,7 @@ class Where(NamedTuple):
     path: str  # below the checkpoint's directory
     offset: int
     length: int
+    codec: str = ""  # what its bytes went through, as torch names it
 
 
 class Chunk(NamedTuple):
@@ -76,10 +77,10 @@ def _index(name: str, offsets: tuple[int, ...] | None, number: int | None) -> In
 
 
 def _info(where: Where) -> Instance:
-    return Instance(
-        Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        {"relative_path": where.path, "offset": where.offset, "length": where.length},
-    )
+    state: dict[str, Any] = {"relative_path": where.path, "offset": where.offset, "length": where.length}
+    if where.codec:
+        state["transform_descriptors"] = [where.codec]
+    return Instance(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)
 
 
 def _size(numbers: tuple[int, ...]) -> Call:

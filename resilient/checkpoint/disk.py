@@ -1,42 +1,56 @@
-"""Disk: the tier that survives everything, on any place fsspec opens (a directory, s3://, gs://, memory:// ...).
+"""Disk: the tier that survives everything: checkpoints under a URL that torch itself can read.
 
 Think of a registry of deeds: the papers are brought in one after the other, by whoever has them, and mean nothing until the clerk
 enters them in the book. The entry comes last, is made with one stroke, and names every paper with its length and its digest.
 
-    step-00001200/rank-00003.snap      the sealed bytes of checkpoint/snapshot.py, one file per rank
+    step-00001200/rank-00003.distcp    what one rank wrote (rankfile.py)
+    step-00001200/.metadata            the index by which torch.distributed.checkpoint finds every tensor (catalogue.py)
     step-00001200/COMMIT.json          manifest; written last with one put; without it the step is not there
 
-Contract: `list` names committed steps only. `get` compares length and digest of the file with the manifest, and every digest inside it,
-and names the file if one is wrong. Local files are written under another name, fsynced, renamed, and their directory fsynced.
-A step that is written again, because its bytes were wrong, loses its commit marker first. The run id is not compared: a later run
-goes on from an earlier one's steps.
-Rejected: a "latest" file (two truths); rename as commit on object stores (there it is a copy and a delete).
+Contract: `list` names committed steps only. `get` puts a rank's snapshot together from the files of all its twins, checks every byte of it,
+and names the file and the tensor if one is wrong. A step that is written again, because its bytes were wrong, loses its commit marker
+first. The run id is not compared: a later run goes on from an earlier one's steps.
+Rejected: a "latest" file (two truths); rename as commit on object stores (there it is a copy and a delete); a format of our own beside
+torch's (everything would have to be written twice, or converted before anybody can read it).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final
 
-import fsspec
 import msgspec
 import xxhash
-from fsspec.implementations.local import LocalFileSystem
 
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer
+from resilient.checkpoint import layout, rankfile, replicas, reshape
+from resilient.checkpoint.catalogue import catalogue
+from resilient.checkpoint.layout import Layout
+from resilient.checkpoint.rankfile import Tail
+from resilient.checkpoint.ring import Ring
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of, own_of, slot_bytes
+from resilient.checkpoint.source import Source, Whole
+from resilient.checkpoint.storage import Input, Storage
 from resilient.checkpoint.tier import Landing, SnapshotKey, check, landing
 from resilient.core.messages import Persisted
-from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMismatch, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
-KEEP_LAST: Final = 3  # one being read back after a fault, one found damaged, one more
-_PIECE: Final = 4 << 20
+METADATA: Final = ".metadata"
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
-_MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 12 MB
+_MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 20 MB
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """Which checkpoints stay."""
+
+    last: int = 3  # one being read back after a fault, one found damaged, one more
+    every: int = 0  # multiples of this many steps, for good; 0 = none
+
+
+KEEP: Final = Keep()
 
 
 class File(msgspec.Struct, frozen=True):
@@ -45,7 +59,8 @@ class File(msgspec.Struct, frozen=True):
     rank: int
     file: str
     bytes: int
-    xxh3_128: str  # of the whole file
+    tail_at: int
+    xxh3_128: str  # of the tail
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -56,7 +71,77 @@ class Manifest(msgspec.Struct, frozen=True):
     world_size: int
     run: str
     ranks: tuple[File, ...]
+    metadata: str = ""  # xxh3_128 of `.metadata`
     digest: str = ""  # xxh3_128 of this object's JSON with digest = ""
+
+
+class Checkpoint:
+    """A committed step: its files are opened when they are needed, each tail is read and checked once."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        """Nothing is read yet."""
+        self.storage, self.manifest = storage, manifest
+        self._tails: dict[int, tuple[Tail, Layout]] = {}
+
+    def path(self, rank: int) -> str:
+        """Of a rank's file, below the URL."""
+        return f"{directory_of(self.manifest.step)}/{self.manifest.ranks[rank].file}"
+
+    def tail(self, rank: int) -> tuple[Tail, Layout]:
+        """The tail of that rank's file and the layout in it. Raises SnapshotMissing, SnapshotCorrupt naming the file."""
+        if rank not in self._tails:
+            with self.reading(rank) as file:
+                entry = self.manifest.ranks[rank]
+                if (there := self.storage.size(self.path(rank))) != entry.bytes:
+                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {there} found")
+                found = rankfile.read_tail(file, entry.bytes, entry.tail_at, entry.xxh3_128)
+                self._tails[rank] = found, layout.decode(layout_of(found.head))
+        return self._tails[rank]
+
+    @contextlib.contextmanager
+    def reading(self, rank: int) -> Iterator[Input]:
+        """That rank's file; what is wrong with it is told with its name."""
+        path = self.path(rank)
+        try:
+            with self.storage.reading(path) as file:
+                yield file
+        except FileNotFoundError:
+            raise SnapshotMissing(f"checkpoint step={self.manifest.step}: no such file ({self.storage.where(path)})") from None
+        except SnapshotCorrupt as error:
+            where = f"({self.storage.where(path)})"
+            raise SnapshotCorrupt(f"checkpoint step={self.manifest.step} rank={rank}: {error} {where}") from error
+
+    def fill(self, rank: int, payload: memoryview, *, verify: bool) -> None:
+        """The whole payload of a rank. verify: compare the digest of each tensor. Raises SnapshotCorrupt, SnapshotMissing."""
+        own, mine = self.tail(rank)
+        places, end = mine.places(), 0
+        numbers: dict[int, list[int]] = {}
+        for number, writer in rankfile.shares(mine, rank):
+            numbers.setdefault(writer, []).append(number)
+        for writer, wanted in numbers.items():
+            tail, theirs = self.tail(writer)
+            items = {item.row: item for item in tail.items}
+            with self.reading(writer) as file:
+                for number in wanted:
+                    row, (begin, length) = mine.rows[number], places[number]
+                    end = max(end, begin + layout.padded(length))
+                    if theirs.rows[number : number + 1] != (row,) or number not in items:
+                        raise SnapshotCorrupt(f"{row.key} expected, it is not there")
+                    if end > len(payload):
+                        raise SnapshotCorrupt(f"{row.key}: a payload of {end} bytes expected, {len(payload)} found")
+                    rankfile.fill_row(file, items[number], row, payload[begin : begin + length], own.digests[number] if verify else b"")
+                    payload[begin + length : begin + layout.padded(length)] = bytes(layout.padded(length) - length)
+        with self.reading(rank) as file:
+            if end != len(payload):
+                raise SnapshotCorrupt(f"a payload of {end} bytes described, {len(payload)} announced")
+            rankfile.check_rest(file, own, mine, self.manifest.ranks[rank].tail_at)
+
+    def verify(self, rank: int) -> None:
+        """Read all that `rank` wrote, and compare every byte. Raises SnapshotCorrupt, SnapshotMissing naming the file."""
+        tail, described = self.tail(rank)
+        with self.reading(rank) as file:
+            rankfile.check_items(file, tail, described)
+            rankfile.check_rest(file, tail, described, self.manifest.ranks[rank].tail_at)
 
 
 class DiskTier:
@@ -64,29 +149,41 @@ class DiskTier:
 
     name = "persistent"
 
-    def __init__(self, url: str, *, world_size: int | None = None) -> None:
-        """`world_size`: checkpoints of another size are refused (None: any). Nothing is opened yet but fsspec's own driver."""
+    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0) -> None:
+        """`world_size`: `get` refuses checkpoints of another size (None: any). level: of zstandard, 0 = not compressed.
+
+        Raises TierUnavailable if nothing can open such a URL.
+        """
         self.url = url
         self.world_size = world_size
-        try:
-            fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise TierUnavailable(f"checkpoint URL {url!r}: {error}") from error
-        self._fs: Any = fs
-        self._root = str(root).rstrip("/")
-        self._local = isinstance(fs, LocalFileSystem)
+        self._level = level
+        self._storage = Storage(url)
 
     # ------------------------------------------------------------------ the four verbs
 
     def put(self, key: SnapshotKey, sealed: Buffer) -> None:
         """As `Tier.put`. Not listed before `commit`."""
-        self.write(key, sealed)
+        self.write(key, Whole(check(key, sealed)))
 
     def get(self, key: SnapshotKey, into: Buffer | Landing) -> int:
         """As `Tier.get`, from a committed step. SnapshotMismatch if that is of another world size than ours."""
-        entry = self.entry(key)
-        self._fill(entry, key, landing(into))
-        return entry.bytes
+        return self._fill(self._checkpoint(key), key, landing(into))
+
+    def reshape(self, key: SnapshotKey, wanted: Layout, room: Callable[[int], Ring], *, run: str, world_size: int) -> int:
+        """The snapshot of `key` in a world of another size: `wanted` is what that rank tracks, `room(bytes)` where it goes.
+
+        Gives the old rank whose own state it has (reshape.py). Raises as `get`; nothing is sealed then.
+        """
+        whole = self.checkpoint(key.step)
+        old = reshape.own_rank(key.rank, whole.manifest.world_size)
+        tail, there = whole.tail(old)
+        rows, own = reshape.rows_for(wanted, there), own_of(tail.head)
+        described, payload_bytes = rows.encode(), sum(layout.padded(row.num_bytes) for row in rows.rows)
+        ring = room(slot_bytes(len(described), len(own), payload_bytes))
+        payload = ring.begin(run=run, rank=key.rank, world_size=world_size, round=0, layout=described, own=own, payload_bytes=payload_bytes)
+        reshape.assemble(whole, rows, payload)
+        ring.seal(key.step)
+        return old
 
     def list(self) -> Iterator[SnapshotKey]:
         """As `Tier.list`: sound committed steps only."""
@@ -98,214 +195,206 @@ class DiskTier:
 
     def drop(self, key: SnapshotKey) -> None:
         """As `Tier.drop`. A checkpoint that lacks a rank is none, so its marker goes first."""
-        self._remove(self._marker(key.step))
-        self._remove(self.path(key))
+        self._storage.remove(_marker(key.step))
+        self._storage.remove(self.path(key))
 
     # ------------------------------------------------------------------ writing a checkpoint
 
-    def write(self, key: SnapshotKey, sealed: Buffer, *, again: bool = False) -> Persisted:
-        """The same as `put`, and says what the manifest has to list.
+    def write(self, key: SnapshotKey, source: Source, *, again: bool = False) -> Persisted:
+        """This rank's file of the step, and what the manifest has to list of it.
 
         A step that is committed already (the run came back to before it) stays as it is, unless `again`: its bytes were wrong.
+        Raises as `Source`, TierUnavailable.
         """
         if key.kind != "snapshot":
             raise CheckpointError(f"{key}: the persistent tier keeps snapshots only")
-        data = check(key, sealed)
+        found = source.found
+        if (found.rank, found.step) != (key.rank, key.step):
+            raise SnapshotMismatch(f"{key} expected, rank={found.rank} step={found.step} found")
         if not again and self._is_whole(key.step):
-            with contextlib.suppress(SnapshotMissing, SnapshotMismatch):
-                entry = self.entry(key)
-                return Persisted(rank=key.rank, step=key.step, num_bytes=entry.bytes, digest=entry.xxh3_128)
-        self._remove(self._marker(key.step))
-        self._write(self.path(key), data)
-        return Persisted(rank=key.rank, step=key.step, num_bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
+            manifest = self.manifest(key.step)
+            if manifest.world_size != found.world_size:
+                raise SnapshotMismatch(
+                    f"{key}: that step is committed already, by {manifest.world_size} ranks ({self._storage.where(_marker(key.step))})"
+                )
+            return _persisted(manifest.ranks[key.rank], key.step)
+        self._storage.remove(_marker(key.step))
+        with self._storage.writing(self.path(key)) as output:
+            written = rankfile.write(output, source, level=self._level)
+        return Persisted(
+            rank=key.rank,
+            step=key.step,
+            num_bytes=written.num_bytes,
+            tail_at=written.tail_at,
+            digest=written.digest,
+        )
 
     def commit(self, step: int, parts: Iterable[Persisted], *, run: str) -> None:
-        """Write the commit marker: `parts` is one per rank, all written. Raises SnapshotMissing if a file is not there whole."""
+        """Write index and commit marker: `parts` is one per rank, all written.
+
+        Raises SnapshotMissing if a file is not there whole, ReplicasDiffer if ranks that should hold the same bytes do not.
+        """
         entries = tuple(
-            File(part.rank, self.path(SnapshotKey(part.rank, step)).rpartition("/")[2], part.num_bytes, part.digest)
+            File(part.rank, _file_name(part.rank), part.num_bytes, part.tail_at, part.digest)
             for part in sorted(parts, key=lambda part: part.rank)
         )
         if [entry.rank for entry in entries] != list(range(len(entries))) or not entries:
             raise CheckpointError(f"checkpoint step={step}: ranks 0..n-1 expected, {[entry.rank for entry in entries]} given")
         manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries)
         self._check_sizes(manifest)
-        whole = msgspec.structs.replace(manifest, digest=_digest(manifest))
-        self._write(self._marker(step), memoryview(msgspec.json.format(msgspec.json.encode(whole), indent=1)))
+        whole = Checkpoint(self._storage, manifest)
+        tails = {entry.rank: whole.tail(entry.rank) for entry in entries}
+        if differences := replicas.compare({rank: (described, tail.digests) for rank, (tail, described) in tails.items()}):
+            raise ReplicasDiffer(f"step {step}: {'; '.join(map(str, differences))}", frozenset(r for d in differences for r in d.ranks))
+        index = catalogue((entry.file, *tails[entry.rank]) for entry in entries)
+        self._storage.write(f"{directory_of(step)}/{METADATA}", index)
+        manifest = msgspec.structs.replace(manifest, metadata=xxhash.xxh3_128_hexdigest(index))
+        manifest = msgspec.structs.replace(manifest, digest=_digest(manifest))
+        self._storage.write(_marker(step), msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
-    def prune(self, *, keep_last: int = KEEP_LAST, distrusted: Collection[int] = ()) -> tuple[int, ...]:
+    def prune(self, keep: Keep = KEEP, *, distrusted: Collection[int] = ()) -> tuple[int, ...]:
         """Remove old checkpoints, and uncommitted leftovers older than the newest committed step; the steps removed.
 
-        Counted are only checkpoints that are whole (manifest sound, all files there, not in `distrusted`: steps whose bytes were
-        read and found wrong); if none is, nothing is removed.
+        Counted are only checkpoints that are whole (manifest sound, all files there, not in `distrusted`: steps whose bytes were read
+        and found wrong); if none is, nothing is removed.
         """
         committed = self.steps()
         whole = [step for step in committed if step not in distrusted and self._is_whole(step)]
         if not whole:
             return ()
-        oldest_kept = whole[-max(1, keep_last) :][0]
-        newest = whole[-1]
-        doomed = tuple(step for step in self._directories() if step < oldest_kept or (step < newest and step not in committed))
+        newest, oldest = whole[-1], whole[-max(1, keep.last) :][0]
+        kept = {step for step in whole if keep.every and step % keep.every == 0}
+        old = (step for step in self._directories() if step < oldest or (step < newest and step not in committed))
+        doomed = tuple(step for step in old if step not in kept)
         for step in doomed:
-            self._remove(self._marker(step))  # first, so that what is half removed is not a checkpoint
-            self._remove_tree(self._directory(step))
+            self._storage.remove(_marker(step))  # first, so that what is half removed is not a checkpoint
+            self._storage.remove_tree(directory_of(step))
         return doomed
 
     # ------------------------------------------------------------------ looking
 
     def steps(self) -> tuple[int, ...]:
         """Steps that have a commit marker, ascending; whether it is sound is seen when it is read."""
-        with self._answering():
-            self._fs.invalidate_cache()
-            return tuple(step for step in self._directories() if self._fs.exists(self._marker(step)))
+        return tuple(step for step in self._directories() if self._storage.exists(_marker(step)))
 
     def manifest(self, step: int) -> Manifest:
         """The commit marker of `step`. Raises SnapshotMissing, SnapshotCorrupt naming the file."""
-        path = self._marker(step)
+        where = self._storage.where(_marker(step))
         try:
-            with self._answering():
-                data: bytes = self._fs.cat_file(path, end=_MANIFEST_BYTES_MAX)
+            data = self._storage.read(_marker(step), 0, _MANIFEST_BYTES_MAX)
         except FileNotFoundError:
-            raise SnapshotMissing(f"checkpoint step={step}: no commit marker, so it is not complete ({path})") from None
+            raise SnapshotMissing(f"checkpoint step={step}: no commit marker, so it is not complete ({where})") from None
         try:
             found = msgspec.json.decode(data, type=Manifest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise SnapshotCorrupt(f"checkpoint step={step}: not a manifest: {error} ({path})") from error
+            raise SnapshotCorrupt(f"checkpoint step={step}: not a manifest: {error} ({where})") from error
         if found.digest != _digest(found):
-            raise SnapshotCorrupt(f"checkpoint step={step}: the manifest is not what was written ({path})")
-        if (found.format, found.step) != (FORMAT, step):
-            text = f"format {FORMAT}, step {step} expected, format {found.format}, step {found.step} found"
-            raise SnapshotMismatch(f"checkpoint step={step}: {text} ({path})")
+            raise SnapshotCorrupt(f"checkpoint step={step}: the manifest is not what was written ({where})")
+        ranks = [entry.rank for entry in found.ranks]
+        if (found.format, found.step, ranks) != (FORMAT, step, list(range(found.world_size))):
+            text = f"format {FORMAT}, step {step} expected, format {found.format}, step {found.step}, {len(ranks)} ranks found"
+            raise SnapshotMismatch(f"checkpoint step={step}: {text} ({where})")
         return found
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """A committed step, to be read. Raises as `manifest`."""
+        return Checkpoint(self._storage, self.manifest(step))
 
     def entry(self, key: SnapshotKey) -> File:
         """What the manifest says of `key`. Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch (another world size)."""
-        manifest = self.manifest(key.step)
-        if self.world_size is not None and manifest.world_size != self.world_size:
-            text = f"world size {self.world_size} expected, {manifest.world_size} found"
-            raise SnapshotMismatch(f"checkpoint step={key.step}: {text} ({self._marker(key.step)})")
-        entry = next((entry for entry in manifest.ranks if entry.rank == key.rank), None)
-        if entry is None or key.kind != "snapshot":
-            raise SnapshotMissing(f"checkpoint step={key.step}: holds no {key} ({self._marker(key.step)})")
-        return entry
+        return self._checkpoint(key).manifest.ranks[key.rank]
 
     def path(self, key: SnapshotKey) -> str:
-        """Where the file of `key` lies."""
-        return f"{self._directory(key.step)}/rank-{key.rank:05d}.snap"
+        """Where the file of `key` lies, below the URL."""
+        return f"{directory_of(key.step)}/{_file_name(key.rank)}"
 
-    def _directory(self, step: int) -> str:
-        return f"{self._root}/step-{step:08d}"
+    def verify(self, step: int) -> None:
+        """Read every byte of a committed step and compare all digests. Raises SnapshotCorrupt, SnapshotMissing naming the file."""
+        whole = self.checkpoint(step)
+        self._check_sizes(whole.manifest)
+        index = f"{directory_of(step)}/{METADATA}"
+        try:
+            found = xxhash.xxh3_128_hexdigest(self._storage.read(index))
+        except FileNotFoundError:
+            raise SnapshotMissing(f"checkpoint step={step}: no such file ({self._storage.where(index)})") from None
+        if found != whole.manifest.metadata:
+            raise SnapshotCorrupt(f"checkpoint step={step}: the index is not what was written ({self._storage.where(index)})")
+        for entry in whole.manifest.ranks:
+            whole.verify(entry.rank)
 
-    def _marker(self, step: int) -> str:
-        return f"{self._directory(step)}/{MARKER}"
+    def _checkpoint(self, key: SnapshotKey) -> Checkpoint:
+        manifest = self.manifest(key.step)
+        where = self._storage.where(_marker(key.step))
+        if self.world_size is not None and manifest.world_size != self.world_size:
+            text = f"world size {self.world_size} expected, {manifest.world_size} found"
+            raise SnapshotMismatch(f"checkpoint step={key.step}: {text} ({where})")
+        if key.kind != "snapshot" or not 0 <= key.rank < manifest.world_size:
+            raise SnapshotMissing(f"checkpoint step={key.step}: holds no {key} ({where})")
+        return Checkpoint(self._storage, manifest)
 
     def _directories(self) -> tuple[int, ...]:
-        with self._answering():
-            try:
-                names = [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
-            except FileNotFoundError:
-                return ()
-        return tuple(sorted(int(match[1]) for name in names if (match := _STEP_NAME.fullmatch(name))))
+        return tuple(sorted(int(match[1]) for name in self._storage.names() if (match := _STEP_NAME.fullmatch(name))))
 
     def _is_whole(self, step: int) -> bool:
         try:
             self._check_sizes(self.manifest(step))
-        except CheckpointError:
+        except (SnapshotCorrupt, SnapshotMismatch, SnapshotMissing):
             return False
         return True
 
     def _check_sizes(self, manifest: Manifest) -> None:
         for entry in manifest.ranks:
-            path = self.path(SnapshotKey(entry.rank, manifest.step))
+            path = f"{directory_of(manifest.step)}/{entry.file}"
+            where = self._storage.where(path)
             try:
-                with self._answering():
-                    found = self._fs.size(path)
+                found = self._storage.size(path)
             except FileNotFoundError:
-                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({path})") from None
+                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({where})") from None
             if found != entry.bytes:
-                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {found} found ({path})")
+                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {found} found ({where})")
 
-    # ------------------------------------------------------------------ bytes
-
-    def _fill(self, entry: File, key: SnapshotKey, target: Landing) -> None:
-        path = self.path(key)
-        digest = xxhash.xxh3_128()
+    def _fill(self, whole: Checkpoint, key: SnapshotKey, target: Landing) -> int:
         try:
-            with self._answering(), self._fs.open(path, "rb", block_size=_PIECE, cache_type="readahead") as file:
-                header = file.read(HEADER_BYTES)
-                view = target.receive(header)
-                if HEADER_BYTES + len(view) != entry.bytes:
-                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {HEADER_BYTES + len(view)} announced")
-                digest.update(header)
-                _read_into(file, view, digest)
-            if digest.hexdigest() != entry.xxh3_128:
-                raise SnapshotCorrupt(f"digest {entry.xxh3_128} expected, {digest.hexdigest()} found")
-            target.accept(rank=key.rank, step=key.step)
-        except FileNotFoundError:
-            raise SnapshotMissing(f"checkpoint step={key.step}: no such file ({path})") from None
-        except (SnapshotCorrupt, SnapshotMissing) as error:  # no seal in a file that a manifest lists is damage as well
-            raise SnapshotCorrupt(f"checkpoint step={key.step} rank={key.rank}: {error} ({path})") from error
+            tail, _ = whole.tail(key.rank)
+            num_bytes = announced_bytes(tail.head[:HEADER_BYTES])
+            view = target.receive(tail.head[:HEADER_BYTES])
+            rest = tail.head[HEADER_BYTES:]
+            if HEADER_BYTES + len(view) != num_bytes or len(view) < len(rest):
+                raise SnapshotCorrupt(f"{num_bytes} bytes announced, {HEADER_BYTES + len(view)} expected")
+            view[: len(rest)] = rest
+            whole.fill(key.rank, view[len(rest) :], verify=False)
+            try:
+                target.accept(rank=key.rank, step=key.step)
+            except SnapshotCorrupt:
+                whole.fill(key.rank, view[len(rest) :], verify=True)  # names the file and the tensor
+                raise
+        except SnapshotMissing as error:  # what a manifest lists is there, or it is damage
+            raise SnapshotCorrupt(str(error)) from error
+        return num_bytes
 
-    def _write(self, path: str, data: memoryview) -> None:
-        with self._answering():
-            if not self._local:
-                with self._fs.open(path, "wb", block_size=max(_PIECE, 5 << 20)) as file:
-                    _write_from(file, data)
-                return
-            directory = os.path.dirname(path)
-            os.makedirs(directory, exist_ok=True)
-            spare = f"{path}.{os.getpid()}.part"
-            with open(spare, "wb") as local:
-                _write_from(local, data)
-                local.flush()
-                os.fsync(local.fileno())
-            os.replace(spare, path)
-            for changed in (directory, os.path.dirname(directory)):
-                _sync_directory(changed)
 
-    def _remove(self, path: str) -> None:
-        with self._answering(), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(path)
+def directory_of(step: int) -> str:
+    """Of a step, below the URL."""
+    return f"step-{step:08d}"
 
-    def _remove_tree(self, path: str) -> None:
-        with self._answering(), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(path, recursive=True)
 
-    @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Storage that fails is TierUnavailable with the URL; a file that is not there stays FileNotFoundError."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise TierUnavailable(f"checkpoint URL {self.url!r}: {error}") from error
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.distcp"
+
+
+def _marker(step: int) -> str:
+    return f"{directory_of(step)}/{MARKER}"
+
+
+def _persisted(entry: File, step: int) -> Persisted:
+    return Persisted(
+        rank=entry.rank,
+        step=step,
+        num_bytes=entry.bytes,
+        tail_at=entry.tail_at,
+        digest=entry.xxh3_128,
+    )
 
 
 def _digest(manifest: Manifest) -> str:
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(msgspec.structs.replace(manifest, digest="")))
-
-
-def _read_into(file: Any, view: memoryview, digest: xxhash.xxh3_128) -> None:
-    done = 0
-    while done < len(view):
-        piece = view[done : done + _PIECE]
-        count = file.readinto(piece)
-        if not count:
-            raise SnapshotCorrupt(f"{HEADER_BYTES + len(view)} bytes expected, {HEADER_BYTES + done} found")
-        digest.update(piece[:count])
-        done += count
-    if file.read(1):
-        raise SnapshotCorrupt(f"{HEADER_BYTES + len(view)} bytes expected, more found")
-
-
-def _write_from(file: Any, data: memoryview) -> None:
-    for start in range(0, len(data), _PIECE):
-        file.write(data[start : start + _PIECE])
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

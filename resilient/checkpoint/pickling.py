@@ -63,6 +63,8 @@ def _put(out: bytearray, value: Any, known: _Known) -> None:
             out += b"\x88" if value else b"\x89"
         case int():
             _number(out, value)
+        case float():
+            out += b"G" + struct.pack(">d", value)
         case str() | Global():
             _once(out, value, known)
         case Call():

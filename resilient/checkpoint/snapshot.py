@@ -128,6 +128,23 @@ def parse(
     return Snapshot(found_step, found_rank, world_size, round_, head[:layout_len], head[layout_len:], payload, num_bytes, is_stamped)
 
 
+def layout_of(head: bytes) -> bytes:
+    """The layout in a head (all before the payload) whose digest was checked."""
+    return head[HEADER_BYTES : HEADER_BYTES + memoryview(head[:HEADER_BYTES]).cast("q")[_LAYOUT_BYTES]]
+
+
+def own_of(head: bytes) -> bytes:
+    """The own state in such a head."""
+    words = memoryview(head[:HEADER_BYTES]).cast("q")
+    begin = HEADER_BYTES + words[_LAYOUT_BYTES]
+    return head[begin : begin + words[_OWN_BYTES]]
+
+
+def stamped_digest(header: bytes) -> bytes:
+    """The payload's digest, as a stamped header says."""
+    return bytes(header[_PAYLOAD_DIGEST])
+
+
 def announced_bytes(header: bytes, where: str = "header") -> int:
     """Length of the whole snapshot that begins with this header. Raises SnapshotMissing, SnapshotCorrupt; checks no digest."""
     if len(header) != HEADER_BYTES:
@@ -336,21 +353,46 @@ class Slot:
 
         Raises SnapshotMissing if the seal moved meanwhile, SnapshotCorrupt if the payload is not what was stamped before.
         """
-        with hold.held(self._fd, self._words[_PAYLOAD_BYTES]):
-            seal, was_stamped = self._words[_SEAL], self.is_stamped()
-            found = self.read(verify=False)
+        with self.held():
+            generation, found = self.generation(), self.read(verify=False)
             if found.num_bytes > len(into):
                 raise SnapshotMissing(f"snapshot step={found.step}: it has grown to {found.num_bytes} bytes meanwhile ({self.where})")
-            _copy(self._fd, self._offset, into[: found.num_bytes])
-            payload = into[found.num_bytes - len(found.payload) : found.num_bytes]
-            digest = _hash(payload)
-            self._check_unmoved(seal)
-            if found.payload and was_stamped and bytes(into[_PAYLOAD_DIGEST]) != digest:
-                raise SnapshotCorrupt(f"snapshot step={found.step}: the payload is not what was hashed ({self.where})")
-            self._stamp(seal, digest, payload)
-            into[:HEADER_BYTES] = self.header()
-            self._check_unmoved(seal)
+            self.fill(into[: found.num_bytes], 0)
+            payload_at = found.num_bytes - len(found.payload)
+            into[:payload_at] = self.stamped_head(generation, _hash(into[payload_at : found.num_bytes]))
         return parse(into[: found.num_bytes], verify=False, stamped=True, where=self.where)
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Within this its writer waits a while before it overwrites what is sealed here (hold.py)."""
+        return hold.held(self._fd, self._words[_PAYLOAD_BYTES])
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Copy from here, `offset` bytes behind the header's begin. Nothing is checked: see `stamped_head`.
+
+        From the file instead of the mapping: the kernel copies without the GIL, so the agent's event loop goes on.
+        """
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done : done + _PIECE]], self._offset + offset + done)
+            if count == 0:
+                raise SnapshotCorrupt(f"segment: {len(view)} bytes expected at {offset}, {done} found ({self.where})")
+            done += count
+
+    def stamped_head(self, generation: int, digest: bytes) -> bytes:
+        """The payload that was read here since `generation` has this digest: stamp it, and give all before the payload, as it travels.
+
+        Raises SnapshotMissing if it was overwritten meanwhile, SnapshotCorrupt if it is not what was stamped before.
+        """
+        seal = self._words[_SEAL]
+        if seal >> 32 != generation or seal & _SEALED == 0:
+            raise SnapshotMissing(f"snapshot: overwritten while it was being read ({self.where})")
+        payload_at, payload_bytes = self._words[_PAYLOAD_AT], self._words[_PAYLOAD_BYTES]
+        if payload_bytes and self.is_stamped() and bytes(self._memory[_PAYLOAD_DIGEST]) != digest:
+            raise SnapshotCorrupt(f"snapshot step={self.sealed_step()}: the payload is not what was hashed ({self.where})")
+        self._stamp(seal, digest, self._memory[payload_at : payload_at + payload_bytes])
+        head = self.header() + bytes(self._memory[HEADER_BYTES:payload_at])
+        self._check_unmoved(seal)
+        return head
 
     def header(self) -> bytes:
         """The header as it travels: with generation zero, for that count is this memory's own affair."""
@@ -388,13 +430,3 @@ def _hash(payload: memoryview) -> bytes:
     for start in range(0, len(payload), _PIECE):
         digest.update(payload[start : start + _PIECE])
     return digest.digest()
-
-
-def _copy(fd: int, offset: int, into: memoryview) -> None:
-    """Read from the file instead of the mapping: the kernel copies without the GIL, so the agent's event loop goes on."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done : done + _PIECE]], offset + done)
-        if count == 0:
-            raise SnapshotCorrupt(f"segment: {len(into)} bytes expected, {done} found")
-        done += count

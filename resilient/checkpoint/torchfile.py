@@ -20,31 +20,31 @@ import zlib
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from resilient.checkpoint.layout import ALIGN, ITEMSIZES
 from resilient.checkpoint.pickling import Call, Global, Persistent, encode
 
-ALIGN: Final = 64  # as torch aligns the storages of a file
-# dtype as torch spells it: (typed storage, bytes of an element); None: torch saves it with an untyped storage and its dtype
-STORAGES: Final[dict[str, tuple[str | None, int]]] = {
-    "float32": ("FloatStorage", 4),
-    "float64": ("DoubleStorage", 8),
-    "float16": ("HalfStorage", 2),
-    "bfloat16": ("BFloat16Storage", 2),
-    "int64": ("LongStorage", 8),
-    "int32": ("IntStorage", 4),
-    "int16": ("ShortStorage", 2),
-    "int8": ("CharStorage", 1),
-    "uint8": ("ByteStorage", 1),
-    "bool": ("BoolStorage", 1),
-    "complex64": ("ComplexFloatStorage", 8),
-    "complex128": ("ComplexDoubleStorage", 16),
-    "uint16": (None, 2),
-    "uint32": (None, 4),
-    "uint64": (None, 8),
-    "float8_e4m3fn": (None, 1),
-    "float8_e5m2": (None, 1),
-    "float8_e4m3fnuz": (None, 1),
-    "float8_e5m2fnuz": (None, 1),
-    "float8_e8m0fnu": (None, 1),
+# dtype as torch spells it: its typed storage; None: torch saves it with an untyped storage and its dtype
+STORAGES: Final[dict[str, str | None]] = {
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+    "uint16": None,
+    "uint32": None,
+    "uint64": None,
+    "float8_e4m3fn": None,
+    "float8_e5m2": None,
+    "float8_e4m3fnuz": None,
+    "float8_e5m2fnuz": None,
+    "float8_e8m0fnu": None,
 }
 _ROOT: Final = "archive"
 _LIMIT: Final = 0xFFFFFFFF  # sizes and offsets from here on need zip64
@@ -65,7 +65,7 @@ def cover(dtype: str, shape: Sequence[int], *, crc32: int = 0) -> Cover:
     if dtype not in STORAGES:
         msg = f"a torch file of dtype {dtype!r}: one of {', '.join(STORAGES)} expected"
         raise ValueError(msg)
-    num_bytes = math.prod(shape) * STORAGES[dtype][1]
+    num_bytes = math.prod(shape) * ITEMSIZES[dtype]
     archive = _Archive()
     archive.small("data.pkl", _pickle(dtype, shape))
     archive.small("byteorder", b"little")
@@ -74,6 +74,15 @@ def cover(dtype: str, shape: Sequence[int], *, crc32: int = 0) -> Cover:
     archive.small("version", b"3\n")
     archive.finish()
     return Cover(front, archive.taken(), num_bytes)
+
+
+def cover_value(pickled: bytes) -> bytes:
+    """A whole torch file of something without tensors, given as its pickle (protocol 2)."""
+    archive = _Archive()
+    for name, data in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
+        archive.small(name, data)
+    archive.finish()
+    return archive.taken()
 
 
 class _Archive:
@@ -129,7 +138,7 @@ class _Archive:
 
 def _pickle(dtype: str, shape: Sequence[int]) -> bytes:
     """A call of torch's rebuilding function."""
-    storage, itemsize = STORAGES[dtype]
+    storage, itemsize = STORAGES[dtype], ITEMSIZES[dtype]
     count, strides, stride = math.prod(shape), [], 1
     for length in reversed(shape):
         strides.append(stride)

@@ -28,6 +28,10 @@ class Commits:
         """Whether a marker is being written."""
         return self.commit != NONE and self.commit not in self.committed
 
+    def files(self, step: int) -> int:
+        """How many ranks' files of an uncommitted step are there."""
+        return len(self._pending.get(step, ()))
+
     def take(self, report: Report, before: Report | None, *, leads: bool, world_size: int) -> int:
         """Take in what a node says; returns the step that was committed by it, or NONE. `before`: its last report."""
         news = NONE

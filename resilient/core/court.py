@@ -49,8 +49,8 @@ class Court:
         self.poison.update(fresh)
         findings = []
         for (tier, step, rank), refused in sorted(fresh.items()):
-            text = f"{tier} copy of step {step} of rank {rank}: {refused.reason}"
-            findings.append(Finding(seq=0, kind="refused", rank=rank, step=step, round=round_, text=text))
+            text = refused.reason if refused.kind != "refused" else f"{tier} copy of step {step} of rank {rank}: {refused.reason}"
+            findings.append(Finding(seq=0, kind=refused.kind, rank=rank, step=step, round=round_, text=text))
         return findings
 
     def blame(self, chairs: Iterable[Chair]) -> tuple[Blame, list[Finding]]:

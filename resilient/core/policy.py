@@ -34,12 +34,16 @@ TABLE: Final[dict[str, Verdict]] = {
     "node_lost": Verdict(verdict="replace", why="the node is silent"),
     "fork_failed": Verdict(verdict="replace", why="the worker could not be started"),
     "refused": Verdict(verdict="restart", why="a copy is damaged; another one is taken"),
+    "replicas_differ": Verdict(
+        verdict="watch", why="replicas are not equal to the last bit: silent data corruption, or ranks treated differently"
+    ),
     "unrecorded": Verdict(verdict="restart", why="a newcomer cannot repeat the set-up: the group starts again"),
     "store_lost": Verdict(verdict="restart", why="the store process is started again"),
     "zygote_lost": Verdict(verdict="restart", why="the zygote is started again"),
     "standby_lost": Verdict(verdict="restart", why="it had no chair; another one is warmed up"),
     "standbys_off": Verdict(verdict="watch", why="standbys die again and again; newcomers are forked when needed"),
     "allocation": Verdict(verdict="halt", why="the node has no room for the copies of its state"),
+    "warning": Verdict(verdict="watch", why="trouble may be coming: a checkpoint is made first"),
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")

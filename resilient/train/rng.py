@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import torch
+import xxhash
 
 
 def take() -> dict[str, Any]:
@@ -38,3 +39,13 @@ def put(state: dict[str, Any]) -> None:
     if "numpy" in state and numpy is not None:
         name, keys, pos, has_gauss, cached = state["numpy"]
         numpy.random.set_state((name, keys.numpy().astype("uint32"), pos, has_gauss, cached))
+
+
+def spread(rank: int) -> None:
+    """Draw other numbers from here on than the rank with which this one shares its state; the same ones each time."""
+    seed = xxhash.xxh3_64_intdigest(bytes(torch.get_rng_state().numpy()), seed=rank)
+    torch.manual_seed(seed)  # CUDA's too
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)

@@ -35,14 +35,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resilient.checkpoint import capture, codec
+from resilient.checkpoint.layout import Layout, Row, decode
 from resilient.errors import SnapshotMismatch, UsageError
-from resilient.train import rng
+from resilient.train import rng, twins, wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_RNG, _GRADS = " rng", " grads"  # in own state, beside the names given to `track`: no keyword can be called so
+_RNG, _GRADS, _CANARY = " rng", " grads", " canary"  # in own state, beside the names given to `track`: no keyword can be called so
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,9 @@ class Item:
         """Of the local part."""
         return self.local.numel() * self.local.element_size()
 
-    def row(self) -> list[Any]:
-        """Plain data that says what this is: (key, dtype, global shape, offsets, local shape)."""
-        dtype = str(self.local.dtype).removeprefix("torch.")
-        return [self.key, dtype, list(self.shape), list(self.offsets), list(self.local.shape)]
+    def row(self) -> Row:
+        """Plain data that says what this is."""
+        return Row(self.key, str(self.local.dtype).removeprefix("torch."), self.shape, self.offsets, tuple(self.local.shape))
 
 
 class Tracked:
@@ -75,8 +75,10 @@ class Tracked:
         self.optimizers: dict[str, Optimizer] = {}
         self.others: dict[str, Any] = {}
         self._items: list[Item] | None = None
+        self._layout = b""  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
         self._count = 0
+        self.canary: float | None = None  # the canary's number for this state (train/canary.py), where it was asked
 
     def add(self, name: str, thing: Any) -> None:
         """Track `thing`. Raises UsageError if its state cannot be taken and put back."""
@@ -102,7 +104,7 @@ class Tracked:
         """Every shared tensor, in an order that is equal on all ranks. Recomputed when optimizer state came into being."""
         count = sum(len(opt.state) for opt in self.optimizers.values())
         if self._items is None or count != self._count:
-            self._items, self._count = list(self._walk()), count
+            self._items, self._count, self._layout = list(self._walk()), count, b""
         return self._items
 
     def _walk(self) -> Iterator[Item]:
@@ -125,9 +127,19 @@ class Tracked:
                         yield replace(_item(f"{name}.state.{seen[id(param)]}.{key}", value), owner=(optimizer, param))
 
     def layout(self) -> tuple[bytes, str]:
-        """The rows of `shared` encoded, and their digest: equal digests mean that copies fit tensor by tensor."""
-        encoded = msgspec.msgpack.encode([item.row() for item in self.shared()])
-        return encoded, xxhash.xxh3_128_hexdigest(encoded)
+        """checkpoint/layout.py of `shared`, encoded, and its digest: equal digests mean that copies fit tensor by tensor."""
+        items = self.shared()
+        if not self._layout:
+            rows = tuple(item.row() for item in items)
+            self._layout = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules)).encode()
+        return self._layout, xxhash.xxh3_128_hexdigest(self._layout)
+
+    def _groups(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Per optimizer, the keys of each group's parameters."""
+        return {
+            name: tuple(tuple(self._keys.get(id(p), "") for p in group["params"]) for group in optimizer.param_groups)
+            for name, optimizer in self.optimizers.items()
+        }
 
     @property
     def replicated(self) -> bool:
@@ -225,15 +237,16 @@ class Tracked:
 
     def expected_layout_bytes(self) -> int:
         """At least the bytes of `layout`, whether or not the optimizers have made their state: none keeps 15 tensors a parameter."""
-        return 16 * len(msgspec.msgpack.encode([item.row() for item in self.shared() if item.owner is None]))
+        rows = tuple(item.row() for item in self.shared() if item.owner is None)
+        return 16 * len(Layout(rows, groups=self._groups()).encode())
 
     def shape_like(self, layout: bytes, where: str) -> None:
         """Make or drop optimizer state until `shared` has exactly the tensors of `layout`; their values are then to be filled.
 
         Raises SnapshotMismatch, naming the first difference, if that cannot be.
         """
-        rows = msgspec.msgpack.decode(layout)
-        wanted = {row[0] for row in rows}
+        rows = decode(layout).rows
+        wanted = {row.key for row in rows}
         if wanted - {item.key for item in self.shared()}:
             self.prime(wanted)
         for item in self.shared():
@@ -244,8 +257,7 @@ class Tracked:
         own = [item.row() for item in self.shared()]
         for there, here in zip(rows, own, strict=False):
             if there != here:
-                msg = f"{where}: {here[0]} {here[1]} {here[4]} of {here[2]} expected, {there[0]} {there[1]} {there[4]} of {there[2]} found"
-                raise SnapshotMismatch(msg)
+                raise SnapshotMismatch(f"{where}: {_described(here)} expected, {_described(there)} found")
         if len(rows) != len(own):
             msg = f"{where}: {len(own)} tensors expected, {len(rows)} found"
             raise SnapshotMismatch(msg)
@@ -254,7 +266,8 @@ class Tracked:
 
     def own(self) -> bytes:
         """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
-        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: [i for i, p in enumerate(self.trained()) if p.grad is not None]}
+        present = [i for i, p in enumerate(self.trained()) if p.grad is not None]
+        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: present, _CANARY: self.canary}
         for name, module in self.modules.items():
             if not gated(module):
                 tree[name] = dict(_persistent_buffers(module))
@@ -267,7 +280,7 @@ class Tracked:
     def load_own(self, encoded: bytes) -> None:
         """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
         tree = codec.decode(encoded, leaf=_unleaf)
-        wanted = {_RNG, _GRADS, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        wanted = {_RNG, _GRADS, _CANARY, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
         if set(tree) != wanted:
             msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
             raise SnapshotMismatch(msg)
@@ -290,6 +303,7 @@ class Tracked:
                 param.grad.zero_()
             else:
                 param.grad = torch.zeros_like(param)  # an optimizer moves a parameter whose gradient is zero, and skips one without
+        self.canary = tree[_CANARY]
         rng.put(tree[_RNG])  # last: a load_state_dict may have drawn numbers
 
 
@@ -315,6 +329,10 @@ def _state_shape(optimizer: Optimizer, group: dict[str, Any]) -> tuple[int, int]
 def _wanted(param: Tensor, head: str, wanted: set[str] | None) -> bool:
     """Whether state of this parameter is to be made."""
     return param.requires_grad if wanted is None else any(key.startswith(head) for key in wanted)
+
+
+def _described(row: Row) -> str:
+    return f"{row.key} {row.dtype} {list(row.local)} of {list(row.shape)}"
 
 
 def gated(module: nn.Module) -> bool:

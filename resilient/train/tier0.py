@@ -42,14 +42,15 @@ class Tier0:
         self.cost_s = 0.0  # of the last snapshot
         self.taken_s = time.monotonic()  # when it ended
 
-    def open(self, rank: int, world_size: int, *, adopt: bool) -> None:
+    def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE) -> int:
         """Get this chair's segments. adopt: keep what is sealed there (a newcomer); otherwise an earlier group's seals are void.
 
-        Raises TierUnavailable if there is no room for them.
+        reshape: have that step of the persistent tier, which another world wrote, cut for this rank; gives the old rank whose own state
+        comes with it. Raises TierUnavailable if there is no room, SnapshotMissing if that step cannot be had.
         """
         self.close()
         self._rank, self._world_size = rank, world_size
-        _, digest = self._tracked.layout()
+        rows, digest = self._tracked.layout()
         # Rounded so that a newcomer, whose optimizers have made their state already, asks for no more than its predecessor did at the
         # start: for growing, segments are made anew and copied, in the middle of a recovery.
         own_room = _rounded(2 * len(self._tracked.own())) * self._growth
@@ -61,6 +62,10 @@ class Tier0:
             replicated=self._tracked.replicated,
             own_bytes=_pages(own_bytes),
             snapshot_bytes=_pages(room),
+            often=self._tracked.undo_needed,
+            reshape=reshape,
+            rows=rows if reshape != NONE else b"",
+            world_size=world_size,
         )
         segments = self._desk.segments_for(wish)
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
@@ -70,6 +75,9 @@ class Tier0:
             for ring in (self._own.starts, self._own.gate, self._ring):
                 for slot in ring.slots if ring is not None else ():
                     slot.unseal()
+        if segments.refused:
+            raise SnapshotMissing(segments.refused)
+        return segments.own_of
 
     def close(self) -> None:
         """Unmap."""

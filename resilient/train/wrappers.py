@@ -16,7 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
 
     from resilient.train.state import Tracked
 
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 def replicas(tracked: Tracked) -> Iterator[DistributedDataParallel]:
     """The DDP wrappers among what is tracked."""
     return (module for root in tracked.modules.values() for module in root.modules() if isinstance(module, DistributedDataParallel))
+
+
+def prefixes(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Where a DDP wrapper puts its own `module.` into the names of parameters: those names up to there."""
+    inside = ((name, path) for name, root in modules.items() for path, m in root.named_modules() if isinstance(m, DistributedDataParallel))
+    return tuple(f"{name}.{path}." if path else f"{name}." for name, path in inside)
 
 
 def rebuild_buckets(tracked: Tracked) -> None:

@@ -12,25 +12,37 @@ import fsspec
 import msgspec
 import pytest
 
-from resilient.checkpoint import memory
+from resilient.checkpoint import codec, memory
 from resilient.checkpoint.chest import MemoryTier
-from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.disk import DiskTier, Keep
 from resilient.checkpoint.holder import PeerServer
+from resilient.checkpoint.layout import Layout, Row, Twins, padded
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer, PeerTier
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
+from resilient.checkpoint.source import Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import Recorded
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing, TierUnavailable
+
+OWN = codec.encode({"model": {}, "counter": {"seen": 7}})
+
+
+def described(payload_bytes: int, twins: Twins) -> bytes:
+    """A layout of so many bytes."""
+    rows = (Row("model.w", "uint8", (payload_bytes,), (0,), (payload_bytes,)),)
+    return Layout(rows if payload_bytes else (), twins).encode()
 
 
 def sealed(directory, rank: int, step: int, payload: bytes = b"payload", *, stamp: bool = True) -> bytes:
     """The bytes of a sound snapshot."""
     path = directory / f"made-{uuid.uuid4()}"
-    path.write_bytes(bytes(slot_bytes(6, 3, len(payload))))
+    layout, room = described(len(payload), Twins(rank)), padded(len(payload))
+    path.write_bytes(bytes(slot_bytes(len(layout), len(OWN), room)))
     slot = Slot(str(path))
-    slot.begin(run="run", rank=rank, world_size=2, round=1, layout=b"layout", own=b"own", payload_bytes=len(payload))[:] = payload
+    view = slot.begin(run="run", rank=rank, world_size=2, round=1, layout=layout, own=OWN, payload_bytes=room)
+    view[: len(payload)] = payload
     slot.seal(step)
     if not stamp:
         return path.read_bytes()
@@ -75,10 +87,10 @@ class TierContract:
     def test_it_comes_back_into_a_segment(self, tier, kept, tmp_path):
         key = SnapshotKey(1, 2)
         path = tmp_path / "segment"
-        path.write_bytes(bytes(slot_bytes(6, 3, 10_000)))
+        path.write_bytes(bytes(slot_bytes(500, 500, 10_048)))
         ring = Ring.open([str(path)])
         tier.get(key, ring)
-        assert bytes(ring.get(2).read(rank=1, step=2, stamped=True).payload) == bytes([1, 2]) * 5000
+        assert bytes(ring.get(2).read(rank=1, step=2, stamped=True).payload[:10_000]) == bytes([1, 2]) * 5000
         ring.close()
 
     def test_what_is_not_there_is_missing(self, tier, kept):
@@ -120,7 +132,7 @@ class TierContract:
         self.publish(tier, SnapshotKey(0, 5))
         into = bytearray(len(copy))
         tier.get(SnapshotKey(0, 5), into)
-        assert parse(into, step=5, stamped=True).payload == payload
+        assert parse(into, step=5, stamped=True).payload[: len(payload)] == payload
 
 
 class TestMemory(TierContract):
@@ -233,7 +245,7 @@ class TestPeer(TierContract):
 class DiskContract(TierContract):
     def publish(self, tier, *keys):
         for step in sorted({key.step for key in keys}):
-            parts = [tier.write(key, tier.test_data[key]) for key in keys if key.step == step]
+            parts = [tier.write(key, Whole(tier.test_data[key])) for key in keys if key.step == step]
             tier.commit(step, parts, run="run")
 
     @pytest.fixture
@@ -254,7 +266,7 @@ class DiskContract(TierContract):
         return found
 
     def file(self, tier, key):
-        return tier._fs, tier.path(key)
+        return tier._storage._fs, tier._storage.where(tier.path(key))
 
     def damage(self, fs, path, position: int) -> None:
         data = bytearray(fs.cat_file(path))
@@ -263,7 +275,7 @@ class DiskContract(TierContract):
 
     def test_nothing_counts_before_the_marker(self, tier, tmp_path):
         key = SnapshotKey(0, 1200)
-        part = tier.write(key, sealed(tmp_path, 0, 1200))
+        part = tier.write(key, Whole(sealed(tmp_path, 0, 1200)))
         assert list(tier.list()) == []
         with pytest.raises(SnapshotMissing, match=r"no commit marker.*step-00001200/COMMIT\.json"):
             tier.get(key, bytearray(20_000))
@@ -271,25 +283,28 @@ class DiskContract(TierContract):
         assert tier.steps() == (1200,)
         assert list(tier.list()) == [key]
         fs, path = self.file(tier, key)
-        assert path.endswith("/step-00001200/rank-00000.snap")
+        assert path.endswith("/step-00001200/rank-00000.distcp")
         assert sorted(name.rpartition("/")[2] for name in fs.ls(path.rpartition("/")[0], detail=False)) == [
+            ".metadata",
             "COMMIT.json",
-            "rank-00000.snap",
+            "rank-00000.distcp",
         ]
 
     def test_the_manifest_is_readable(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
-        found = json.loads(fs.cat_file(path.replace("rank-00000.snap", "COMMIT.json")))
-        assert (found["format"], found["step"], found["world_size"], found["run"]) == (1, 2, 2, "run")
-        assert found["ranks"][1]["file"] == "rank-00001.snap"
-        assert found["ranks"][1]["bytes"] == len(kept[SnapshotKey(1, 2)])
+        found = json.loads(fs.cat_file(path.replace("rank-00000.distcp", "COMMIT.json")))
+        assert (found["format"], found["step"], found["world_size"], found["run"]) == (2, 2, 2, "run")
+        assert found["ranks"][1]["file"] == "rank-00001.distcp"
+        assert found["ranks"][1]["bytes"] == len(fs.cat_file(path.replace("rank-00000", "rank-00001")))
 
     def test_a_damaged_file_is_named(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
-        for position in (8, 100, 300, -1):
+        for position in (*range(0, len(fs.cat_file(path)), 97), 5000, -1):
             self.damage(fs, path, position)
-            with pytest.raises(SnapshotCorrupt, match=r"step=2 .*rank-00000\.snap"):
+            with pytest.raises(SnapshotCorrupt, match=r"step=2 .*rank-00000\.distcp"):
                 tier.get(SnapshotKey(0, 2), bytearray(20_000))
+            with pytest.raises(SnapshotCorrupt, match=r"step=2 .*rank-00000\.distcp"):
+                tier.verify(2)
             self.damage(fs, path, position)
         assert tier.get(SnapshotKey(0, 2), bytearray(20_000))
 
@@ -298,24 +313,24 @@ class DiskContract(TierContract):
         fs, path = self.file(tier, SnapshotKey(0, 2))
         data = fs.cat_file(path)
         fs.pipe_file(path, {"shorter": data[:-1], "longer": data + b"?", "empty": b"", "header only": data[:HEADER_BYTES]}[change])
-        with pytest.raises(SnapshotCorrupt, match=r"expected.*rank-00000\.snap"):
+        with pytest.raises(SnapshotCorrupt, match=r"expected.*rank-00000\.distcp"):
             tier.get(SnapshotKey(0, 2), bytearray(20_000))
 
     def test_another_ranks_sound_file_is_not_taken(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
-        fs.pipe_file(path, kept[SnapshotKey(1, 2)])
-        with pytest.raises(SnapshotCorrupt, match=r"digest .*rank-00000\.snap"):
+        fs.pipe_file(path, fs.cat_file(path.replace("rank-00000", "rank-00001")))
+        with pytest.raises(SnapshotCorrupt, match=r"digest .*rank-00000\.distcp"):
             tier.get(SnapshotKey(0, 2), bytearray(20_000))
 
     def test_a_file_that_is_gone_is_named(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
         fs.rm_file(path)
-        with pytest.raises(SnapshotMissing, match=r"rank-00000\.snap"):
+        with pytest.raises(SnapshotCorrupt, match=r"no such file.*rank-00000\.distcp"):
             tier.get(SnapshotKey(0, 2), bytearray(20_000))
 
     def test_every_damage_to_the_manifest_is_seen(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
-        marker = path.replace("rank-00000.snap", "COMMIT.json")
+        marker = path.replace("rank-00000.distcp", "COMMIT.json")
         good = fs.cat_file(marker)
         for position, byte in enumerate(good):
             if chr(byte).isspace():
@@ -338,36 +353,35 @@ class DiskContract(TierContract):
         assert DiskTier(url, world_size=2).get(SnapshotKey(0, 2), bytearray(20_000)) == len(kept[SnapshotKey(0, 2)])
 
     def test_a_marker_needs_all_files(self, tier, tmp_path):
-        parts = [tier.write(SnapshotKey(rank, 5), sealed(tmp_path, rank, 5)) for rank in (0, 1)]
+        parts = [tier.write(SnapshotKey(rank, 5), Whole(sealed(tmp_path, rank, 5))) for rank in (0, 1)]
         fs, path = self.file(tier, SnapshotKey(1, 5))
         fs.rm_file(path)
-        with pytest.raises(SnapshotMissing, match=r"rank-00001\.snap"):
+        with pytest.raises(SnapshotMissing, match=r"rank-00001\.distcp"):
             tier.commit(5, parts, run="run")
         assert tier.steps() == ()
 
     def test_a_committed_step_is_written_again_only_if_its_bytes_were_wrong(self, tier, kept, tmp_path):
         other = sealed(tmp_path, 0, 2, b"other")
-        part = tier.write(SnapshotKey(0, 2), other)
-        assert part.num_bytes == len(kept[SnapshotKey(0, 2)])
+        before = tier.entry(SnapshotKey(0, 2)).xxh3_128
+        assert tier.write(SnapshotKey(0, 2), Whole(other)).digest == before
         assert tier.steps() == (1, 2)
-        part = tier.write(SnapshotKey(0, 2), other, again=True)
-        assert part.num_bytes == len(other)
+        assert tier.write(SnapshotKey(0, 2), Whole(other), again=True).digest != before
         assert tier.steps() == (1,)
 
     def test_old_checkpoints_go_and_the_last_whole_one_stays(self, tier, tmp_path):
         for step in (100, 200, 300, 400, 500):
-            tier.commit(step, [tier.write(SnapshotKey(0, step), sealed(tmp_path, 0, step))], run="run")
+            tier.commit(step, [tier.write(SnapshotKey(0, step), Whole(sealed(tmp_path, 0, step)))], run="run")
         for step in (150, 450, 600):  # never committed
-            tier.write(SnapshotKey(0, step), sealed(tmp_path, 0, step))
+            tier.write(SnapshotKey(0, step), Whole(sealed(tmp_path, 0, step)))
         fs, path = self.file(tier, SnapshotKey(0, 500))
         fs.pipe_file(path, b"damaged")
-        assert tier.prune(keep_last=2) == (100, 150, 200)  # 500 is not whole, so it does not count
-        assert tier.prune(keep_last=1, distrusted={400}) == ()
-        assert tier.prune(keep_last=1) == (300,)
+        assert tier.prune(Keep(2)) == (100, 150, 200)  # 500 is not whole, so it does not count
+        assert tier.prune(Keep(1), distrusted={400}) == ()
+        assert tier.prune(Keep(1)) == (300,)
         assert tier.steps() == (400, 500)
         assert tier._directories() == (400, 450, 500, 600)
         fs.pipe_file(path.replace("500", "400"), b"damaged")
-        assert tier.prune(keep_last=1) == ()
+        assert tier.prune(Keep(1)) == ()
 
     def test_other_files_at_the_url_are_left_alone(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
@@ -375,7 +389,7 @@ class DiskContract(TierContract):
         fs.pipe_file(f"{root}/notes.txt", b"mine")
         fs.makedirs(f"{root}/step-best", exist_ok=True)
         assert tier.steps() == (1, 2)
-        tier.prune(keep_last=1)
+        tier.prune(Keep(1))
         assert fs.cat_file(f"{root}/notes.txt") == b"mine"
 
 
@@ -390,13 +404,13 @@ class TestLocalDirectory(DiskContract):
     def test_no_half_written_file_has_a_name_that_counts(self, tier, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         with pytest.raises(TierUnavailable, match="Input/output error"):
-            tier.write(SnapshotKey(0, 1), sealed(tmp_path, 0, 1))
-        assert [path.name for path in (tmp_path / "checkpoints/step-00000001").iterdir() if path.suffix == ".snap"] == []
+            tier.write(SnapshotKey(0, 1), Whole(sealed(tmp_path, 0, 1)))
+        assert [path.name for path in (tmp_path / "checkpoints/step-00000001").iterdir() if path.suffix == ".distcp"] == []
 
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("not a directory")
         with pytest.raises(TierUnavailable, match=f"checkpoint URL '{tmp_path}/file/x'"):
-            DiskTier(f"{tmp_path}/file/x").write(SnapshotKey(0, 1), sealed(tmp_path, 0, 1))
+            DiskTier(f"{tmp_path}/file/x").write(SnapshotKey(0, 1), Whole(sealed(tmp_path, 0, 1)))
 
 
 class TestMemoryUrl(DiskContract):
@@ -416,7 +430,7 @@ def test_a_url_of_an_unknown_kind():
 def test_the_manifest_survives_reformatting(tmp_path):
     """People may pretty-print it: the digest is over its contents."""
     tier = DiskTier(str(tmp_path))
-    tier.commit(1, [tier.write(SnapshotKey(0, 1), sealed(tmp_path, 0, 1))], run="run")
+    tier.commit(1, [tier.write(SnapshotKey(0, 1), Whole(sealed(tmp_path, 0, 1)))], run="run")
     marker = tmp_path / "step-00000001/COMMIT.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()), indent=8))
     assert msgspec.structs.asdict(tier.manifest(1))["world_size"] == 1

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from launched import Launched
 
-from resilient.checkpoint.snapshot import parse
+from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.layout import padded
 from resilient.cli import main
 
 pytestmark = pytest.mark.process
@@ -34,16 +33,16 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def whole(kept: pathlib.Path) -> dict[str, torch.Tensor]:
     """All tensors, put together from the ranks' snapshots by hand."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(kept.glob("step-*/rank-*.snap")):
-        snapshot = parse(memoryview(bytearray(file.read_bytes())))
-        offset = 0
-        for key, dtype, shape, offsets, local in msgspec.msgpack.decode(snapshot.layout):
-            kind = getattr(torch, dtype)
-            size = math.prod(local) * kind.itemsize
-            part = torch.frombuffer(bytearray(snapshot.payload[offset : offset + size] or b"\0" * 8), dtype=torch.uint8)[:size]
-            box = tuple(slice(begin, begin + length) for begin, length in zip(offsets, local, strict=True))
-            found.setdefault(key, torch.zeros(shape, dtype=kind))[box] = part.view(kind).view(local)
-            offset += -(-size // 64) * 64
+    whole = DiskTier(str(kept)).checkpoint(STEP)
+    for rank in range(WORLD):
+        _, described = whole.tail(rank)
+        payload = memoryview(bytearray(sum(padded(row.num_bytes) for row in described.rows)))
+        whole.fill(rank, payload, verify=True)
+        for row, (offset, size) in zip(described.rows, described.places(), strict=True):
+            kind = getattr(torch, row.dtype)
+            part = torch.frombuffer(bytearray(payload[offset : offset + size] or b"\0" * 8), dtype=torch.uint8)[:size]
+            box = tuple(slice(begin, begin + length) for begin, length in zip(row.offsets, row.local, strict=True))
+            found.setdefault(row.key, torch.zeros(row.shape, dtype=kind))[box] = part.view(kind).view(row.local)
     return found
 
 
@@ -67,7 +66,7 @@ def test_an_export_is_read_by_a_program_that_knows_nothing_of_us(kept: pathlib.P
 
 
 def test_damage_is_named_and_never_handed_on(kept: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    file = sorted(kept.glob("step-*/rank-*.snap"))[1]
+    file = sorted(kept.glob("step-*/rank-*.distcp"))[1]
     sound = file.read_bytes()
     data = bytearray(sound)
     data[len(data) // 2] ^= 4

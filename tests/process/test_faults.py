@@ -197,7 +197,7 @@ def test_everything_killed_continues_from_the_persistent_tier(tmp_path: pathlib.
         kill_everything(run)
     newest = max(e["step"] for e in run.events("checkpoint_committed"))
     if damage:
-        file = sorted((tmp_path / "kept").glob(f"step-{newest:08d}/*.snap"))[1]
+        file = sorted((tmp_path / "kept").glob(f"step-{newest:08d}/rank-*.distcp"))[1]
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 4
         file.write_bytes(data)

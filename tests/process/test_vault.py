@@ -17,14 +17,17 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 from resilient_agents import drain
 from resilient_agents.lane import Lane
 from resilient_agents.vault import FORSAKEN_STEPS, Vault
 
-from resilient.checkpoint import memory
+from resilient import checkpoint
+from resilient.checkpoint import codec, hold, memory
 from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.layout import Row, Twins
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.snapshot import Slot, slot_bytes
@@ -35,8 +38,7 @@ from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 pytestmark = pytest.mark.process
 
-PAYLOAD = 300_000
-LAYOUT = b"layout"
+PAYLOAD = 4700 * 64
 
 WRITER = """
 import hashlib, sys
@@ -67,8 +69,14 @@ def right(payload: memoryview, step: int) -> bool:
     return all(payload[start : start + 50_000] == piece[: len(payload[start : start + 50_000])] for start in range(0, len(payload), 50_000))
 
 
-def layout(rank: int = 0, *, replicated: bool = False, payload: int = PAYLOAD) -> Layout:
-    return Layout(rank=rank, digest="", replicated=replicated, own_bytes=20_000, snapshot_bytes=slot_bytes(6, 100, payload))
+def layout(rank: int = 0, *, replicated: bool = False, payload: int = PAYLOAD, often: bool = False) -> Layout:
+    room = slot_bytes(200, 100, payload)
+    return Layout(rank=rank, digest="", replicated=replicated, own_bytes=20_000, snapshot_bytes=room, often=often)
+
+
+def described(rank: int) -> bytes:
+    """What a snapshot says of its payload."""
+    return checkpoint.layout.Layout((Row("model.w", "uint8", (PAYLOAD,), (0,), (PAYLOAD,)),), Twins(rank)).encode()
 
 
 async def until(condition, timeout_s: float = 15.0, poke=lambda: None):
@@ -121,8 +129,9 @@ class Worker:
             self.snapshot(step)
 
     def snapshot(self, step: int, world_size: int = 1) -> None:
+        own = codec.encode({"seed": seed(step)})
         view = self.ring.begin(
-            run="run", rank=self.rank, world_size=world_size, round=1, layout=LAYOUT, own=seed(step), payload_bytes=PAYLOAD
+            run="run", rank=self.rank, world_size=world_size, round=1, layout=described(self.rank), own=own, payload_bytes=PAYLOAD
         )
         for start in range(0, len(view), 50_000):
             view[start : start + 50_000] = (seed(step) * 1563)[: len(view[start : start + 50_000])]
@@ -460,7 +469,7 @@ async def test_a_later_run_goes_on_from_the_newest_checkpoint(tmp_path):
 async def test_a_damaged_checkpoint_is_refused_by_name_and_written_anew_later(tmp_path, caplog):
     url = str(tmp_path / "checkpoints")
     await committed(tmp_path, url, 10, 20)
-    path = tmp_path / "checkpoints/step-00000020/rank-00001.snap"
+    path = tmp_path / "checkpoints/step-00000020/rank-00001.distcp"
     data = bytearray(path.read_bytes())
     data[200_000] ^= 4
     path.write_bytes(data)
@@ -486,20 +495,38 @@ async def test_a_damaged_checkpoint_is_refused_by_name_and_written_anew_later(tm
         tier.get(SnapshotKey(rank, 20), bytearray(2 * PAYLOAD))
 
 
-async def test_another_world_size_is_refused(tmp_path):
+async def test_a_checkpoint_of_another_world_size_is_cut_to_what_a_rank_tracks(tmp_path):
     url = str(tmp_path / "checkpoints")
     await committed(tmp_path, url, 10)
+    rows = checkpoint.layout.Layout((Row("model.w", "uint8", (PAYLOAD,), (64,), (640,)),))
+    other = checkpoint.layout.Layout((Row("model.v", "uint8", (PAYLOAD,), (0,), (640,)),))
     async with vault(tmp_path / "shm", url=url) as keeper:
-        keeper.do(VaultDo(fetch=(Fetch(rank=0, step=10, tier="persistent"),), ranks=(0,), world_size=4))
-        refused = await until(lambda: keeper.known().refused)
-        assert "world size 4 expected, 2 found" in refused[0].reason
+        wanted = Fetch(rank=3, step=10, tier="persistent")
+        keeper.do(VaultDo(fetch=(wanted,), ranks=(3,), world_size=4))
+        await until(lambda: keeper.known().fetched == (wanted,))
+        assert keeper.snapshot_path(3, 10) == "", "what it needs of it is not known yet"
+        ask = msgspec.structs.replace(layout(3), reshape=10, rows=rows.encode(), world_size=4)
+        found = await keeper.reshape(msgspec.structs.replace(ask, rows=other.encode()))
+        assert found.refused == "model.w: it is in the checkpoint, and not tracked here"
+        found = await keeper.reshape(ask)
+        assert (found.refused, found.error, found.own_of) == ("", "", 1)
+        slot = Slot(keeper.snapshot_path(3, 10), writable=False)
+        sealed = slot.read(rank=3, step=10)
+        assert bytes(sealed.payload) == (seed(10) * 30)[64:704]
+        assert (sealed.world_size, codec.decode(sealed.own)) == (4, {"seed": seed(10)})
+        del sealed
+        slot.close()
+        keeper.poke()
+        await asyncio.sleep(0.2)
+    assert DiskTier(url).manifest(10).world_size == 2, "it was not written over"
 
 
 async def test_everything_killed_while_a_checkpoint_is_written(tmp_path):
     """No commit, so it is not there; what is left of it goes with the next commit after it."""
     url = str(tmp_path / "checkpoints")
     await committed(tmp_path, url, 10)
-    DiskTier(url)._write(f"{url}/step-00000020/rank-00000.snap", memoryview(b"half"))
+    (tmp_path / "checkpoints/step-00000020").mkdir()
+    (tmp_path / "checkpoints/step-00000020/rank-00000.distcp.77.part").write_bytes(b"half")
     async with vault(tmp_path / "shm", url=url) as keeper:
         await until(lambda: keeper.known().available == (10,))
     await committed(tmp_path, url, 30)
@@ -532,12 +559,37 @@ async def test_storage_that_hangs_holds_up_nothing(tmp_path, caplog, monkeypatch
     release.set()
 
 
-async def test_slow_storage_leaves_some_out(tmp_path, caplog, monkeypatch):
+async def test_a_writer_is_never_held_up_by_storage_and_is_copied_from_then_on(tmp_path, caplog, monkeypatch):
     gate = threading.Event()
     real = DiskTier.write
     monkeypatch.setattr(DiskTier, "write", lambda *args, **words: (gate.wait(30), real(*args, **words))[1])
     async with vault(tmp_path / "shm", url=str(tmp_path / "checkpoints")) as keeper:
         worker = Worker(keeper, layout(0))
+        worker.snapshot(10)
+        keeper.poke()
+        await asyncio.sleep(0.1)
+        begin = time.monotonic()
+        worker.snapshot(11)
+        worker.snapshot(12)
+        assert time.monotonic() - begin < hold.PATIENCE_S
+        gate.set()
+        await until(lambda: "rank 0 left out of a checkpoint" in caplog.text)
+        gate.clear()
+        worker.snapshot(20)
+        keeper.poke()
+        await asyncio.sleep(0.1)
+        worker.snapshot(21)
+        worker.snapshot(22)
+        gate.set()
+        await until(lambda: [part.step for part in keeper.known().persisted] == [20])
+
+
+async def test_slow_storage_leaves_some_out(tmp_path, caplog, monkeypatch):
+    gate = threading.Event()
+    real = DiskTier.write
+    monkeypatch.setattr(DiskTier, "write", lambda *args, **words: (gate.wait(30), real(*args, **words))[1])
+    async with vault(tmp_path / "shm", url=str(tmp_path / "checkpoints")) as keeper:
+        worker = Worker(keeper, layout(0, often=True))
         for step in (10, 20, 30):
             worker.snapshot(step)
             keeper.poke()
@@ -582,7 +634,8 @@ async def test_segments_of_a_dead_agent_are_removed_at_the_next_start(tmp_path):
     code = """
 import asyncio, os, sys
 from pathlib import Path
-from resilient.checkpoint import memory
+from resilient import checkpoint
+from resilient.checkpoint import codec, hold, memory
 from resilient.core.messages import Layout
 from resilient_agents.vault import FORSAKEN_STEPS, Vault
 async def main():

@@ -30,6 +30,19 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     assert (options.standbys, options.run_dir, options.checkpoint_every, options.shadows) == (3, "from environment", 7, "none")
 
 
+@pytest.mark.parametrize(("given", "found"), [("auto", "auto"), ("0", 0), ("250", 250)])
+def test_a_number_or_the_word(given: str, found: int | str) -> None:
+    assert config.resolve(parsed("--checkpoint-every", given), {}, None).checkpoint_every == found
+    assert config.resolve({}, {"RESILIENT_CHECKPOINT_EVERY": given}, None).checkpoint_every == found
+
+
+def test_a_number_or_the_word_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('checkpoint_every = "auto"\n')
+    assert config.resolve({}, {"RESILIENT_CHECKPOINT_EVERY": "3"}, str(file)).checkpoint_every == 3
+    assert config.resolve({}, {}, str(file)).checkpoint_every == "auto"
+
+
 @pytest.mark.parametrize("spelling", ["--lease-s", "--lease_s", "--lease"])
 def test_spellings_of_a_flag(spelling: str) -> None:
     assert config.resolve(parsed(spelling, "2.5"), {}, None).lease_s == 2.5
@@ -58,6 +71,10 @@ def test_what_is_set_for_workers_is_no_option(name: str) -> None:
         ({"standbys": "many"}, "option 'standbys' on the command line"),
         ({"standbys": "-1"}, ">= 0"),
         ({"lease_s": "0"}, "> 0"),
+        ({"checkpoint_every": "often"}, "option 'checkpoint_every' on the command line: .*'often'"),
+        ({"checkpoint_every": "-1"}, ">= 0"),
+        ({"checkpoint_budget": "1.5"}, "<= 1"),
+        ({"grace_s": "-1"}, ">= 0"),
         ({"shadows": "some"}, "shadows"),
     ],
 )

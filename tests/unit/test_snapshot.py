@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resilient.checkpoint import hold, snapshot
+from resilient.checkpoint import hold
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
 from resilient.core.messages import NONE
@@ -154,15 +154,15 @@ def test_a_staged_copy_stands_alone(slot):
 def test_a_writer_waits_for_a_copy_under_way(slot, monkeypatch):
     write(slot, 7, b"payload")
     writer, waits = threading.Thread(target=write, args=(slot, 8, b"another")), []
-    real = snapshot._copy
+    real = slot.fill
 
-    def copy(*args):
+    def fill(*args):
         writer.start()
         writer.join(0.2)
         waits.append((writer.is_alive(), slot.sealed_step()))
         real(*args)
 
-    monkeypatch.setattr(snapshot, "_copy", copy)
+    monkeypatch.setattr(slot, "fill", fill)
     spare = memoryview(bytearray(room(10_000)))
     assert bytes(slot.stage(spare).payload) == b"payload"
     writer.join(10)
@@ -173,8 +173,8 @@ def test_a_writer_waits_for_a_copy_under_way(slot, monkeypatch):
 def test_a_copy_that_hangs_holds_nobody_up_for_ever(slot, monkeypatch):
     monkeypatch.setattr(hold, "PATIENCE_S", 0.05)
     write(slot, 7, b"payload")
-    real = snapshot._copy
-    monkeypatch.setattr(snapshot, "_copy", lambda *args: (write(slot, 8, b"another"), real(*args)))
+    real = slot.fill
+    monkeypatch.setattr(slot, "fill", lambda *args: (write(slot, 8, b"another"), real(*args)))
     with pytest.raises(SnapshotMissing, match="overwritten"):
         slot.stage(memoryview(bytearray(room(10_000))))
     assert bytes(slot.read(step=8).payload) == b"another"

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 from resilient.checkpoint.dcp import Chunk, Tensor, Where, metadata
+from resilient.checkpoint.layout import ALIGN, ITEMSIZES
 from resilient.checkpoint.pickling import encode
-from resilient.checkpoint.torchfile import ALIGN, STORAGES, cover
+from resilient.checkpoint.torchfile import STORAGES, cover
 
 SHAPES = [(), (0,), (3,), (2, 3, 5), (100, 17)]
 
@@ -24,7 +25,7 @@ SHAPES = [(), (0,), (3,), (2, 3, 5), (100, 17)]
 def raw_of(dtype, count):
     """Random bytes that are elements of this dtype."""
     top = 2 if dtype == "bool" else 256
-    return torch.randint(0, top, (count * STORAGES[dtype][1],), dtype=torch.uint8)
+    return torch.randint(0, top, (count * ITEMSIZES[dtype],), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", STORAGES)

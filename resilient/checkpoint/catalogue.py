@@ -1,0 +1,82 @@
+"""Catalogue: the `.metadata` of a checkpoint, from the tails of its rank files.
+
+Think of a library that shelves a book once and has two cards for it: one under the name its author used, one under the name by which
+readers ask for it.
+
+Contract: pure. A tensor has a card under the name that the run gave it (`model.module.weight` where DDP wraps it), and one under the name
+that torch's state-dict functions use (`model.weight`; `optimizer.state.weight.exp_avg`), if no other tensor has that. A box that several
+ranks wrote is listed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from resilient.checkpoint.dcp import Chunk, Tensor, Where, metadata
+from resilient.checkpoint.extras import plain_name
+from resilient.checkpoint.layout import Layout
+from resilient.checkpoint.rankfile import Tail
+
+Path = tuple[str | int, ...]
+
+
+class _Card(NamedTuple):
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: dict[tuple[int, ...], Chunk]
+
+
+def catalogue(files: Iterable[tuple[str, Tail, Layout]]) -> bytes:
+    """files: (name below the checkpoint's directory, its tail, its layout), of all ranks in order."""
+    cards: dict[str, _Card] = {}  # by the run's own name
+    values: dict[str, tuple[Path, Where]] = {}
+    named: dict[str, dict[str, Path]] = {}  # torch's name -> the run's -> path
+    for file, tail, layout in files:
+        for item in tail.items:
+            row = layout.rows[item.row]
+            path = own_path(row.key, layout)
+            card = cards.setdefault(row.key, _Card(path, row.dtype, row.shape, {}))
+            if row.num_bytes:
+                where = Where(file, item.offset, item.length, item.codec)
+                card.chunks.setdefault(row.offsets, Chunk(row.offsets, row.local, where))
+            known = torch_path(path, layout)
+            named.setdefault(".".join(map(str, known)), {})[row.key] = known
+        for extra in tail.extras:
+            where = Where(file, extra.offset, extra.length)
+            if not extra.dtype:
+                values.setdefault(extra.key, (extra.path, where))
+                continue
+            begin = (0,) * len(extra.shape)
+            plain = plain_name(extra.key, layout)
+            for key in {extra.key, plain}:
+                card = _Card((key.partition(".")[0], key.partition(".")[2]), extra.dtype, extra.shape, {})
+                cards.setdefault(key, card).chunks.setdefault(begin, Chunk(begin, extra.shape, where))
+    for name, keys in named.items():
+        if len(keys) == 1 and name not in cards:
+            ((key, path),) = keys.items()
+            cards[name] = cards[key]._replace(path=path)
+    tensors = {key: Tensor(card.dtype, card.shape, tuple(card.chunks.values())) for key, card in cards.items()}
+    paths = {**{key: card.path for key, card in cards.items()}, **{key: path for key, (path, _) in values.items()}}
+    return metadata(tensors, {key: where for key, (_, where) in values.items()}, paths)
+
+
+def own_path(key: str, layout: Layout) -> Path:
+    """The run's name of a tensor as keys of nested dicts: (model, parameter), or (optimizer, "state", parameter's own name, what)."""
+    name, _, rest = key.partition(".")
+    if name in layout.groups and rest.startswith("state."):
+        param, _, what = rest.removeprefix("state.").rpartition(".")
+        return name, "state", param, what
+    return name, rest
+
+
+def torch_path(path: Path, layout: Layout) -> Path:
+    """The same as torch's state-dict functions give it."""
+    match path:
+        case (name, "state", param, what):
+            return name, "state", plain_name(str(param), layout).partition(".")[2], what
+        case (name, rest):
+            return name, plain_name(f"{name}.{rest}", layout).partition(".")[2]
+        case _:
+            return path

@@ -1,0 +1,189 @@
+"""Checkpoints of several ranks: shared out among twins, put together again, compressed, and read by torch as its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dist_checkpoint
+
+from resilient.checkpoint import codec
+from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.layout import Layout, Row, Twins, decode
+from resilient.checkpoint.snapshot import Slot, parse, slot_bytes
+from resilient.checkpoint.source import Live, Whole
+from resilient.checkpoint.tier import SnapshotKey
+from resilient.errors import ReplicasDiffer, SnapshotCorrupt
+
+WORLD, STEP = 3, 7
+
+
+def own_state(rank: int) -> bytes:
+    """What a rank has beside its payload: settings of an optimizer, a buffer, a counter."""
+
+    def leaf(thing):
+        return ("tensor", codec.encode(["int64", [2], "cpu"]), thing.numpy().tobytes()) if isinstance(thing, torch.Tensor) else None
+
+    tree = {
+        " rng": {"python": rank},
+        "model": {"bn.count": torch.tensor([4, 9])},
+        "optim": {"groups": [{"lr": 0.1, "betas": (0.9, 0.99), "foreach": None}], "state": []},
+        "sched": {"last_epoch": 7, "rates": [0.1, 0.2]},
+    }
+    return codec.encode(tree, leaf=leaf)
+
+
+def state() -> dict[str, torch.Tensor]:
+    """By the run's names."""
+    torch.manual_seed(1)
+    weight, bias, empty = torch.randn(6, 50), torch.randn(7).bfloat16(), torch.zeros(0, 3)
+    found = {"model.module.weight": weight, "model.module.bias": bias, "model.module.empty": empty}
+    for key in ("model.module.weight", "model.module.bias"):
+        found[f"optim.state.{key}.exp_avg"] = torch.randn_like(found[key])
+        found[f"optim.state.{key}.step"] = torch.tensor(7.0)
+    return found
+
+
+def boxes(tensors, rank: int, kind: str):
+    """(key, whole tensor, offsets, this rank's box of it)."""
+    for key, tensor in tensors.items():
+        if kind == "sharded" and tensor.dim() and tensor.shape[0]:
+            size = -(-tensor.shape[0] // WORLD)
+            box = tensor[rank * size : (rank + 1) * size]
+            yield key, tensor, (min(rank * size, tensor.shape[0]), *(0,) * (tensor.dim() - 1)), box
+        else:
+            yield key, tensor, (0,) * tensor.dim(), tensor
+
+
+def slot_of(tmp_path: Path, rank: int, kind: str, tensors) -> Slot:
+    """A sealed slot as a worker writes it."""
+    parts = list(boxes(tensors, rank, kind))
+    rows = tuple(Row(k, str(t.dtype).removeprefix("torch."), tuple(t.shape), offsets, tuple(box.shape)) for k, t, offsets, box in parts)
+    twins = Twins(0, WORLD) if kind == "replicated" else Twins(rank)
+    layout = Layout(rows, twins, {"optim": (("model.module.weight", "model.module.bias"),)}, ("model.",))
+    data = layout.encode()
+    room = sum(-(-row.num_bytes // 64) * 64 for row in rows)
+    path = tmp_path / f"slot-{rank}"
+    path.write_bytes(bytes(slot_bytes(len(data), len(own_state(rank)), room)))
+    slot = Slot(str(path))
+    view = slot.begin(run="run", rank=rank, world_size=WORLD, round=1, layout=data, own=own_state(rank), payload_bytes=room)
+    for (offset, length), (_, _, _, box) in zip(layout.places(), parts, strict=True):
+        view[offset : offset + length] = box.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    slot.seal(STEP)
+    return slot
+
+
+@pytest.fixture(params=list(itertools.product(["replicated", "sharded"], [0, 3])), ids=lambda p: f"{p[0]}-zstd{p[1]}")
+def kept(request, tmp_path):
+    """(tier, the sealed bytes of every rank, all tensors)."""
+    kind, level = request.param
+    tensors, tier, parts, sealed = state(), DiskTier(str(tmp_path / "kept"), level=level), [], []
+    for rank in range(WORLD):
+        slot = slot_of(tmp_path, rank, kind, tensors)
+        parts.append(tier.write(SnapshotKey(rank, STEP), Live(slot)))
+        copy = memoryview(bytearray(slot.num_bytes))
+        sealed.append(bytes(copy[: slot.stage(copy).num_bytes]))
+        slot.close()
+    tier.commit(STEP, parts, run="run")
+    return tier, sealed, tensors
+
+
+def test_every_rank_gets_back_what_it_sealed(kept):
+    tier, sealed, _ = kept
+    for rank, whole in enumerate(sealed):
+        into = bytearray(b"?" * (len(whole) + 10))
+        assert tier.get(SnapshotKey(rank, STEP), into) == len(whole)
+        assert into[: len(whole)] == whole
+    tier.verify(STEP)
+
+
+def test_twins_write_each_tensor_once(kept):
+    tier, sealed, tensors = kept
+    whole = tier.checkpoint(STEP)
+    written = [
+        (described.rows[item.row].key, described.rows[item.row].offsets)
+        for tail, described in map(whole.tail, range(WORLD))
+        for item in tail.items
+    ]
+    if decode(parse(sealed[0], verify=False).layout).twins.count == WORLD:
+        assert sorted(key for key, _ in written) == sorted(tensors)
+    else:
+        assert len(written) == WORLD * len(tensors)
+
+
+def test_torch_reads_it_under_both_names(kept, tmp_path):
+    _, _, tensors = kept
+    here = tmp_path / "kept" / "step-00000007"
+    for prefix in ("module.", ""):
+        model = {f"{prefix}{name}": torch.zeros_like(tensors[f"model.module.{name}"]) for name in ("weight", "bias", "empty")}
+        model["bn.count"] = torch.zeros(2, dtype=torch.int64)
+        wanted = {"model": model, "sched": {"last_epoch": 0, "rates": []}}
+        dist_checkpoint.load(wanted, checkpoint_id=here, no_dist=True)
+        for name in ("weight", "bias", "empty"):
+            assert torch.equal(model[f"{prefix}{name}"], tensors[f"model.module.{name}"])
+        assert model["bn.count"].tolist() == [4, 9]
+        assert wanted["sched"] == {"last_epoch": 7, "rates": [0.1, 0.2]}
+    moments = {
+        name: {"exp_avg": torch.zeros_like(tensors[f"model.module.{name}"]), "step": torch.tensor(0.0)} for name in ("weight", "bias")
+    }
+    optim = {"state": moments, "param_groups": [{"lr": 0.0, "betas": (0.0, 0.0), "foreach": True, "params": []}]}
+    dist_checkpoint.load({"optim": optim}, checkpoint_id=here, no_dist=True)
+    assert optim["param_groups"] == [{"lr": 0.1, "betas": (0.9, 0.99), "foreach": None, "params": ["weight", "bias"]}]
+    for name, found in moments.items():
+        assert torch.equal(found["exp_avg"], tensors[f"optim.state.model.module.{name}.exp_avg"])
+        assert found["step"] == 7
+
+
+def test_every_flipped_byte_is_found_and_the_tensor_is_named(kept, tmp_path):
+    tier, sealed, _ = kept
+    for rank in range(WORLD):
+        path = tmp_path / "kept" / "step-00000007" / f"rank-{rank:05d}.distcp"
+        good = path.read_bytes()
+        for position in range(rank, len(good), 61):
+            path.write_bytes(good[:position] + bytes([good[position] ^ 16]) + good[position + 1 :])
+            with pytest.raises(SnapshotCorrupt, match=path.name):
+                tier.verify(STEP)
+            into = bytearray(len(sealed[rank]))
+            with pytest.raises(SnapshotCorrupt, match=path.name):
+                tier.get(SnapshotKey(rank, STEP), into)
+        path.write_bytes(good)
+    tier.verify(STEP)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_are_even_and_whole(count):
+    rows = tuple(Row(f"k{i}", "float32", (n,), (0,), (n,)) for i, n in enumerate([1000, 1, 1, 500, 500, 0, 7, 800]))
+    owners = Layout(rows, Twins(4, count, 2)).owners()
+    assert set(owners) <= set(range(4, 4 + 2 * count, 2))
+    loads = [sum(row.num_bytes for row, owner in zip(rows, owners, strict=True) if owner == rank) for rank in Twins(4, count, 2).ranks]
+    assert max(loads) <= math.ceil(sum(loads) / count) + 4000
+
+
+def test_a_sealed_buffer_that_changed_is_refused(tmp_path):
+    slot = slot_of(tmp_path, 0, "sharded", state())
+    copy = memoryview(bytearray(slot.num_bytes))
+    found = slot.stage(copy)
+    copy[found.num_bytes - len(found.payload) + 3] ^= 1
+    with pytest.raises(SnapshotCorrupt, match="not what was hashed"):
+        DiskTier(str(tmp_path / "kept")).write(SnapshotKey(0, STEP), Whole(copy[: found.num_bytes]))
+    assert not list((tmp_path / "kept").glob("step-*/rank*"))
+    slot.close()
+
+
+@pytest.mark.parametrize(("flipped", "named"), [([1], {1}), ([0, 1], {0, 1, 2})])
+def test_replicas_that_differ_are_not_committed_and_the_minority_is_named(tmp_path, flipped, named):
+    parts, tier = [], DiskTier(str(tmp_path / "kept"))
+    for rank in range(WORLD):
+        tensors = state()
+        if rank in flipped:
+            tensors["optim.state.model.module.bias.exp_avg"].view(torch.uint8)[rank] ^= 1
+        slot = slot_of(tmp_path, rank, "replicated", tensors)
+        parts.append(tier.write(SnapshotKey(rank, STEP), Live(slot)))
+        slot.close()
+    with pytest.raises(ReplicasDiffer, match=r"step 7: optim\.state\.model\.module\.bias\.exp_avg: differs on rank") as caught:
+        tier.commit(STEP, parts, run="run")
+    assert caught.value.ranks == named
+    assert tier.steps() == ()
