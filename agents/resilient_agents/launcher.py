@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from resilient import config
 from resilient.checkpoint import memory, room
+from resilient.checkpoint.haul import RATE_MIN
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
 from resilient.errors import ConfigError, ResilientError, TierUnavailable
@@ -31,6 +32,7 @@ from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
 from resilient_agents import kernel, logs
+from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
@@ -88,6 +90,7 @@ async def _run(nursery: Nursery) -> int:
         options = config.resolve(launch.ours, os.environ, launch.config or None)
         _check_program(launch)
         _check_memory(launch, options)
+        _check_rate(options)
         meeting = meeting_of(launch, options)
         return await _Node(nursery, launch, options, meeting).run()
     finally:
@@ -115,6 +118,11 @@ def _check_memory(launch: Launch, options: config.Options) -> None:
         raise ConfigError(
             f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {found.num_bytes} found {found.where}; {found.cure}"
         )
+
+
+def _check_rate(options: config.Options) -> None:
+    if 0 < options.data_rate < RATE_MIN:
+        raise ConfigError(f"--data-rate: 0 or at least {RATE_MIN} bytes per second expected, {options.data_rate} found")
 
 
 def _standbys(launch: Launch, options: config.Options) -> int:
@@ -156,15 +164,16 @@ class _Node:
     async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
         node = self._name()
+        data_host = address_on(options.data_interface, present()) if options.data_interface else ""
         service = None
         if meeting.listener is not None:
             service = Service(self._coordinator_settings(node), meeting.token, journal, console.say)
             await service.start(meeting.listener)
         key = memory.new_key()
-        vault, data_port = await self._vault(key, node)
+        vault, data_port = await self._vault(key, node, data_host)
         self._host = host = Host(
             launch=launch,
-            settings=self._agent_settings(node, data_port, hosts=service is not None),
+            settings=self._agent_settings(node, data_host, data_port, hosts=service is not None),
             key=key,
             memory_dir=options.memory_dir,
             token=meeting.token,
@@ -185,7 +194,7 @@ class _Node:
             if service is not None:
                 await service.close()
 
-    async def _vault(self, key: str, node: str) -> tuple[Vault, int]:
+    async def _vault(self, key: str, node: str, data_host: str) -> tuple[Vault, int]:
         """The keeper of copies, and the port where it serves peers."""
         options, meeting = self._options, self._meeting
         try:
@@ -197,8 +206,9 @@ class _Node:
                 checkpoint_every=0 if options.checkpoint_every == "auto" else options.checkpoint_every,
                 token=meeting.token,
                 node=node,
-                host=address(self._launch, meeting),
-                bind=LOOPBACK if meeting.local else "",
+                host=data_host or address(self._launch, meeting),
+                bind=data_host or (LOOPBACK if meeting.local else ""),
+                data_rate=options.data_rate,
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
@@ -253,9 +263,10 @@ class _Node:
             checkpoint_auto=options.checkpoint_every == "auto" and bool(options.checkpoint),
             checkpoint_budget=options.checkpoint_budget,
             grace_s=options.grace_s if options.checkpoint else 0.0,
+            copies=options.copies,
         )
 
-    def _agent_settings(self, node: str, data_port: int, *, hosts: bool) -> AgentSettings:
+    def _agent_settings(self, node: str, data_host: str, data_port: int, *, hosts: bool) -> AgentSettings:
         launch, options = self._launch, self._options
         static = launch.backend == "static" and not self._meeting.alone
         return AgentSettings(
@@ -265,7 +276,9 @@ class _Node:
             slots=launch.slots,
             standbys=_standbys(launch, options),
             host=address(launch, self._meeting),
+            data_host=data_host,
             data_port=data_port,
+            failure_domain=options.failure_domain,
             node_rank=launch.node_rank if static else NONE,
             hosts_store=hosts,
             managed=launch.program.kind in {"script", "run_path"} and names_us(launch.program.target),

@@ -21,12 +21,15 @@ from typing import Final
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import SLOT_COUNT, Chest, MemoryTier
+from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
 from resilient.checkpoint.disk import KEEP, Keep
-from resilient.checkpoint.peer import Notes, PeerServer
+from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.holder import PeerServer
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
-from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.tier import KINDS, SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
@@ -39,6 +42,8 @@ FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest
 FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
 REFUSED_MAX: Final = 256
+FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
+SWEEP_STEPS: Final = 10
 log = logging.getLogger("resilient.vault")
 
 
@@ -59,11 +64,13 @@ class Vault:
         node: str,
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
+        data_rate: int = 0,
     ) -> None:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
         `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
+        `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
         Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
         self._directory, self._key, self._host, self._bind = directory, key, host, bind
@@ -72,7 +79,8 @@ class Vault:
         self._lane = Lane("memory", threads=2)
         self._server = PeerServer(self._memory, self._notes, token=token, run=run)
         self._server.changed = self._changed
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node)
+        limit = Limit(data_rate) if data_rate else None
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
@@ -92,6 +100,7 @@ class Vault:
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
+        self._swept_step = NONE
         self._hashing = False
         self._hash_again_at = 0.0
         self._hashed_at: dict[int, float] = {}
@@ -280,22 +289,29 @@ class Vault:
             if self._drain is not None:
                 self._drain.look(chest)
             _drop_outdated(chest)
+        self._drop_forsaken(min((chest.start_step() for chest in seated), default=NONE))
         self._hash_now_and_then(seated)
 
     # ------------------------------------------------------------------ bringing copies here
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        while wanted in self._fetches:
-            try:
-                await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted))
-                break
-            except CheckpointError as error:
-                if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
-                    self._tell_notes(wanted.rank)
-                    self._refuse(wanted, error)
-                    return
-            await asyncio.sleep(FETCH_PAUSE_S)
+        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source != self._address else None
+        berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
+        try:
+            while wanted in self._fetches:
+                try:
+                    await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted, peer, berths))
+                    break
+                except CheckpointError as error:
+                    if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
+                        self._tell_notes(wanted.rank)
+                        self._refuse(wanted, error)
+                        return
+                await asyncio.sleep(FETCH_PAUSE_S)
+        finally:
+            if peer is not None:
+                peer.close()
         self._tell_notes(wanted.rank)
         if wanted in self._fetches:
             self._fetches[wanted] = True
@@ -315,19 +331,16 @@ class Vault:
         with self._memory.berth(key) as berth:
             await self._drain.fetch(key, berth)
 
-    async def _fetch_peer(self, wanted: Fetch) -> None:
+    async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
+        """From `peer`, or, if that is None, from ourselves."""
         rank = wanted.rank
-        if wanted.source != self._address:
-            peer = self._copies.peer(wanted.source)
-            try:
-                for key in await peer.list():  # ascending by step, so that the newest start comes last
-                    if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
-                        with self._memory.berth(key) as berth:
-                            await peer.get(key, berth)
-                for note in await peer.notes(rank):
-                    self._notes.add(note)
-            finally:
-                peer.close()
+        if peer is not None:
+            for key in await peer.list():  # ascending by step, so that the newest start comes last
+                if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
+                    with berths.setdefault(key, self._memory.berth(key)) as berth:
+                        await peer.get(key, berth)
+            for note in await peer.notes(rank):
+                self._notes.add(note)
         if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 
@@ -356,6 +369,17 @@ class Vault:
         if len(self._refused) < REFUSED_MAX:
             self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
+
+    def _drop_forsaken(self, step: int) -> None:
+        """Give back the memory of copies whose owner sends them elsewhere now. `step`: where the ranks seated here are at least."""
+        if abs(step - self._swept_step) < SWEEP_STEPS:
+            return
+        self._swept_step = step
+        for rank, chest in list(self._memory.chests.items()):
+            newest = max((s for kind in KINDS for s in chest.sealed(kind)), default=NONE)
+            wanted = chest.seated or newest == NONE or any(fetch.rank == rank for fetch in self._fetches)
+            if not wanted and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
+                log.info("copies of rank %d, the newest of step %d, are no longer sent here: removed", rank, newest)
 
     # ------------------------------------------------------------------ hashing, telling
 
@@ -405,7 +429,7 @@ def _holding(rank: int, chest: Chest) -> Holding | None:
         return None
     return Holding(
         rank=rank,
-        own_step=chest.own.start_step() if chest.own is not None else NONE,
+        own_step=chest.start_step(),
         gate_step=seals.gate_step,
         snapshots=tuple(seals.snapshots),
         own_steps=seals.own_steps,
@@ -415,7 +439,7 @@ def _holding(rank: int, chest: Chest) -> Holding | None:
 def _drop_outdated(chest: Chest) -> None:
     """A fetched snapshot has done its work when the worker has begun the step after the next."""
     step = chest.fetched.newest_step() if chest.fetched is not None else NONE
-    if step != NONE and chest.own is not None and chest.own.start_step() > step + 1:
+    if step != NONE and chest.start_step() > step + 1:
         chest.drop_fetched()
 
 

@@ -72,7 +72,7 @@ class Coordinator:
         self.settings = settings
         self.stage: Stage = "gathering"
         self.state: RunState = "forming"
-        self.round = Round()
+        self.round = Round(settings.copies)
         self._evidence = 0  # the incident whose stacks are to be saved
         self.nodes: dict[str, Node] = {}
         self._lost = 0  # how many of them are not alive
@@ -387,7 +387,7 @@ class Coordinator:
 
     def _seat(self, seating: Seating, now: float) -> None:
         """The round is decided: send it out."""
-        self.round.seat(seating, {n.name: f"{n.report.host}:{n.report.data_port}" for n in self._alive()})
+        self.round.seat(seating, {n.name: n.report for n in self._alive()})
         self.stage, self._began = "seated", now
         self._lack, self._patience = "", NEVER
         self._fruitless += 1

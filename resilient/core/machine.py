@@ -61,6 +61,8 @@ class AgentSettings(Msg):
     standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
     host: str = "127.0.0.1"  # address at which other nodes reach this one
     data_port: int = 0  # the vault's port for peers
+    data_host: str = ""  # the vault's address, where it is not `host`
+    failure_domain: str = ""  # --failure-domain
     node_rank: int = NONE  # --node-rank if given
     hosts_store: bool = False  # this node runs the store process
     managed: bool = False  # the script's source names `resilient`; otherwise the first Join tells
@@ -362,6 +364,7 @@ class CoordinatorSettings(Msg):
     checkpoint_every: int = 0  # steps between two checkpoints; 0 = none by themselves
     checkpoint_auto: bool = False  # instead: as often as is worth it (core/cadence.py)
     checkpoint_budget: float = 0.01  # share of the time that checkpoints may cost
+    copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
 
 

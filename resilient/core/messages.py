@@ -179,6 +179,13 @@ class Report(Msg):
     acted_s: float = 0.0  # CLOCK_MONOTONIC of this node when it acted on `round`; to be compared with its records' marks only
     managed: bool = False  # known here that the script uses this library (it joined, or its source names it)
     pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
+    data_host: str = ""  # address at which other nodes reach its vault; "": that of `host`
+    failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
+
+    @property
+    def vault(self) -> str:
+        """Where its vault is reached."""
+        return f"{self.data_host or self.host}:{self.data_port}"
 
 
 # --------------------------------------------------------------------------- coordinator -> agent

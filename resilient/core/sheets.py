@@ -81,6 +81,8 @@ def report(
         seq=0,
         host=settings.host,
         data_port=settings.data_port,
+        data_host=settings.data_host,
+        failure_domain=settings.failure_domain,
         slots=settings.slots,
         spares=settings.standbys,
         node_rank=settings.node_rank,

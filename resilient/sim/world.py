@@ -70,6 +70,8 @@ class Spec:
     slots: int = 2
     standbys: int = 1
     spare_nodes: int = 0
+    copies: int = 1
+    rack_size: int = 0  # nodes that are one failure domain, 0 = none is named
     steps: int = 50
     managed: bool = True  # the script uses this library
     replicated: bool = True
@@ -104,6 +106,7 @@ class Host:
                 standbys=spec.standbys,
                 host=name,
                 data_port=1,
+                failure_domain=f"rack {int(name[1:]) // spec.rack_size}" if spec.rack_size else "",
                 hosts_store=self.leads,
                 managed=spec.managed,
                 grace_s=spec.grace_s,
@@ -331,6 +334,7 @@ class World:
             checkpoint_every=spec.persist_every,
             checkpoint_auto=spec.auto,
             grace_s=spec.grace_s,
+            copies=spec.copies,
         )
         self.coordinator = Coordinator(settings)
         self._timer = 0

@@ -23,7 +23,7 @@ import pytest
 import uvloop
 from resilient_agents import drain
 from resilient_agents.lane import Lane
-from resilient_agents.vault import Vault
+from resilient_agents.vault import FORSAKEN_STEPS, Vault
 
 from resilient import checkpoint
 from resilient.checkpoint import codec, hold, memory
@@ -301,6 +301,38 @@ async def test_a_writer_faster_than_the_network_never_tears_a_copy(tmp_path):
         with killed([sys.executable, "-c", WRITER, s.own, str(s.own_bytes), str(PAYLOAD), *s.slots]):
             await until(copied, poke=origin.poke)
         assert origin.known().refused == ()
+
+
+async def test_copies_that_are_no_longer_sent_give_their_memory_back(tmp_path):
+    """Rank 0's node has another holder now. As long as its last copies could serve they stay."""
+    async with vault(tmp_path / "n1") as holder, vault(tmp_path / "n2") as other, vault(tmp_path / "n0") as origin:
+        worker, neighbour = Worker(origin, layout(0)), Worker(holder, layout(1))
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))
+        holder.do(VaultDo(ranks=(1,)))
+        worker.step(5)
+        await until(lambda: holder.seals(0) == (5, 6, (5,)), poke=origin.poke)
+        origin.do(VaultDo(peers=(other.address,), ranks=(0,)))
+        for step in (5, 6, 6 + FORSAKEN_STEPS):
+            neighbour.step(step)
+            holder.poke()
+            assert holder.seals(0) == (5, 6, (5,))
+        neighbour.step(20 + FORSAKEN_STEPS)
+        holder.poke()
+        assert [h.rank for h in holder.known().holdings] == []
+        assert list((tmp_path / "n1").glob("*.rank-0.*")) == []
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))  # and it can come again
+        worker.step(8 + FORSAKEN_STEPS)
+        await until(lambda: holder.seals(0)[0] == 8 + FORSAKEN_STEPS, poke=origin.poke)
+
+
+async def test_it_listens_at_the_address_it_was_given_and_nowhere_else(tmp_path):
+    async with vault(tmp_path / "n1", host="127.0.0.2", bind="127.0.0.2") as holder, vault(tmp_path / "n0") as origin:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", holder.port))
+        worker = Worker(origin, layout(0))
+        origin.do(VaultDo(peers=(f"127.0.0.2:{holder.port}",), ranks=(0,)))
+        worker.step(5)
+        await until(lambda: holder.seals(0) == (5, 6, (5,)), poke=origin.poke)
 
 
 async def test_what_changes_faster_than_it_travels_keeps_nothing_else_back(tmp_path, monkeypatch):
@@ -608,7 +640,7 @@ from pathlib import Path
 from resilient import checkpoint
 from resilient.checkpoint import codec, hold, memory
 from resilient.core.messages import Layout
-from resilient_agents.vault import Vault
+from resilient_agents.vault import FORSAKEN_STEPS, Vault
 async def main():
     vault = Vault(run="run", directory=Path(sys.argv[1]), key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="t", node="n0")
     await vault.start()

@@ -12,6 +12,7 @@ import pytest
 from resilient.core.machine import Asked, Stop
 from resilient.core.rescue import newest_common
 from resilient.sim.faults import KINDS, heal, storm
+from resilient.sim.script import Segment
 from resilient.sim.world import Spec, World
 
 BLOCK = 20  # seeds per test: the report stays short
@@ -103,6 +104,33 @@ def test_the_same_seed_gives_the_same_evening():
         return world.trace.lines
 
     assert evening() == evening()
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_after_the_loss_of_a_node_its_copies_are_made_again_elsewhere(copies):
+    world = World(Spec(nodes=6, slots=2, standbys=2, steps=5000, snapshots=True, replicated=False, copies=copies, rack_size=2), seed=1)
+
+    def kept(rank: int, home: str) -> set[str]:
+        """Nodes in other racks that hold the rank's last steps."""
+        newest = max(world.hosts[home].segments[rank].snapshots)
+        living = [h for h in world.hosts.values() if not h.dead and h.name != home and rank in h.held]
+        near = [h for h in living if max(h.held[rank].snapshots) >= newest - 1]
+        return {h.name for h in near if int(h.name[1:]) // 2 != int(home[1:]) // 2}
+
+    def all_kept() -> bool:
+        homes = {rank: host.name for host in world.hosts.values() if not host.dead for rank in host.orders.ranks}
+        seated = len(homes) == 12 and all(world.hosts[home].segments.get(rank, Segment()).snapshots for rank, home in homes.items())
+        return seated and all(len(kept(rank, home)) >= copies for rank, home in homes.items())
+
+    assert world.run(30.0, all_kept), world.trace.tail()
+    peers = {host.name: set(host.orders.peers) for host in world.hosts.values()}
+    world.hosts["n3"].kill()
+    world.run(0.5)
+    assert not world.over()
+    assert world.run(30.0, all_kept), world.trace.tail()
+    for host in (h for h in world.hosts.values() if not h.dead):
+        assert "n3:1" not in host.orders.peers
+        assert peers[host.name] - {"n3:1"} <= set(host.orders.peers), "a copy moved that was not lost"
 
 
 @pytest.mark.parametrize("block", range(2))

@@ -84,6 +84,26 @@ def test_a_wrong_value_names_key_value_and_place(flags: dict[str, str], complain
     assert repr(next(iter(flags.values()))) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("0", 0), ("500MB", 500_000_000), ("2 GiB", 2 << 30), ("1.5g", 1_500_000_000), ("64mib/s", 64 << 20), ("1000000", 1_000_000)],
+)
+def test_bytes_per_second_with_units(text: str, found: int, tmp_path: Path) -> None:
+    assert config.resolve({"data_rate": text}, {}, None).data_rate == found
+    assert config.resolve({}, {"RESILIENT_DATA_RATE": text}, None).data_rate == found
+    file = tmp_path / "c.toml"
+    file.write_text(f'data_rate = "{text}"\n')
+    assert config.resolve({}, {}, str(file)).data_rate == found
+    file.write_text(f"data_rate = {found}\n")
+    assert config.resolve({}, {}, str(file)).data_rate == found
+
+
+@pytest.mark.parametrize("text", ["fast", "-1", "MB", "1TB", "1 2", ""])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(ConfigError, match="option 'data_rate' on the command line"):
+        config.resolve({"data_rate": text}, {}, None)
+
+
 def test_a_wrong_type_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("checkpoint = 3\n")
