@@ -6,7 +6,7 @@ another. The list itself (names, dtypes, shapes, offsets) travels in the snapsho
 Contract: tensors lie in the order given, each at a multiple of 64 bytes. Both directions touch every byte once: a state of n bytes costs
 n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
 what lies on an accelerator by the driver, on a stream of its own beside the host's copy. All is complete when `save` or `load` returns.
-Numbers: besides the bytes, 0.5 us for each tensor: where it lies is asked anew each time, so a tensor may move between two saves.
+Numbers: besides the bytes, 1 us for each tensor: where it lies is asked anew each time, so a tensor may move between two saves.
 Not run on a GPU yet: the branches for CUDA (`_Queue`, `Registered`).
 """
 
