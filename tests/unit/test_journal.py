@@ -10,7 +10,7 @@ import pytest
 
 from resilient import cli
 from resilient.core import lines
-from resilient.host.journal import Journal
+from resilient.host.journal import WISH, Journal
 
 
 def status(**changed) -> lines.Status:
@@ -110,3 +110,10 @@ def test_clean_removes_what_dead_runs_left(tmp_path, capsys):
     assert "1 stale" in capsys.readouterr().out
     assert not dead.exists()
     assert other.exists()
+
+
+def test_a_wish_is_seen_once(journal):
+    assert not journal.asked()
+    (journal.directory / WISH).touch()
+    assert journal.asked()
+    assert not journal.asked()
