@@ -78,8 +78,7 @@ class Vault:
         self._lane = Lane("memory", threads=2)
         self._server = PeerServer(self._memory, self._notes, token=token, run=run)
         self._server.changed = self._changed
-        limit = Limit(data_rate) if data_rate else None
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit)
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=Limit(data_rate) if data_rate else None)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
