@@ -29,10 +29,11 @@ from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
-from resilient.checkpoint.tier import KINDS, SnapshotKey
+from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
-from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
+from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient_agents import inventory
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.lane import Errands, Lane
@@ -42,8 +43,6 @@ FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest
 FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
 REFUSED_MAX: Final = 256
-FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
-SWEEP_STEPS: Final = 10
 log = logging.getLogger("resilient.vault")
 
 
@@ -79,8 +78,7 @@ class Vault:
         self._lane = Lane("memory", threads=2)
         self._server = PeerServer(self._memory, self._notes, token=token, run=run)
         self._server.changed = self._changed
-        limit = Limit(data_rate) if data_rate else None
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit)
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=Limit(data_rate) if data_rate else None)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
@@ -100,7 +98,7 @@ class Vault:
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
-        self._swept_step = NONE
+        self._sweep = inventory.Sweep(self._memory)
         self._hashing = False
         self._hash_again_at = 0.0
         self._hashed_at: dict[int, float] = {}
@@ -156,7 +154,7 @@ class Vault:
         """Make the segments of a chair, or take those that it has. Blocks (0.3 s per GB): call it from a thread."""
         chest = self._memory.chest(layout.rank)
         if not chest.filling.acquire(timeout=FILLING_S):
-            return _no_segments(layout, "a copy that is being brought in did not arrive")
+            return inventory.no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
             chest.replicated, chest.often = layout.replicated, layout.often
@@ -165,9 +163,9 @@ class Vault:
         except TierUnavailable as error:
             ranks = max(len(self._ranks), 1)
             total = ranks * (3 * own_slot_bytes(layout.own_bytes) + SLOT_COUNT * layout.snapshot_bytes)
-            return _no_segments(layout, f"{error}; for all ranks of this node, {ranks}, about {total} bytes are needed")
+            return inventory.no_segments(layout, f"{error}; for all ranks of this node, {ranks}, about {total} bytes are needed")
         except OSError as error:
-            return _no_segments(layout, f"memory tier: {error}")
+            return inventory.no_segments(layout, f"memory tier: {error}")
         finally:
             chest.filling.release()
         return Segments(
@@ -197,11 +195,11 @@ class Vault:
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
-        return {rank: _seals(chest) for rank, chest in sorted(self._memory.chests.items())}
+        return {rank: inventory.seals(chest) for rank, chest in sorted(self._memory.chests.items())}
 
     def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
         """(newest start, gate, snapshot steps) of one rank."""
-        found = _seals(self._memory.chests[rank]) if rank in self._memory.chests else Seals()
+        found = inventory.seals(self._memory.chests[rank]) if rank in self._memory.chests else Seals()
         return max(found.own_steps, default=NONE), found.gate_step, tuple(found.snapshots)
 
     def snapshot_path(self, rank: int, step: int) -> str:
@@ -221,7 +219,7 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if not chest.seated and (holding := _holding(rank, chest)) is not None
+                if not chest.seated and (holding := inventory.holding(rank, chest)) is not None
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
@@ -288,8 +286,8 @@ class Vault:
             self._copies.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
-            _drop_outdated(chest)
-        self._drop_forsaken(min((chest.start_step() for chest in seated), default=NONE))
+            inventory.drop_outdated(chest)
+        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), {fetch.rank for fetch in self._fetches})
         self._hash_now_and_then(seated)
 
     # ------------------------------------------------------------------ bringing copies here
@@ -370,17 +368,6 @@ class Vault:
             self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
 
-    def _drop_forsaken(self, step: int) -> None:
-        """Give back the memory of copies whose owner sends them elsewhere now. `step`: where the ranks seated here are at least."""
-        if abs(step - self._swept_step) < SWEEP_STEPS:
-            return
-        self._swept_step = step
-        for rank, chest in list(self._memory.chests.items()):
-            newest = max((s for kind in KINDS for s in chest.sealed(kind)), default=NONE)
-            wanted = chest.seated or newest == NONE or any(fetch.rank == rank for fetch in self._fetches)
-            if not wanted and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
-                log.info("copies of rank %d, the newest of step %d, are no longer sent here: removed", rank, newest)
-
     # ------------------------------------------------------------------ hashing, telling
 
     def _hash_now_and_then(self, chests: list[Chest]) -> None:
@@ -411,37 +398,3 @@ class Vault:
         if now != self._told:
             self._told = now
             self._on_change()
-
-
-def _seals(chest: Chest) -> Seals:
-    return Seals(
-        own=chest.own_path,
-        own_bytes=chest.own.own_bytes if chest.own is not None else 0,
-        own_steps=tuple(chest.sealed("start")),
-        gate_step=max(chest.sealed("gate"), default=NONE),
-        snapshots={step: slot.path for step, slot in chest.sealed("snapshot").items()},
-    )
-
-
-def _holding(rank: int, chest: Chest) -> Holding | None:
-    seals = _seals(chest)
-    if not seals.own_steps and not seals.snapshots:
-        return None
-    return Holding(
-        rank=rank,
-        own_step=chest.start_step(),
-        gate_step=seals.gate_step,
-        snapshots=tuple(seals.snapshots),
-        own_steps=seals.own_steps,
-    )
-
-
-def _drop_outdated(chest: Chest) -> None:
-    """A fetched snapshot has done its work when the worker has begun the step after the next."""
-    step = chest.fetched.newest_step() if chest.fetched is not None else NONE
-    if step != NONE and chest.start_step() > step + 1:
-        chest.drop_fetched()
-
-
-def _no_segments(layout: Layout, error: str) -> Segments:
-    return Segments(rank=layout.rank, own="", own_bytes=0, slots=(), snapshot_bytes=0, error=error)

@@ -22,8 +22,9 @@ import msgspec
 import pytest
 import uvloop
 from resilient_agents import drain
+from resilient_agents.inventory import FORSAKEN_STEPS
 from resilient_agents.lane import Lane
-from resilient_agents.vault import FORSAKEN_STEPS, Vault
+from resilient_agents.vault import Vault
 
 from resilient import checkpoint
 from resilient.checkpoint import codec, hold, memory
@@ -640,7 +641,7 @@ from pathlib import Path
 from resilient import checkpoint
 from resilient.checkpoint import codec, hold, memory
 from resilient.core.messages import Layout
-from resilient_agents.vault import FORSAKEN_STEPS, Vault
+from resilient_agents.vault import Vault
 async def main():
     vault = Vault(run="run", directory=Path(sys.argv[1]), key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="t", node="n0")
     await vault.start()
