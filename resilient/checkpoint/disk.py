@@ -225,6 +225,7 @@ class DiskTier:
             rank=key.rank,
             step=key.step,
             num_bytes=written.num_bytes,
+            round=found.round,
             tail_at=written.tail_at,
             digest=written.digest,
         )

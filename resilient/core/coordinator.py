@@ -220,13 +220,13 @@ class Coordinator:
     def _commit(self, node: Node, before: Report | None, now: float) -> None:
         """What lies on the persistent tier."""
         leads = node.name == self.settings.leader
-        commit = self._commits.commit
+        manifest = self._commits.manifest
         step = self._commits.take(node.report, before, leads=leads, world_size=len(self.round.seating.places))
         if leads and self._commits.committed:
             self._cadence.marked(max(self._commits.committed), now)
         if step != NONE:
             self._tell(lines.CheckpointCommitted(step=step))
-        if self._commits.commit != commit and self.settings.leader in self.nodes:
+        if self._commits.manifest != manifest and self.settings.leader in self.nodes:
             self._send(self.nodes[self.settings.leader], now)
 
     def _ask(self, now: float) -> None:
@@ -393,6 +393,7 @@ class Coordinator:
         self._fruitless += 1
         self._court.adjourn(worker for workers in seating.put_down.values() for worker in workers)
         plan, incident = seating.plan, self.incident
+        self._commits.begin(self.round.number, plan.step)
         if incident is not None:
             incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(

@@ -125,6 +125,7 @@ class Persisted(Msg):
     rank: int
     step: int
     num_bytes: int
+    round: int = 0  # in which it was sealed; 0 = not known
     tail_at: int = 0  # where the file's tail begins (checkpoint/rankfile.py)
     digest: str = ""  # xxh3_128 of the tail, hex: from there every byte is under a digest
 

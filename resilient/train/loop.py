@@ -317,8 +317,10 @@ class Loop:
         The vote makes them all seal the same step, whoever of them has heard of it. Where its result is not known (this rank was told to
         commit, or repeats the step alone) the page says the same, if the word was there in time; if not, it is asked for at the next vote.
         """
-        by_interval = self.checkpoint_every and step % self.checkpoint_every == 0
-        return bool(by_interval) or self.scope.checkpoint or self._asked < self.page.wanted() <= step
+        if self.checkpoint_every and step % self.checkpoint_every == 0:
+            return True
+        voted = self.scope.checkpoint  # a word that came to this page since then would be this rank's alone
+        return self._asked < self.page.wanted() <= step if voted is None else voted
 
     def _sealed(self, step: int) -> None:
         """The agent sees that this snapshot is to be brought to the persistent tier."""
