@@ -171,7 +171,7 @@ class Cadence:
         if pace is None or pace.step <= 0 or step_s <= 0.0:
             return
         soon = pace.step + 1 + math.ceil((HEARD_S + now - self._heard) / step_s)
-        waiting = self.named > pace.sealed
+        waiting = self.named > max(pace.sealed, self.committed)  # the pace is a second old
         if self._asked:
             self._asked = False
             self.named = self._asked_for = min(self.named, soon) if waiting else soon

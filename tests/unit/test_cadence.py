@@ -124,3 +124,15 @@ def test_back_behind_what_was_sealed():
     fleet.run(100)
     assert len(fleet.sealed) >= 2
     assert fleet.cadence.committed == fleet.sealed[1]
+
+
+def test_a_wish_right_after_a_commit_is_not_taken_for_that_one():
+    """Rank 0's pace is up to a second old: it does not know yet that the step that was named is sealed."""
+    cadence = Cadence(every=0, auto=False, budget=0.01)
+    for step in range(1, 30):
+        cadence.take(Pace(rank=0, step=step, at_s=step * STEP_S), 1, 1000 + step * STEP_S)
+    cadence.ask(1, 1015.0)
+    named = cadence.named
+    cadence.marked(named, 1015.5)
+    cadence.ask(1, 1015.6)
+    assert cadence.named > named
