@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from resilient.checkpoint import rankfile
 from resilient.checkpoint.layout import ITEMSIZES, Layout, Row, padded
 from resilient.errors import SnapshotMismatch, SnapshotMissing
@@ -44,7 +46,7 @@ def rows_for(wanted: Layout, there: Layout) -> Layout:
         rows.append(row)
     if missing := [key for key in left if _param_of(key, wanted) is None]:
         raise SnapshotMismatch(f"{missing[0]}: it is not in the checkpoint")
-    return Layout(tuple(rows), wanted.twins, wanted.groups, wanted.wrapped)
+    return msgspec.structs.replace(wanted, rows=tuple(rows))
 
 
 def _state_row(old: Row, asked: dict[str, Row], there: Layout) -> Row:

@@ -77,6 +77,7 @@ class Tracked:
         self._items: list[Item] | None = None
         self._layout = b""  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
+        self._tied: dict[str, str] = {}  # its other names -> that key
         self._count = 0
 
     def add(self, name: str, thing: Any) -> None:
@@ -107,10 +108,13 @@ class Tracked:
         return self._items
 
     def _walk(self) -> Iterator[Item]:
-        seen = self._keys = {}
+        self._keys, self._tied = {}, {}
+        seen = self._keys
         for name, module in self.modules.items():
-            for fqn, param in module.named_parameters():
-                if id(param) not in seen:
+            for fqn, param in module.named_parameters(remove_duplicate=False):
+                if id(param) in seen:
+                    self._tied[f"{name}.{fqn}"] = seen[id(param)]
+                else:
                     seen[id(param)] = f"{name}.{fqn}"
                     yield _item(f"{name}.{fqn}", param)
             if gated(module):
@@ -130,7 +134,7 @@ class Tracked:
         items = self.shared()
         if not self._layout:
             rows = tuple(item.row() for item in items)
-            self._layout = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules)).encode()
+            self._layout = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
         return self._layout, xxhash.xxh3_128_hexdigest(self._layout)
 
     def _groups(self) -> dict[str, tuple[tuple[str, ...], ...]]:

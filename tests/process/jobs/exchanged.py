@@ -1,0 +1,64 @@
+"""A run whose checkpoints are handed to others, or that starts from what others wrote.
+
+    exchanged.py --out DIR [--kind ddp|fsdp|tp] [--steps N] [--seed N]
+
+Each rank writes DIR/state-<rank>.pt: its boxes of every tensor at the end, and DIR/begin-<rank>.pt: those with which it began.
+Rank 0 writes DIR/losses.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+import nets
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import resilient
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=pathlib.Path, required=True)
+parser.add_argument("--kind", default="ddp")
+parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--seed", type=int, default=3)
+args = parser.parse_args()
+args.out.mkdir(parents=True, exist_ok=True)
+
+
+def box(tensor):
+    """(global shape, offsets, this rank's part)."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape), (0,) * tensor.dim(), tensor.clone()
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(tensor.shape), tuple(offsets), tensor.to_local().clone()
+
+
+def write(name, model, optimizer):
+    plain = model.module if args.kind == "ddp" else model
+    found = {key: box(tensor) for key, tensor in plain.state_dict().items()}
+    for key, param in plain.named_parameters():
+        found |= {f"optim.{key}.{what}": box(value) for what, value in optimizer.state.get(param, {}).items()}
+    torch.save(found, args.out / f"{name}-{run.rank}.pt")
+
+
+run = resilient.init()
+model, optimizer = nets.built(args.kind, args.seed)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+for step in run.steps(args.steps):
+    if run.sound and not (args.out / f"begin-{run.rank}.pt").exists():
+        write("begin", model, optimizer)
+        (args.out / f"begin-{run.rank}.json").write_text(json.dumps([int(step), scheduler.last_epoch, scheduler.get_last_lr()]))
+    optimizer.zero_grad()
+    loss = nets.loss_of(model, step)
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    if run.rank == 0 and run.sound:
+        with (args.out / "losses.jsonl").open("a") as file:
+            file.write(json.dumps({"step": int(step), "loss": loss.item()}) + "\n")
+write("state", model, optimizer)
