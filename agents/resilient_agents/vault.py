@@ -22,8 +22,8 @@ import msgspec
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import Chest, MemoryTier
-from resilient.checkpoint.disk import KEEP, Keep
 from resilient.checkpoint.peer import Notes, PeerServer
+from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,13 @@ import sys
 import pytest
 import torch
 from launched import JOBS, Launched
+
+from resilient.checkpoint import safetensors
+from resilient.checkpoint.disk import DiskTier
+from resilient.cli import main
+
+sys.path.append(str(JOBS))
+import nets  # noqa: E402  what the jobs import as their neighbour
 
 pytestmark = pytest.mark.process
 WORLD, STEPS = 2, 4
@@ -59,3 +67,68 @@ def test_unmodified_torch_programs_read_a_committed_step(trained, world, more, t
             assert torch.equal(tensor, expected[key]), (kind, key)
         assert found["rates"] == pytest.approx([0.02 / 4, 0.003 / 4])
         assert found["last_epoch"] == STEPS
+
+
+def imported_weights(where: pathlib.Path) -> torch.nn.Module:
+    """A model that somebody else trained, in a safetensors file; tied weights once, as such files have them."""
+    torch.manual_seed(50)
+    model = nets.Net()
+    model.norm.running_mean.normal_()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
+    front, places = safetensors.header((n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
+    data = b"".join(tensors[place.name].reshape(-1).view(torch.uint8).numpy().tobytes() for place in places)
+    (where / "model.safetensors").write_bytes(front + data)
+    return model
+
+
+def expected_losses(model: torch.nn.Module, begin: int, end: int) -> dict[int, float]:
+    """Of plain torch in one process, with a fresh optimizer, from these weights on."""
+    other, optimizer = nets.built("none", 50)
+    other.load_state_dict(model.state_dict())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    found = {}
+    for step in range(begin, end):
+        optimizer.zero_grad()
+        loss = nets.loss_of(other, step)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        found[step] = loss.item()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world", "more"), [("ddp", 1, []), ("ddp", 2, ["--strike"]), ("fsdp", 2, ["--strike"]), ("tp", 2, [])])
+def test_a_run_of_any_size_starts_from_imported_weights(kind, world, more, tmp_path):
+    """Weights and buffers are those of the file; optimizer, schedule and random numbers those of the script; also if a rank dies at once."""
+    model = imported_weights(tmp_path)
+    begin, end = 3, 8
+    assert main(["ckpt", "import", str(tmp_path), f"file://{tmp_path}/kept", "--step", str(begin)]) == 0
+    out = tmp_path / "out"
+    flags = ["--nproc-per-node", str(world), "--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "4"]
+    arguments = ["--out", str(out), "--kind", kind, "--steps", str(end), *more]
+    with Launched(tmp_path, flags, "exchanged.py", arguments) as run:
+        assert run.wait() == 0, run.text()
+        begun = run.events("round_started")[0]
+        assert (begun["tier"], begun["step"]) == ("persistent", begin)
+        assert len(run.incidents()) == (1 if more else 0)
+    assert json.loads((out / "begin-0.json").read_text()) == [begin, 0, [0.02, 0.003]]
+    found = together(out, "begin", world)
+    assert found.keys() == model.state_dict().keys(), "no optimizer state"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows}
+    assert losses == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected_losses(model, begin, end).items()}
+    assert main(["ckpt", "ls", f"file://{tmp_path}/kept"]) == 0
+    assert DiskTier(f"{tmp_path}/kept").steps() == (begin, 4, 8)
+
+
+def test_an_import_of_another_model_ends_the_run_with_the_tensors_name(tmp_path):
+    tensors = {"embed.weight": torch.zeros(3, 3)}
+    front, _ = safetensors.header((n, "float32", tuple(t.shape)) for n, t in tensors.items())
+    (tmp_path / "model.safetensors").write_bytes(front + bytes(36))
+    assert main(["ckpt", "import", str(tmp_path), f"file://{tmp_path}/kept"]) == 0
+    flags = ["--nproc-per-node", "1", "--checkpoint", f"file://{tmp_path}/kept"]
+    with Launched(tmp_path, flags, "exchanged.py", ["--out", str(tmp_path / "out")]) as run:
+        assert run.wait() != 0
+        assert "model.embed.weight: float32 [21, 12] expected, float32 [3, 3] found" in run.text()

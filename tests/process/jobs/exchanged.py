@@ -1,16 +1,18 @@
 """A run whose checkpoints are handed to others, or that starts from what others wrote.
 
-    exchanged.py --out DIR [--kind ddp|fsdp|tp] [--steps N] [--seed N]
+    exchanged.py --out DIR [--kind ddp|fsdp|tp] [--steps N] [--seed N] [--strike]
 
 Each rank writes DIR/state-<rank>.pt: its boxes of every tensor at the end, and DIR/begin-<rank>.pt: those with which it began.
-Rank 0 writes DIR/losses.jsonl.
+Rank 0 writes DIR/losses.jsonl. --strike: the last rank kills itself in its first step, once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import signal
 
 import nets
 import torch
@@ -24,6 +26,7 @@ parser.add_argument("--out", type=pathlib.Path, required=True)
 parser.add_argument("--kind", default="ddp")
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--seed", type=int, default=3)
+parser.add_argument("--strike", action="store_true")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 
@@ -56,6 +59,9 @@ for step in run.steps(args.steps):
     optimizer.zero_grad()
     loss = nets.loss_of(model, step)
     loss.backward()
+    if args.strike and run.sound and run.rank == run.world_size - 1 and not (args.out / "struck").exists():
+        (args.out / "struck").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     optimizer.step()
     scheduler.step()
     if run.rank == 0 and run.sound:

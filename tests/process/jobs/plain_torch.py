@@ -1,6 +1,6 @@
 """A program that knows torch and nothing else: loads a checkpoint into its own model and optimizer, and tells what it got.
 
-    torchrun ... plain_torch.py --kinds ddp,fsdp,tp --checkpoint DIR --out DIR [--flat]
+torchrun ... plain_torch.py --kinds ddp,fsdp,tp --checkpoint DIR --out DIR [--flat]
 """
 
 from __future__ import annotations
