@@ -175,6 +175,7 @@ class Vault:
         except CheckpointError as error:
             if isinstance(error, SnapshotCorrupt) and self._drain is not None:
                 self._drain.distrust(layout.reshape)
+            log.warning("checkpoint of step %d refused for rank %d: %s", layout.reshape, layout.rank, error)
             return msgspec.structs.replace(segments, refused=str(error))
         segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
         return msgspec.structs.replace(segments, own_of=own_of)

@@ -17,7 +17,7 @@ from resilient.checkpoint.disk import DiskTier
 from resilient.cli import main
 
 sys.path.append(str(JOBS))
-import nets  # noqa: E402  what the jobs import as their neighbour
+import nets  # what the jobs import as their neighbour
 
 pytestmark = pytest.mark.process
 WORLD, STEPS = 2, 4

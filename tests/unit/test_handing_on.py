@@ -29,7 +29,7 @@ from resilient.progress import line, size
 def state(seed: int = 1) -> dict[str, torch.Tensor]:
     """By the plain module's names."""
     torch.manual_seed(seed)
-    found = {
+    return {
         "embed.weight": torch.randn(30, 8),
         "half.weight": torch.randn(9, 8).bfloat16(),
         "half.bias": torch.randn(9).half(),
@@ -39,7 +39,6 @@ def state(seed: int = 1) -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(2.5),
         "none": torch.zeros(0, 3),
     }
-    return found
 
 
 def raw(tensor: torch.Tensor) -> bytes:
