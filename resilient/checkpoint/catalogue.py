@@ -35,6 +35,7 @@ def catalogue(files: Iterable[tuple[str, Tail, Layout]]) -> bytes:
     values: dict[str, tuple[Path, Where]] = {}
     named: dict[str, dict[str, Path]] = {}  # torch's name -> the run's -> path
     tied: dict[str, tuple[str, Layout]] = {}
+    known: set[str] = set()
     for file, tail, layout in files:
         for item in tail.items:
             row = layout.rows[item.row]
@@ -43,22 +44,24 @@ def catalogue(files: Iterable[tuple[str, Tail, Layout]]) -> bytes:
             if row.num_bytes:
                 where = Where(file, item.offset, item.length, item.codec)
                 card.chunks.setdefault(row.offsets, Chunk(row.offsets, row.local, where))
-            known = torch_path(path, layout)
-            named.setdefault(_joined(known), {})[row.key] = known
+            plain = torch_path(path, layout)
+            named.setdefault(_joined(plain), {})[row.key] = plain
         tied |= {alias: (key, layout) for alias, key in layout.tied.items()}
         for extra in tail.extras:
+            if extra.key in known:
+                continue  # of several ranks that have it, the first counts
+            known.add(extra.key)
             where, begin = Where(file, extra.offset, extra.length), (0,) * len(extra.shape)
             for path in _paths(extra, layout):
                 if extra.dtype:
-                    chunks = cards.setdefault(_joined(path), _Card(path, extra.dtype, extra.shape, {})).chunks
-                    chunks.setdefault(begin, Chunk(begin, extra.shape, where))
+                    cards.setdefault(_joined(path), _Card(path, extra.dtype, extra.shape, {begin: Chunk(begin, extra.shape, where)}))
                 else:
                     values.setdefault(_joined(path), (path, where))
     for alias, (key, layout) in tied.items():
         if key in cards and alias not in cards:
             cards[alias] = cards[key]._replace(path=own_path(alias, layout))
-            known = torch_path(cards[alias].path, layout)
-            named.setdefault(_joined(known), {})[alias] = known
+            plain = torch_path(cards[alias].path, layout)
+            named.setdefault(_joined(plain), {})[alias] = plain
     for name, keys in named.items():
         if len(keys) == 1 and name not in cards:
             ((key, path),) = keys.items()

@@ -166,8 +166,7 @@ class DiskTier:
     ) -> int:
         """The snapshot of `key` in a world of another size: `wanted` is what that rank tracks, `room(bytes)` where it goes.
 
-        begun: the own state with which its script began, for an imported step, which has none. Gives the old rank whose own state it has
-        (reshape.py), itself if that is its own. Raises as `get`; nothing is sealed then.
+        begun: its script's first own state, for an imported step. Gives the old rank whose own state it has. Raises as `get`, unsealed.
         """
         whole = self.checkpoint(key.step)
         called: dict[str, str] | None = None
