@@ -145,6 +145,8 @@ def _described(tensors: Tensors) -> Iterator[Facts]:
         packed = {"stored": stored} if any(isinstance(part.place, Item) and part.place.codec for part in tensor.parts) else {}
         shown = {"dtype": tensor.dtype, "shape": list(tensor.shape), "split": tensor.split or "whole", "bytes": tensor.num_bytes}
         yield {"tensor": key, **shown, "ranks": sorted({part.rank for part in tensor.parts}), **packed}
+    for alias, key in sorted(tails[0][1].tied.items()):
+        yield {"tied": alias, "to": key}
     for key, extra in tensors.values.items():
         yield {"value": key, "bytes": extra.length}
 

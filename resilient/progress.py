@@ -9,6 +9,7 @@ whose reading moves it, so that no work has to know of it.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Bar:
     def begin(self, what: str, total: int) -> None:
         """`total` bytes are to be read from here on."""
         self._what, self._total, self._done = what, total, 0
-        self._begin = self._drawn = time.monotonic()
+        self._begin, self._drawn = time.monotonic(), -math.inf
         self._shown = sys.stderr.isatty()
 
     def add(self, count: int) -> None:

@@ -21,6 +21,8 @@ import nets  # what the jobs import as their neighbour
 
 pytestmark = pytest.mark.process
 WORLD, STEPS = 2, 4
+STRIKE = ["--strike"]
+DECORATED = ["--form", "decorated"]
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp", "tp"])
@@ -97,20 +99,38 @@ def expected_losses(model: torch.nn.Module, begin: int, end: int) -> dict[int, f
     return found
 
 
-@pytest.mark.parametrize(("kind", "world", "more"), [("ddp", 1, []), ("ddp", 2, ["--strike"]), ("fsdp", 2, ["--strike"]), ("tp", 2, [])])
-def test_a_run_of_any_size_starts_from_imported_weights(kind, world, more, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "world", "standbys", "more"),
+    [
+        ("ddp", 1, 0, []),
+        ("ddp", 2, 0, [*STRIKE, *DECORATED]),
+        ("fsdp", 2, 1, STRIKE),
+        ("fsdp", 3, 0, STRIKE),
+        ("tp", 2, 0, DECORATED),
+    ],
+)
+def test_a_run_of_any_size_starts_from_imported_weights(kind, world, standbys, more, tmp_path):
     """Weights and buffers are those of the file; optimizer, schedule and random numbers those of the script; also if a rank dies at once."""
     model = imported_weights(tmp_path)
     begin, end = 3, 8
     assert main(["ckpt", "import", str(tmp_path), f"file://{tmp_path}/kept", "--step", str(begin)]) == 0
     out = tmp_path / "out"
-    flags = ["--nproc-per-node", str(world), "--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "4"]
+    flags = [
+        "--nproc-per-node",
+        str(world),
+        "--checkpoint",
+        f"file://{tmp_path}/kept",
+        "--checkpoint-every",
+        "4",
+        "--standbys",
+        str(standbys),
+    ]
     arguments = ["--out", str(out), "--kind", kind, "--steps", str(end), *more]
     with Launched(tmp_path, flags, "exchanged.py", arguments) as run:
         assert run.wait() == 0, run.text()
         begun = run.events("round_started")[0]
         assert (begun["tier"], begun["step"]) == ("persistent", begin)
-        assert len(run.incidents()) == (1 if more else 0)
+        assert len(run.incidents()) == more.count("--strike")
     assert json.loads((out / "begin-0.json").read_text()) == [begin, 0, [0.02, 0.003]]
     found = together(out, "begin", world)
     assert found.keys() == model.state_dict().keys(), "no optimizer state"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -406,3 +408,16 @@ assert "torch" not in sys.modules
 def test_the_bar_says_how_far_it_is():
     assert line("verify", 5 * 10**8, 10**9, 2.0) == f"verify  {'█' * 12}{'░' * 12}  50%  500 MB of 1 GB  250 MB/s  2 s left"
     assert [size(n) for n in (0, 999, 1000, 12_345_678)] == ["0 B", "999 B", "1 KB", "12.3 MB"]
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(tmp_path):
+    kept(tmp_path / "kept", 7, state())
+    command = [sys.executable, "-m", "resilient.cli", "ckpt", "verify", str(tmp_path / "kept")]
+    ours, theirs = pty.openpty()
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
+    os.close(theirs)
+    drawn = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "verify step 7" in drawn and drawn.endswith("\r\x1b[K")
+    assert "verified True" in ended.stdout and "\r" not in ended.stdout
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""

@@ -1,6 +1,6 @@
 """A run whose checkpoints are handed to others, or that starts from what others wrote.
 
-    exchanged.py --out DIR [--kind ddp|fsdp|tp] [--steps N] [--seed N] [--strike]
+    exchanged.py --out DIR [--kind ddp|fsdp|tp] [--steps N] [--seed N] [--form for|decorated] [--strike]
 
 Each rank writes DIR/state-<rank>.pt: its boxes of every tensor at the end, and DIR/begin-<rank>.pt: those with which it began.
 Rank 0 writes DIR/losses.jsonl. --strike: the last rank kills itself in its first step, once.
@@ -26,6 +26,7 @@ parser.add_argument("--out", type=pathlib.Path, required=True)
 parser.add_argument("--kind", default="ddp")
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--seed", type=int, default=3)
+parser.add_argument("--form", default="for")
 parser.add_argument("--strike", action="store_true")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,9 @@ run = resilient.init()
 model, optimizer = nets.built(args.kind, args.seed)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
 run.track(model=model, optimizer=optimizer, scheduler=scheduler)
-for step in run.steps(args.steps):
+
+
+def body(step):
     if run.sound and not (args.out / f"begin-{run.rank}.pt").exists():
         write("begin", model, optimizer)
         (args.out / f"begin-{run.rank}.json").write_text(json.dumps([int(step), scheduler.last_epoch, scheduler.get_last_lr()]))
@@ -67,4 +70,13 @@ for step in run.steps(args.steps):
     if run.rank == 0 and run.sound:
         with (args.out / "losses.jsonl").open("a") as file:
             file.write(json.dumps({"step": int(step), "loss": loss.item()}) + "\n")
+
+
+if args.form == "for":
+    for number in run.steps(args.steps):
+        body(number)
+else:
+    body = resilient.step(body)
+    for number in range(args.steps):
+        body(number)
 write("state", model, optimizer)
