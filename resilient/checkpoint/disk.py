@@ -54,7 +54,7 @@ class File(msgspec.Struct, frozen=True):
     xxh3_128: str  # of the tail
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):  # a flipped bit in the name of a field is seen, too
     """COMMIT.json."""
 
     format: int
