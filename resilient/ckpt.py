@@ -36,7 +36,11 @@ from resilient.progress import Bar, Watched, size
 
 Facts = dict[str, Any]
 _STEP: Final = re.compile(r"(.*)/step-(\d{8,})/?")
-_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS: Final = {
+    "": 1,
+    **{unit: 1000**power for power, unit in enumerate("KMGT", 1)},
+    **{unit + "I": 1024**power for power, unit in enumerate("KMGT", 1)},
+}
 _RANDOM: Final = {" rng": "random numbers", " grads": "gradients"}  # train/state.py
 
 
@@ -100,7 +104,7 @@ def _run(command: Callable[[argparse.Namespace, Bar], int], args: argparse.Names
 
 
 def _ls(args: argparse.Namespace, bar: Bar) -> int:
-    return _each(args, _tier(args.url, bar), lambda _step: {})
+    return _each(args, bar, _tier(args.url, bar), lambda _step: {})
 
 
 def _verify(args: argparse.Namespace, bar: Bar) -> int:
@@ -110,14 +114,14 @@ def _verify(args: argparse.Namespace, bar: Bar) -> int:
         _check(tier, step, bar)
         return {"verified": True}
 
-    return _each(args, tier, read_all)
+    return _each(args, bar, tier, read_all)
 
 
 def _show(args: argparse.Namespace, bar: Bar) -> int:
     tier = _tier(args.url, bar)
     tensors = Tensors(tier.checkpoint(_steps(tier, args.step)[-1]))
     for facts in _described(tensors):
-        _say(args, facts)
+        _say(args, bar, facts)
     return 0
 
 
@@ -166,7 +170,7 @@ def _diff(args: argparse.Namespace, bar: Bar) -> int:
     a, b = sides
     found, doubts, equal = compare.by_digest(a, b)
     for difference in found:
-        _say(args, _told(difference))
+        _say(args, bar, _told(difference))
     bar.begin("compare", sum(2 * doubt.a.num_bytes for doubt in doubts))
     count = len(found)
     for doubt in doubts:
@@ -174,8 +178,8 @@ def _diff(args: argparse.Namespace, bar: Bar) -> int:
             equal += 1
         else:
             count += 1
-            _say(args, _told(apart))
-    _say(args, {"steps": [a.whole.manifest.step, b.whole.manifest.step], "tensors_equal": equal, "differences": count})
+            _say(args, bar, _told(apart))
+    _say(args, bar, {"steps": [a.whole.manifest.step, b.whole.manifest.step], "tensors_equal": equal, "differences": count})
     return 1 if count else 0
 
 
@@ -200,7 +204,7 @@ def _export(args: argparse.Namespace, bar: Bar) -> int:
     else:
         bar.begin(f"export step {step}", 2 * total)
         done = export(tier, step, args.dir)
-    _say(args, {"step": done.step, "tensors": done.tensors, "bytes": done.num_bytes, "files": done.files, "to": args.dir})
+    _say(args, bar, {"step": done.step, "tensors": done.tensors, "bytes": done.num_bytes, "files": done.files, "to": args.dir})
     return 0
 
 
@@ -208,7 +212,7 @@ def _import(args: argparse.Namespace, bar: Bar) -> int:
     weights = Weights(args.source, lambda url: Watched(url, bar))
     bar.begin(f"import step {args.step}", sum(place.num_bytes for _, place in weights.places.values()))
     done = intake(weights, DiskTier(args.url), args.step, name=args.name, dtype=args.dtype)
-    _say(args, {"step": done.step, "tensors": done.tensors, "bytes": done.num_bytes, "from": args.source})
+    _say(args, bar, {"step": done.step, "tensors": done.tensors, "bytes": done.num_bytes, "from": args.source})
     return 0
 
 
@@ -222,13 +226,13 @@ def _prune(args: argparse.Namespace, bar: Bar) -> int:
             break
         except (SnapshotCorrupt, SnapshotMissing) as error:
             distrusted.add(step)
-            _say(args, {"step": step, "error": str(error)})
+            _say(args, bar, {"step": step, "error": str(error)})
     else:
         raise SnapshotCorrupt(f"{tier.url}: one sound step expected, none found: nothing is removed")
     keep = Keep(args.keep_last, args.keep_every)
     gone = tier.outdated(keep, distrusted=distrusted) if args.dry_run else tier.prune(keep, distrusted=distrusted)
     for step in gone:
-        _say(args, {"step": step, "would_remove" if args.dry_run else "removed": True})
+        _say(args, bar, {"step": step, "would_remove" if args.dry_run else "removed": True})
     return 1 if distrusted else 0
 
 
@@ -253,17 +257,17 @@ def _check(tier: DiskTier, step: int, bar: Bar) -> None:
     tier.verify(step)
 
 
-def _each(args: argparse.Namespace, tier: DiskTier, look: Callable[[int], Facts]) -> int:
+def _each(args: argparse.Namespace, bar: Bar, tier: DiskTier, look: Callable[[int], Facts]) -> int:
     """Tell of each step; 1 if one is not sound."""
     exit_code = 0
     for step in _steps(tier, getattr(args, "step", None)):
         try:
             manifest = tier.manifest(step)
             facts = {"ranks": manifest.world_size, "bytes": sum(entry.bytes for entry in manifest.ranks), "run": manifest.run}
-            _say(args, {"step": step, **facts, **({"origin": manifest.origin} if manifest.origin else {}), **look(step)})
+            _say(args, bar, {"step": step, **facts, **({"origin": manifest.origin} if manifest.origin else {}), **look(step)})
         except CheckpointError as error:
             exit_code = 1
-            _say(args, {"step": step, "error": str(error)})
+            _say(args, bar, {"step": step, "error": str(error)})
     return exit_code
 
 
@@ -275,8 +279,9 @@ def _steps(tier: DiskTier, step: int | None) -> tuple[int, ...]:
     return steps if step is None else (step,)
 
 
-def _say(args: argparse.Namespace, facts: Facts) -> None:
+def _say(args: argparse.Namespace, bar: Bar, facts: Facts) -> None:
     line = json.dumps(facts) if args.json else "   ".join(_words(facts))
+    bar.hide()
     sys.stdout.write(line + "\n")
 
 
@@ -299,9 +304,8 @@ def _positive(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.upper())
-    unit = match[2] if match else "?"
-    unit = unit if unit.endswith("B") or not unit else unit + "B"
-    if match is None or unit.removeprefix("B") not in _UNITS or not float(match[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.upper())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if count < 1:
         raise argparse.ArgumentTypeError(f"a size such as 5GB or 512MiB expected, {text!r} found")
-    return int(float(match[1]) * _UNITS[unit.removeprefix("B")])
+    return count

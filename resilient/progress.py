@@ -52,9 +52,14 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         """Away with it."""
+        self.hide()
+
+    def hide(self) -> None:
+        """Something else is to be printed on this line; what is added next draws it again."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+            self._drawn = -math.inf
 
 
 def line(what: str, done: int, total: int, spent_s: float) -> str:
