@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dist_checkpoint
 from resilient.checkpoint import codec, numbers, reshape
 from resilient.checkpoint import safetensors as own_safetensors
 from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.export import export_safetensors
 from resilient.checkpoint.imported import fit, own_state, rest
 from resilient.checkpoint.layout import Layout, Row, Twins
 from resilient.checkpoint.snapshot import Slot, slot_bytes
@@ -24,7 +25,7 @@ from resilient.checkpoint.storage import Storage
 from resilient.checkpoint.tensors import Tensors
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.cli import main
-from resilient.errors import SnapshotCorrupt, SnapshotMismatch
+from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMismatch
 from resilient.progress import line, size
 
 
@@ -421,3 +422,29 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(tmp_path):
     assert "verify step 7" in drawn and drawn.endswith("\r\x1b[K")
     assert "verified True" in ended.stdout and "\r" not in ended.stdout
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_no_flipped_byte_reaches_an_export(tmp_path, level):
+    """It is refused with the file's name, or it lies where an export does not look, and what comes out is right."""
+    tensors = {"a": torch.randn(40, 3), "b": torch.randn(7).bfloat16(), "c": torch.zeros(3, 40)}
+    kept(tmp_path / "kept", 7, tensors, sharded=True, level=level)
+    arguments = {"name": "model", "shard_bytes_max": 1 << 30}
+    sound = tmp_path / "sound"
+    export_safetensors(DiskTier(str(tmp_path / "kept")), 7, str(sound), **arguments)
+    good, refused = (sound / "model.safetensors").read_bytes(), 0
+    for file in sorted((tmp_path / "kept" / "step-00000007").iterdir()):
+        data = file.read_bytes()
+        for position in range(0, len(data), 31):
+            file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            to = tmp_path / "to" / f"{file.name}-{position}"
+            try:
+                export_safetensors(DiskTier(str(tmp_path / "kept")), 7, str(to), **arguments)
+            except CheckpointError as error:
+                refused += 1
+                assert file.name in str(error)
+                assert not list(to.glob("*"))
+            else:
+                assert (to / "model.safetensors").read_bytes() == good
+        file.write_bytes(data)
+    assert refused > 20
