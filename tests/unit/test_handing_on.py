@@ -448,3 +448,20 @@ def test_no_flipped_byte_reaches_an_export(tmp_path, level):
                 assert (to / "model.safetensors").read_bytes() == good
         file.write_bytes(data)
     assert refused > 20
+
+
+def test_torchs_own_safetensors_storage_reads_an_export_and_writes_an_import(tmp_path):
+    pytest.importorskip("safetensors")
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    tensors = {name: tensor for name, tensor in state().items() if tensor.numel()}
+    kept(tmp_path / "kept", 7, tensors)
+    there = tmp_path / "there"
+    assert main(["ckpt", "export", str(tmp_path / "kept"), str(there), "--format", "safetensors", "--max-shard-size", "300"]) == 0
+    found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dist_checkpoint.load(found, storage_reader=HuggingFaceStorageReader(str(there)), no_dist=True)
+    assert all(raw(found[name]) == raw(tensor) for name, tensor in tensors.items())
+    dist_checkpoint.save(found, storage_writer=HuggingFaceStorageWriter(str(tmp_path / "theirs")), no_dist=True)
+    assert main(["ckpt", "import", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    held = Tensors(DiskTier(str(tmp_path / "again")).checkpoint(1))
+    assert all(bytes(held.read(held.entries[f"model.{name}"])) == raw(tensor) for name, tensor in tensors.items())
