@@ -41,7 +41,7 @@ _UNITS: Final = {
     **{unit: 1000**power for power, unit in enumerate("KMGT", 1)},
     **{unit + "I": 1024**power for power, unit in enumerate("KMGT", 1)},
 }
-_RANDOM: Final = {" rng": "random numbers", " grads": "gradients"}  # train/state.py
+_RANDOM: Final = {" rng": "random numbers", " grads": "gradients", " canary": "canary"}  # train/state.py
 
 
 def add(commands: Any) -> None:

@@ -2,11 +2,12 @@
 
     resilient status RUN_DIR              who sits where, and how far they are
     resilient events RUN_DIR [--follow]   what happened, one line each
+    resilient snapshot RUN_DIR            have a checkpoint made now, and wait for it
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
     resilient ckpt VERB URL               checkpoints (ckpt.py)
 
-Contract: `status` and `events` read the run directory's files (host/journal.py) and nothing else. Never imports torch; changes nothing but
-in `clean`, and what `ckpt` is told to write.
+Contract: `status`, `events` and `snapshot` know the run directory's files (host/journal.py) and nothing else. Never imports torch; changes
+nothing but in `clean` and `snapshot`, and what `ckpt` is told to write.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from resilient import ckpt
 from resilient.checkpoint import memory
 from resilient.config import Options
+from resilient.host.journal import WISH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     events.add_argument("-f", "--follow", action="store_true", help="go on until the run has finished")
     events.add_argument("--json", action="store_true", help="print the lines of events.jsonl as they are")
     events.set_defaults(command=_events)
+    snapshot = commands.add_parser("snapshot", help="have a checkpoint made now, and wait for it")
+    snapshot.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    snapshot.add_argument("--timeout-s", type=float, default=120.0, help="how long to wait for its commit (default: %(default)s)")
+    snapshot.set_defaults(command=_snapshot)
     clean = commands.add_parser("clean", help="remove shared memory that dead runs left")
     clean.add_argument("--memory-dir", default=Options().memory_dir, metavar="DIR")
     clean.set_defaults(command=_clean)
@@ -78,7 +84,49 @@ def _status(args: argparse.Namespace) -> int:
     for standby in status["standbys"]:
         ready = "ready" if standby["ready"] else "warming up"
         print(f"  standby for rank {standby['shadow']:<4} {standby['node']} pid {standby['pid']:<8} {ready}")
+    if checkpoint := status.get("checkpoint"):
+        print(f"  checkpoint {_cadence(checkpoint)}")
     return 0
+
+
+def _cadence(it: dict[str, Any]) -> str:
+    """How often, why, and how far."""
+    newest = f"step {it['committed']}" if it["committed"] >= 0 else "none yet"
+    often = f"every {it['every']} steps" if it["every"] else "when asked for" if not it["auto"] else "interval not known yet"
+    chosen = f" (chosen: {it['failures_per_day']:.3g} failures a day expected, {it['failures']} seen)" if it["auto"] else ""
+    cost = (
+        ""
+        if it["cost_s"] is None
+        else f", costs {it['cost_s']:.3f} s ({it['stall_s']:.3f} s of it a stall; a step takes {it['step_s']:.3f} s)"
+    )
+    coming = f", next at step {it['next']}" if it["next"] > max(it["committed"], 0) else ""
+    return f"{newest}; {often}{chosen}{cost}{coming}"
+
+
+def _snapshot(args: argparse.Namespace) -> int:
+    status = json.loads((args.run_dir / "status.json").read_text(encoding="utf-8"))
+    if status["state"] not in {"forming", "running"} or time.time() - status["updated_at"] > STALE_S:
+        sys.stderr.write(f"resilient: {args.run_dir}: a run that is under way expected, one found that is not ({status['state']})\n")
+        return 1
+    if not status.get("checkpoint"):
+        sys.stderr.write(f"resilient: {args.run_dir}: the run was started without --checkpoint\n")
+        return 2
+    step = max((rank["step"] for rank in status["ranks"]), default=0)
+    (args.run_dir / WISH).touch()
+    until = time.monotonic() + args.timeout_s
+    while time.monotonic() < until:
+        for event in map(json.loads, _lines(args.run_dir / "events.jsonl", follow=False)):
+            if event["event"] == "checkpoint_committed" and event["step"] > step:
+                print(f"checkpoint of step {event['step']} is committed")
+                return 0
+            if event["event"] == "run_finished":
+                break
+        else:
+            time.sleep(FOLLOW_S)
+            continue
+        break
+    sys.stderr.write(f"resilient: {args.run_dir}: no checkpoint after step {step} within {args.timeout_s:g} s, or before the run ended\n")
+    return 1
 
 
 def _events(args: argparse.Namespace) -> int:

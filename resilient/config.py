@@ -12,11 +12,11 @@ Used by the launcher alone: it is read once, and what others need is handed to t
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -33,6 +33,10 @@ NOT_OURS: Final = frozenset(
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+BytesPerS = Annotated[int, msgspec.Meta(ge=0, description="text may end in KB, MB, GB, KiB, MiB, GiB")]
+_UNITS: Final = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+SecondsOrNone = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,8 +46,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     shadows: Literal["none", "all"] = "none"
     run_dir: str = ""
     checkpoint: str = ""
-    checkpoint_every: NonNegative = 100
+    checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0010-cadence.md
+    checkpoint_budget: Share = 0.01  # what nobody notices; ten times less often than the step time of most runs changes by itself
+    grace_s: SecondsOrNone = 25.0  # Kubernetes and Slurm give 30; five are for ending what is left
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
+    copies: NonNegative = 1
+    failure_domain: str = ""
+    data_interface: str = ""
+    data_rate: BytesPerS = 0
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
@@ -55,8 +65,14 @@ HELP: Final[dict[str, str]] = {
     "shadows": "'all' keeps one parked standby for every rank of this node (wins over --standbys).",
     "run_dir": "Directory of status.json, events.jsonl, logs and evidence (default: runs/<run id>).",
     "checkpoint": "URL or directory of the persistent checkpoints (anything fsspec opens); without it none are written.",
-    "checkpoint_every": "Steps between two persistent checkpoints.",
+    "checkpoint_every": "Steps between two persistent checkpoints, or 'auto': as often as is worth it.",
+    "checkpoint_budget": "With 'auto': the share of the time that checkpoints may cost.",
+    "grace_s": "With --checkpoint: seconds from SIGTERM to the end; the newest state in memory is checkpointed first (0: not).",
     "memory_dir": "Directory of the shared-memory segments.",
+    "copies": "On how many other nodes the copies of each node's ranks are kept (that of the node with the coordinator counts).",
+    "failure_domain": "What this node shares with others that would be lost with it (a rack, a switch): copies go to other domains.",
+    "data_interface": "Interface (eth1), address or network (10.1.0.0/16) through which copies of state go between the nodes.",
+    "data_rate": "Bytes per second that this node sends to keep copies elsewhere, such as 500MB; 0 = as fast as it goes.",
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
@@ -144,6 +160,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    if kind == BytesPerS and isinstance(value, str):
+        value = _number_of_bytes(key, value, where)
     lax = isinstance(value, str) and _bare(kind) is not str  # text from a flag or variable is read as a number
     try:
         return msgspec.convert(value, kind, strict=not lax)
@@ -151,9 +169,13 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
         raise ConfigError(f"option {key!r} {where}: {error}, found {value!r}") from None
 
 
+def _number_of_bytes(key: str, text: str, where: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?(?:/S)?", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"option {key!r} {where}: bytes expected, such as 500MB or 2GiB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
 def _bare(kind: Any) -> Any:
     """The type without its Annotated wrapper."""
-    if get_origin(kind) is Annotated:
-        return get_args(kind)[0]
-    assert get_origin(kind) not in (Union, types.UnionType), kind
-    return kind
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind

@@ -1,33 +1,42 @@
 """Copies: what this node's ranks seal is sent to the vaults of other nodes, in the background.
 
 Think of a clerk who walks past the mailboxes and carries on whatever is new; if two letters have come since his last round, he takes the
-newer one, for nobody will ask for the other. He empties one mailbox after the other: the fullest one does not keep him from the rest.
+newer one, for nobody will ask for the other. For each house where copies go he has a boy of his own: one who stands before a closed door
+keeps nobody else waiting.
 
 Contract: of each rank the newest start, the newest gate and the newest snapshot (not where shared state is replicated: other ranks hold
 that) end up at every peer: in each round own state first, and each kind once, so that one which changes faster than it travels keeps none
-of the others back. One transfer per rank at a time. A snapshot is copied to private memory before it is sent, so its writer waits for
-memory at most (Slot.begin), never for a peer; if the writer was faster, the newer one is taken. A peer that does not answer rests a second.
+of the others back. One transfer per rank and peer at a time. A snapshot is sent from where it lies, and its writer does not wait for it:
+of two slots it has the other one first. If it comes back before all has gone, the next snapshots of that rank are copied to private
+memory before they are sent (one at a time: that is the only memory of a snapshot's size that is ever used here), until the wire has had
+STAGED_S to be faster again. A peer that does not answer rests a second.
+Rejected: the writer waits for the wire (training at the pace of the network); always a private copy (memory for one snapshot more, and
+the time to fill it); a third slot (the same memory, and it would be needed by every rank).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import mmap
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from resilient.checkpoint.chest import Chest
-from resilient.checkpoint.peer import Notes, Peer
+from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot, Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.core.messages import NONE, Recorded
-from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.lane import Errands, Lane
 
 REST_S: Final = 1.0
-ROUNDS_MAX: Final = 20  # of one rank, through all kinds, before the next look decides anew
+ROUNDS_MAX: Final = 20  # of one rank and peer, through all kinds, before the next look decides anew
+STAGED_S: Final = 60.0  # after a writer has been faster than the wire
 COPY_S: Final = 60.0  # plus the time for the bytes
 COPY_BYTES_S: Final = 100 << 20  # slower than this, a copy within memory counts as hung
 _INLINE_BYTES: Final = 256 << 10  # copied on the spot: less work than handing it to a thread
@@ -38,16 +47,20 @@ log = logging.getLogger("resilient.vault")
 class Copies:
     """Brings other nodes up to date."""
 
-    def __init__(self, notes: Notes, lane: Lane, *, token: str, run: str, node: str) -> None:
-        """`notes`: those of ranks seated here are sent as well (`keep`)."""
+    def __init__(self, notes: Notes, lane: Lane, *, token: str, run: str, node: str, limit: Limit | None = None) -> None:
+        """`notes`: those of ranks seated here are sent as well (`keep`). `limit`: of all that is sent to peers."""
         self._notes = notes
         self._lane = lane
+        self._limit = limit
         self._token, self._run, self._node = token, run, node
         self._peers: dict[str, Peer] = {}
         self._sent: dict[tuple[str, int, Kind], Mark] = {}  # peer, rank, kind -> what it has
         self._outbox: dict[str, list[Recorded]] = {}
         self._resting: dict[str, float] = {}  # peer -> until
-        self._busy: set[int | str] = set()  # ranks whose state, peers whose notes are on their way
+        self._busy: set[tuple[str, int]] = set()  # peer, rank: whose state is on its way; rank NONE: notes
+        self._overtaken: dict[int, float] = {}  # rank whose writer was faster than the wire -> until when it is thought to be
+        self._staging = asyncio.Lock()
+        self._stamping: dict[int, asyncio.Lock] = {}  # rank
         self._kept: list[Recorded] = []
         self._arrived: dict[tuple[str, int, Kind], int] = {}  # peer, rank, kind -> newest step there
         self._on_copied: Callable[[int], None] = lambda _rank: None
@@ -66,7 +79,7 @@ class Copies:
 
     def peer(self, address: str) -> Peer:
         """A client of that vault."""
-        return Peer(address, token=self._token, run=self._run, name=f"vault of {self._node}")
+        return Peer(address, token=self._token, run=self._run, name=f"vault of {self._node}", limit=self._limit)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Where copies go from now on. A new one is sent everything."""
@@ -92,9 +105,9 @@ class Copies:
         """Start what is to be done for this rank, unless it is under way."""
         for address in self._peers:
             self._send_notes(address)
-        if chest.rank not in self._busy and next(self._behind(chest), None) is not None:
-            self._busy.add(chest.rank)
-            self._errands.start(self._send(chest))
+            if (address, chest.rank) not in self._busy and next(self._behind(chest, address), None) is not None:
+                self._busy.add((address, chest.rank))
+                self._errands.start(self._send(chest, address))
 
     async def close(self) -> None:
         """Stop; what is under way is not finished."""
@@ -104,74 +117,107 @@ class Copies:
 
     # ------------------------------------------------------------------ state
 
-    def _behind(self, chest: Chest) -> Iterator[tuple[Kind, Slot, Mark, list[str]]]:
-        """What some peers lack: (kind, slot, this writing of it, those peers). Each kind once, as it is when its turn comes."""
+    def _behind(self, chest: Chest, address: str) -> Iterator[tuple[Kind, Slot, Mark]]:
+        """What a peer lacks: (kind, slot, this writing of it). Each kind once, as it is when its turn comes."""
         for kind, ring in _rings(chest):
-            now = time.monotonic()
-            peers = [address for address in self._peers if self._resting.get(address, 0.0) <= now]
-            slot = ring.newest() if peers else None
+            slot = ring.newest() if self._answers(address) else None
             if slot is not None:
                 mark = (slot.where, slot.generation())
-                lacking = [address for address in peers if self._sent.get((address, chest.rank, kind)) != mark]
-                if lacking:
-                    yield kind, slot, mark, lacking
+                if self._sent.get((address, chest.rank, kind)) != mark:
+                    yield kind, slot, mark
 
-    async def _send(self, chest: Chest) -> None:
+    async def _send(self, chest: Chest, address: str) -> None:
         try:
             for _ in range(ROUNDS_MAX):
                 done = True
-                for kind, slot, mark, lacking in self._behind(chest):
+                for kind, slot, mark in self._behind(chest, address):
                     done = False
-                    await self._send_one(chest.rank, kind, slot, mark, lacking)
+                    await self._send_one(address, chest.rank, kind, slot, mark)
                 if done:
                     return
         finally:
-            self._busy.discard(chest.rank)
+            self._busy.discard((address, chest.rank))
 
-    async def _send_one(self, rank: int, kind: Kind, slot: Slot, mark: Mark, lacking: list[str]) -> None:
+    async def _send_one(self, address: str, rank: int, kind: Kind, slot: Slot, mark: Mark) -> None:
         try:
-            key, sealed = await staged(slot, rank, kind, self._lane)
-        except SnapshotMissing:
-            return  # its writer was faster: the next round takes the newer one
+            if kind != "snapshot":
+                step = await self._put(address, *await staged(slot, rank, kind, self._lane))
+            elif self._overtaken.get(rank, 0.0) > time.monotonic():
+                async with self._staging:
+                    step = await self._put(address, *await staged(slot, rank, kind, self._lane))
+            else:
+                step = await self._put(address, *await self._straight(slot, rank, kind))
+        except SnapshotMissing as error:  # its writer was faster: the next round takes the newer one
+            if kind == "snapshot":
+                log.info("rank %d: %s; snapshots are copied before they are sent for %.0f s", rank, error, STAGED_S)
+                self._overtaken[rank] = time.monotonic() + STAGED_S
+            return
         except CheckpointError as error:
             log.warning("not copied to other nodes: %s", error)
-            self._sent.update({(address, rank, kind): mark for address in lacking})  # nor tried again
+            self._sent[address, rank, kind] = mark  # nor tried again
             return
-        for address in lacking:
-            if await self._try(address, lambda peer: peer.put(key, sealed)):
-                self._sent[address, rank, kind] = mark
-                self._arrived[address, rank, kind] = key.step
-                self._on_copied(rank)
+        if step != NONE:
+            self._sent[address, rank, kind] = mark
+            self._arrived[address, rank, kind] = step
+            self._on_copied(rank)
+
+    async def _straight(self, slot: Slot, rank: int, kind: Kind) -> tuple[SnapshotKey, Slot]:
+        """The slot itself, stamped. Raises SnapshotMissing if its writer was faster."""
+        deadline_s = COPY_S + slot.sealed_bytes() / COPY_BYTES_S
+        async with self._stamping.setdefault(rank, asyncio.Lock()):  # another peer's turn may be at it
+            if not slot.is_stamped():
+                await self._lane.run(slot.stamp_payload, deadline_s=deadline_s)
+        step = slot.sealed_step()
+        if step == NONE:
+            raise SnapshotMissing(f"{kind} of rank {rank}: overwritten just now")
+        return SnapshotKey(rank, step, kind), slot
+
+    async def _put(self, address: str, key: SnapshotKey, sealed: memoryview | Slot) -> int:
+        """The step that lies there now; NONE if the peer did not take it. Raises SnapshotMissing, SnapshotCorrupt if that is ours."""
+        peer = self._peers.get(address)
+        if peer is None:
+            return NONE
+        try:
+            await peer.put(key, sealed)
+        except SnapshotMissing:
+            raise
+        except CheckpointError as error:
+            if isinstance(error, SnapshotCorrupt) and isinstance(sealed, Slot):  # damaged on its way, or here?
+                deadline_s = COPY_S + sealed.sealed_bytes() / COPY_BYTES_S
+                await self._lane.run(lambda: sealed.read(rank=key.rank, step=key.step), deadline_s=deadline_s)
+            self._rest(address, error)
+            return NONE
+        self._resting.pop(address, None)
+        return key.step if self._peers.get(address) is peer else NONE
 
     # ------------------------------------------------------------------ notes
 
     def _send_notes(self, address: str) -> None:
-        if self._outbox.get(address) and address not in self._busy and self._resting.get(address, 0.0) <= time.monotonic():
-            self._busy.add(address)
+        if self._outbox.get(address) and (address, NONE) not in self._busy and self._answers(address):
+            self._busy.add((address, NONE))
             self._errands.start(self._empty_outbox(address))
 
     async def _empty_outbox(self, address: str) -> None:
         try:
             while waiting := self._outbox.get(address):
-                if not await self._try(address, lambda peer, note=waiting[0]: peer.leave_note(note)):  # type: ignore[misc]
-                    return
+                await self._peers[address].leave_note(waiting[0])
                 waiting.pop(0)
-        finally:
-            self._busy.discard(address)
-
-    async def _try(self, address: str, request: Callable[[Peer], Coroutine[Any, Any, None]]) -> bool:
-        """Whether it worked. If not, that peer rests, and the first time is told."""
-        if address not in self._peers:
-            return False
-        try:
-            await request(self._peers[address])
+                self._resting.pop(address, None)
         except CheckpointError as error:
-            if address not in self._resting:
-                log.warning("copies to %s wait: %s", address, error)
-            self._resting[address] = time.monotonic() + REST_S
-            return False
-        self._resting.pop(address, None)
-        return True
+            self._rest(address, error)
+        finally:
+            self._busy.discard((address, NONE))
+
+    # ------------------------------------------------------------------ peers that do not answer
+
+    def _answers(self, address: str) -> bool:
+        return self._resting.get(address, 0.0) <= time.monotonic()
+
+    def _rest(self, address: str, error: CheckpointError) -> None:
+        """Leave that peer alone for a while; the first time is told."""
+        if address not in self._resting:
+            log.warning("copies to %s wait: %s", address, error)
+        self._resting[address] = time.monotonic() + REST_S
 
 
 async def staged(slot: Slot, rank: int, kind: Kind, lane: Lane) -> tuple[SnapshotKey, memoryview]:

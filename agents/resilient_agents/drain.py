@@ -3,10 +3,10 @@
 Think of a ship that is unloaded while it waits for its next voyage; one that sails at once has its crates put onto the quay first (private
 memory), from where they go, in their own time, into the warehouse.
 
-Contract: a snapshot of a rank seated here whose step is a multiple of `every` is written in the background as soon as it is seen sealed,
-straight from its slot without holding up its writer, or, where that one comes back too soon, from a copy; then it is listed in `persisted`.
-`commit` writes the marker and removes old checkpoints, and is tried again while storage
-does not answer. At most two snapshots per rank are on the quay; one more is left out (the next multiple comes). Every use of storage has
+Contract: a snapshot of a rank seated here that is `due(rank, step)` is written in the background as soon as it is seen sealed, straight
+from its slot without holding up its writer, or, where that one comes back too soon, from a copy; then it is listed in `persisted`.
+`commit` writes the marker and removes old checkpoints, and is tried again while storage does not answer. At most two snapshots per rank
+are on the quay; one more is left out (the next one comes). Every use of storage has
 a deadline; what hangs is left behind (lane.py).
 """
 
@@ -45,7 +45,7 @@ class Drain:
     def __init__(
         self,
         url: str,
-        every: int,
+        due: Callable[[int, int], bool],
         *,
         keep: Keep = KEEP,
         level: int = 0,
@@ -54,7 +54,7 @@ class Drain:
         changed: Callable[[], None],
         differ: Callable[[int, ReplicasDiffer], None],
     ) -> None:
-        """`every`: steps between two checkpoints, 0 = none are written. `level`: of zstandard. `lane`: for copies in memory.
+        """`due(rank, step)`: whether that snapshot is to be written. `level`: of zstandard. `lane`: for copies in memory.
 
         `differ`: a step was not committed because its replicas are not equal. Raises TierUnavailable.
         """
@@ -62,7 +62,7 @@ class Drain:
         self.committed = NONE  # the newest one since
         self.tier = DiskTier(url, level=level)
         self._keep = keep
-        self._every = every
+        self._due = due
         self._run = run
         self._copying = lane
         self._writing = Lane("checkpoint storage (writing)", niceness=10)
@@ -95,11 +95,11 @@ class Drain:
 
     def look(self, chest: Chest) -> None:
         """Start to write what is due."""
-        for slot in chest.snapshots.slots if self._every and chest.snapshots is not None else ():
+        for slot in chest.snapshots.slots if chest.snapshots is not None else ():
             now = (slot.generation(), slot.sealed_step())
             if (chest.rank, now[1]) in self._brought and now[1] not in self._distrusted:
                 continue
-            if now[1] <= 0 or now[1] % self._every or self._seen.get(slot.path) == now:
+            if now[1] <= 0 or not self._due(chest.rank, now[1]) or self._seen.get(slot.path) == now:
                 continue
             self._seen[slot.path] = now
             if self._quay.get(chest.rank, 0) >= QUAY_MAX:
@@ -207,7 +207,11 @@ class Drain:
         self._brought.add((wanted.rank, wanted.reshape))
         key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
         work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size, begun=wanted.own)
-        return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+        try:
+            return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+        except CheckpointError as error:
+            log.warning("checkpoint of step %d refused for rank %d: %s", wanted.reshape, wanted.rank, error)
+            raise
 
     async def foreign(self, step: int) -> bool:
         """Whether that step was written in a world of another size, or imported: then it fits no rank as it is."""

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from resilient import config
-from resilient.checkpoint import memory
+from resilient.checkpoint import memory, room
+from resilient.checkpoint.haul import RATE_MIN
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
 from resilient.errors import ConfigError, ResilientError, TierUnavailable
@@ -31,6 +32,7 @@ from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
 from resilient_agents import kernel, logs
+from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
@@ -47,6 +49,7 @@ USAGE_EXIT: Final = 2
 CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this long does without them
 FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
 ALONE_S: Final = 0.2  # there is nobody to tell
+WARNING: Final = signal.SIGUSR1  # schedulers send it some time before the end (Slurm: --signal=B:USR1@300)
 log = logging.getLogger("resilient")
 
 
@@ -87,6 +90,7 @@ async def _run(nursery: Nursery) -> int:
         options = config.resolve(launch.ours, os.environ, launch.config or None)
         _check_program(launch)
         _check_memory(launch, options)
+        _check_rate(options)
         meeting = meeting_of(launch, options)
         return await _Node(nursery, launch, options, meeting).run()
     finally:
@@ -107,14 +111,18 @@ def _check_memory(launch: Launch, options: config.Options) -> None:
     """Room for the pages of all workers, and of those that take their places, must be there before the first one starts."""
     wanted = 4 * PAGE_BYTES * (launch.slots + _standbys(launch, options))
     try:
-        free = memory.free_bytes(options.memory_dir)
+        found = room.left(options.memory_dir)
     except OSError as error:
         raise ConfigError(f"--memory-dir {options.memory_dir}: cannot be used ({error.strerror})") from error
-    if free < wanted:
+    if found.num_bytes < wanted:
         raise ConfigError(
-            f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {free} found; "
-            f"enlarge it (mount -o remount,size=... {options.memory_dir}) or name another place",
+            f"--memory-dir {options.memory_dir}: at least {wanted} bytes free expected, {found.num_bytes} found {found.where}; {found.cure}"
         )
+
+
+def _check_rate(options: config.Options) -> None:
+    if 0 < options.data_rate < RATE_MIN:
+        raise ConfigError(f"--data-rate: 0 or at least {RATE_MIN} bytes per second expected, {options.data_rate} found")
 
 
 def _standbys(launch: Launch, options: config.Options) -> int:
@@ -156,15 +164,16 @@ class _Node:
     async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
         node = self._name()
+        data_host = address_on(options.data_interface, present()) if options.data_interface else ""
         service = None
         if meeting.listener is not None:
             service = Service(self._coordinator_settings(node), meeting.token, journal, console.say)
             await service.start(meeting.listener)
         key = memory.new_key()
-        vault, data_port = await self._vault(key, node)
+        vault, data_port = await self._vault(key, node, data_host)
         self._host = host = Host(
             launch=launch,
-            settings=self._agent_settings(node, data_port, hosts=service is not None),
+            settings=self._agent_settings(node, data_host, data_port, hosts=service is not None),
             key=key,
             memory_dir=options.memory_dir,
             token=meeting.token,
@@ -185,7 +194,7 @@ class _Node:
             if service is not None:
                 await service.close()
 
-    async def _vault(self, key: str, node: str) -> tuple[Vault, int]:
+    async def _vault(self, key: str, node: str, data_host: str) -> tuple[Vault, int]:
         """The keeper of copies, and the port where it serves peers."""
         options, meeting = self._options, self._meeting
         try:
@@ -194,11 +203,12 @@ class _Node:
                 directory=options.memory_dir,
                 key=key,
                 checkpoint_url=options.checkpoint,
-                checkpoint_every=options.checkpoint_every,
+                checkpoint_every=0 if options.checkpoint_every == "auto" else options.checkpoint_every,
                 token=meeting.token,
                 node=node,
-                host=address(self._launch, meeting),
-                bind=LOOPBACK if meeting.local else "",
+                host=data_host or address(self._launch, meeting),
+                bind=data_host or (LOOPBACK if meeting.local else ""),
+                data_rate=options.data_rate,
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
@@ -238,7 +248,7 @@ class _Node:
         return f"{socket.gethostname().split('.')[0][:24]}-{secrets.token_hex(2)}"
 
     def _coordinator_settings(self, node: str) -> CoordinatorSettings:
-        conf = self._launch.endpoint_conf
+        conf, options = self._launch.endpoint_conf, self._options
         return CoordinatorSettings(
             run=self._meeting.run_id,
             leader=node,
@@ -247,10 +257,16 @@ class _Node:
             max_restarts=self._launch.max_restarts,
             last_call_s=_seconds(conf, "last_call_timeout", 30.0),
             join_timeout_s=_seconds(conf, "join_timeout", 600.0),
-            lease_s=self._options.lease_s,
+            lease_s=options.lease_s,
+            checkpoints=bool(options.checkpoint),
+            checkpoint_every=0 if options.checkpoint_every == "auto" or not options.checkpoint else options.checkpoint_every,
+            checkpoint_auto=options.checkpoint_every == "auto" and bool(options.checkpoint),
+            checkpoint_budget=options.checkpoint_budget,
+            grace_s=options.grace_s if options.checkpoint else 0.0,
+            copies=options.copies,
         )
 
-    def _agent_settings(self, node: str, data_port: int, *, hosts: bool) -> AgentSettings:
+    def _agent_settings(self, node: str, data_host: str, data_port: int, *, hosts: bool) -> AgentSettings:
         launch, options = self._launch, self._options
         static = launch.backend == "static" and not self._meeting.alone
         return AgentSettings(
@@ -260,7 +276,9 @@ class _Node:
             slots=launch.slots,
             standbys=_standbys(launch, options),
             host=address(launch, self._meeting),
+            data_host=data_host,
             data_port=data_port,
+            failure_domain=options.failure_domain,
             node_rank=launch.node_rank if static else NONE,
             hosts_store=hosts,
             managed=launch.program.kind in {"script", "run_path"} and names_us(launch.program.target),
@@ -268,6 +286,7 @@ class _Node:
             shutdown_timeout_s=launch.shutdown_timeout_s,
             join_timeout_s=_seconds(launch.endpoint_conf, "join_timeout", 600.0),
             orphan_s=3 * options.lease_s,
+            grace_s=options.grace_s if options.checkpoint else 0.0,
         )
 
     def _listen_to_signals(self) -> None:
@@ -278,12 +297,19 @@ class _Node:
                 self._console.say(f"--signals-to-handle: {name!r} is no signal of this system")
             else:
                 loop.add_signal_handler(number, self._signalled, int(number))
+        if WARNING.name not in self._launch.signals:
+            loop.add_signal_handler(WARNING, self._warned)
+
+    def _warned(self) -> None:
+        self._console.say(f"{WARNING.name}: a checkpoint is made soon" if self._options.checkpoint else f"{WARNING.name}: no --checkpoint")
+        self._host.warn(WARNING.name)
 
     def _signalled(self, number: int) -> None:
         self._signals += 1
         name = signal.Signals(number).name
         if self._signals == 1:
-            self._console.say(f"{name}: ending the workers (a second signal kills them at once)")
+            rescue = ", then what they held is checkpointed" if self._options.checkpoint and self._options.grace_s else ""
+            self._console.say(f"{name}: ending the workers{rescue} (a second signal kills at once)")
             self._host.stop(number)
         else:
             self._host.abort(1, f"{name} again: killed")

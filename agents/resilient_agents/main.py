@@ -65,7 +65,7 @@ class Host:
         archive: Archive,
         console: Console,
         store_bind: str,
-        checkpoint_every: int,
+        checkpoint_every: int | str,
     ) -> None:
         """`key` names what we leave in `memory_dir`; `store_bind`: "127.0.0.1", or "" = all interfaces."""
         self._launch = launch
@@ -87,6 +87,8 @@ class Host:
         self._root_errors: dict[int, str] = {}  # attempt -> the first error file in it
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: m.Finished | None = None
+        self._stopping = False
+        self._wanted = NONE  # the step that the pages ask their workers to seal
         socket = memory.segment_path(memory_dir, key, "socket")
         self._doors = Doors(socket, token, self._knows, self._heard)
         self._env = {
@@ -136,7 +138,12 @@ class Host:
 
     def stop(self, number: int) -> None:
         """SIGTERM or SIGINT came: end in order."""
+        self._stopping = True
         self._driver.put(m.Stop(signal=number))
+
+    def warn(self, text: str) -> None:
+        """Trouble may be coming."""
+        self._driver.put(m.Warned(text=text))
 
     def abort(self, exit_code: int, message: str) -> None:
         """End now: everything is killed in `close`."""
@@ -207,6 +214,7 @@ class Host:
         now_ns = time.monotonic_ns()
         for rank in {worker.chair for worker in self._workers.values()} - {NONE}:
             self._copied(rank)
+            self._show_wanted(rank)
         return m.Looked(
             workers={worker.name: worker.look(now_ns) for worker in self._workers.values()},
             seals=self._vault.all_seals(),
@@ -219,6 +227,15 @@ class Host:
         for worker in self._workers.values():
             if worker.chair == rank and worker.alive:
                 worker.page.set_copied(UNCOPIED if step is None else step)
+
+    def _show_wanted(self, rank: int) -> None:
+        """Ask the worker of this chair for a checkpoint, and tell the vault which one it has made."""
+        for worker in self._workers.values():  # in the order of their birth
+            if worker.chair == rank:
+                if worker.alive:
+                    worker.page.want(self._wanted)
+                if (step := worker.page.pace(rank).sealed) != NONE:
+                    self._vault.sealed(rank, step)
 
     def _known(self) -> set[int]:
         """Children whose end somebody here waits for."""
@@ -234,6 +251,7 @@ class Host:
             self._stores.opened(message)
             return
         if isinstance(message, Sealed):
+            self._show_wanted(self._workers[name].chair if name in self._workers else NONE)
             self._vault.poke()
             return
         if isinstance(message, Join):
@@ -270,6 +288,7 @@ class Host:
             case m.Keep():
                 self._vault.keep(action.recorded)
             case m.VaultDo():
+                self._wanted = action.checkpoint
                 self._vault.do(action)
             case m.Log():
                 message = action.message
@@ -292,6 +311,7 @@ class Host:
         if isinstance(action.message, Seated) and (worker := self._workers.get(action.worker)) is not None:
             worker.chair = action.message.rank
             self._copied(worker.chair)
+            worker.page.want(self._wanted)
             self._console.follow(worker.name, worker.files, action.message.rank, action.message.local_rank, from_now=True)
 
     def _kill(self, action: m.Kill) -> None:
@@ -372,11 +392,12 @@ class Host:
         await self._doors.emptied(worker.name, LAST_WORDS_S)
         code = worker.reap()
         self._console.ended(worker.name)
-        if code == 0:
+        if code == 0 and not self._stopping:
             await self._vault.settle(SETTLE_S)  # its last checkpoint is complete before the run counts as finished
         text = worker.error_text() if code else ""
         if text:
             self._root_errors.setdefault(worker.fork.restart, worker.files.path("error.json"))
+        self._driver.put(self._looked())  # what it had sealed last is known before its death is
         self._driver.put(m.Exited(worker=worker.name, exit_code=code, text=text))
 
     def _zygote_down(self, reason: str) -> None:

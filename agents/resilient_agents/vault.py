@@ -21,15 +21,19 @@ from typing import Final
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import Chest, MemoryTier
-from resilient.checkpoint.peer import Notes, PeerServer
+from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
+from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.holder import PeerServer
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
-from resilient.core.messages import NONE, Fetch, Holding, Layout, Persisted, Recorded, Refused, Segments
+from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient_agents import inventory
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.lane import Errands, Lane
@@ -59,9 +63,13 @@ class Vault:
         node: str,
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
+        data_rate: int = 0,
     ) -> None:
-        """`directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
+        """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
+        `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
+
+        `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
         Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
         self._directory, self._key, self._host, self._bind = directory, key, host, bind
@@ -70,12 +78,12 @@ class Vault:
         self._lane = Lane("memory", threads=2)
         self._server = PeerServer(self._memory, self._notes, token=token, run=run)
         self._server.changed = self._changed
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node)
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=Limit(data_rate) if data_rate else None)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
                 checkpoint_url,
-                checkpoint_every,
+                self._due,
                 keep=keep,
                 level=level,
                 run=run,
@@ -83,11 +91,14 @@ class Vault:
                 changed=self._changed,
                 differ=self._differ,
             )
+        self._every, self._rescue = checkpoint_every, NONE
+        self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
         self._claim: memory.Claim | None = None
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
+        self._sweep = inventory.Sweep(self._memory)
         self._hashing = False
         self._hash_again_at = 0.0
         self._hashed_at: dict[int, float] = {}
@@ -143,16 +154,18 @@ class Vault:
         """Make the segments of a chair, or take those that it has. Blocks (0.3 s per GB): call it from a thread."""
         chest = self._memory.chest(layout.rank)
         if not chest.filling.acquire(timeout=FILLING_S):
-            return _no_segments(layout, "a copy that is being brought in did not arrive")
+            return inventory.no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
             chest.replicated, chest.often = layout.replicated, layout.often
             own = chest.grow_own(own_slot_bytes(layout.own_bytes))
             ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
         except TierUnavailable as error:
-            return _no_segments(layout, str(error))
+            ranks = max(len(self._ranks), 1)
+            total = ranks * (3 * own_slot_bytes(layout.own_bytes) + SLOT_COUNT * layout.snapshot_bytes)
+            return inventory.no_segments(layout, f"{error}; for all ranks of this node, {ranks}, about {total} bytes are needed")
         except OSError as error:
-            return _no_segments(layout, f"memory tier: {error}")
+            return inventory.no_segments(layout, f"memory tier: {error}")
         finally:
             chest.filling.release()
         return Segments(
@@ -175,7 +188,6 @@ class Vault:
         except CheckpointError as error:
             if isinstance(error, SnapshotCorrupt) and self._drain is not None:
                 self._drain.distrust(layout.reshape)
-            log.warning("checkpoint of step %d refused for rank %d: %s", layout.reshape, layout.rank, error)
             return msgspec.structs.replace(segments, refused=str(error))
         segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
         return msgspec.structs.replace(segments, own_of=own_of)
@@ -183,11 +195,11 @@ class Vault:
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
-        return {rank: _seals(chest) for rank, chest in sorted(self._memory.chests.items())}
+        return {rank: inventory.seals(chest) for rank, chest in sorted(self._memory.chests.items())}
 
     def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
         """(newest start, gate, snapshot steps) of one rank."""
-        found = _seals(self._memory.chests[rank]) if rank in self._memory.chests else Seals()
+        found = inventory.seals(self._memory.chests[rank]) if rank in self._memory.chests else Seals()
         return max(found.own_steps, default=NONE), found.gate_step, tuple(found.snapshots)
 
     def snapshot_path(self, rank: int, step: int) -> str:
@@ -207,7 +219,7 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if not chest.seated and (holding := _holding(rank, chest)) is not None
+                if not chest.seated and (holding := inventory.holding(rank, chest)) is not None
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
@@ -224,6 +236,7 @@ class Vault:
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
+        self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
         self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
@@ -231,6 +244,15 @@ class Vault:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
         self._changed()
+
+    def sealed(self, rank: int, step: int) -> None:
+        """The worker of this rank says that `step`, its newest so far, is for the persistent tier."""
+        self._sealed[rank] = step
+
+    def _due(self, rank: int, step: int) -> bool:
+        """Whether a snapshot goes to the persistent tier."""
+        by_interval = self._every > 0 and step % self._every == 0
+        return by_interval or step in (self._sealed.get(rank, NONE), self._rescue)
 
     def copied(self, rank: int) -> int | None:
         """See Copies.copied; None also for a rank of which nothing is known."""
@@ -264,23 +286,30 @@ class Vault:
             self._copies.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
-            _drop_outdated(chest)
+            inventory.drop_outdated(chest)
+        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), {fetch.rank for fetch in self._fetches})
         self._hash_now_and_then(seated)
 
     # ------------------------------------------------------------------ bringing copies here
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        while wanted in self._fetches:
-            try:
-                await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted))
-                break
-            except CheckpointError as error:
-                if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
-                    self._tell_notes(wanted.rank)
-                    self._refuse(wanted, error)
-                    return
-            await asyncio.sleep(FETCH_PAUSE_S)
+        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source != self._address else None
+        berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
+        try:
+            while wanted in self._fetches:
+                try:
+                    await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted, peer, berths))
+                    break
+                except CheckpointError as error:
+                    if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
+                        self._tell_notes(wanted.rank)
+                        self._refuse(wanted, error)
+                        return
+                await asyncio.sleep(FETCH_PAUSE_S)
+        finally:
+            if peer is not None:
+                peer.close()
         self._tell_notes(wanted.rank)
         if wanted in self._fetches:
             self._fetches[wanted] = True
@@ -300,19 +329,16 @@ class Vault:
         with self._memory.berth(key) as berth:
             await self._drain.fetch(key, berth)
 
-    async def _fetch_peer(self, wanted: Fetch) -> None:
+    async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
+        """From `peer`, or, if that is None, from ourselves."""
         rank = wanted.rank
-        if wanted.source != self._address:
-            peer = self._copies.peer(wanted.source)
-            try:
-                for key in await peer.list():  # ascending by step, so that the newest start comes last
-                    if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
-                        with self._memory.berth(key) as berth:
-                            await peer.get(key, berth)
-                for note in await peer.notes(rank):
-                    self._notes.add(note)
-            finally:
-                peer.close()
+        if peer is not None:
+            for key in await peer.list():  # ascending by step, so that the newest start comes last
+                if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
+                    with berths.setdefault(key, self._memory.berth(key)) as berth:
+                        await peer.get(key, berth)
+            for note in await peer.notes(rank):
+                self._notes.add(note)
         if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 
@@ -372,37 +398,3 @@ class Vault:
         if now != self._told:
             self._told = now
             self._on_change()
-
-
-def _seals(chest: Chest) -> Seals:
-    return Seals(
-        own=chest.own_path,
-        own_bytes=chest.own.own_bytes if chest.own is not None else 0,
-        own_steps=tuple(chest.sealed("start")),
-        gate_step=max(chest.sealed("gate"), default=NONE),
-        snapshots={step: slot.path for step, slot in chest.sealed("snapshot").items()},
-    )
-
-
-def _holding(rank: int, chest: Chest) -> Holding | None:
-    seals = _seals(chest)
-    if not seals.own_steps and not seals.snapshots:
-        return None
-    return Holding(
-        rank=rank,
-        own_step=chest.own.start_step() if chest.own is not None else NONE,
-        gate_step=seals.gate_step,
-        snapshots=tuple(seals.snapshots),
-        own_steps=seals.own_steps,
-    )
-
-
-def _drop_outdated(chest: Chest) -> None:
-    """A fetched snapshot has done its work when the worker has begun the step after the next."""
-    step = chest.fetched.newest_step() if chest.fetched is not None else NONE
-    if step != NONE and chest.own is not None and chest.own.start_step() > step + 1:
-        chest.drop_fetched()
-
-
-def _no_segments(layout: Layout, error: str) -> Segments:
-    return Segments(rank=layout.rank, own="", own_bytes=0, slots=(), snapshot_bytes=0, error=error)

@@ -68,6 +68,7 @@ class Worker:
             parked=self.page.parked(),
             os_state=seen.state if seen is not None else "Z",
             cpu_s=last.cpu_s if last is not None else 0.0,
+            pace=self.page.pace(self.chair) if self.chair != NONE else None,
         )
 
     def reap(self) -> int:

@@ -134,7 +134,9 @@ def _serve(line: socket.socket, agent: int) -> Spawn | None:
         if not data:
             return None
         for order in decoder.feed(data):
+            unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # in a fork's hooks they would be lost
             answer = _fork(order, agent)
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)  # here, and in the worker that was made
             if answer is None:
                 return order
             line.sendall(encode(answer))

@@ -74,7 +74,8 @@ class Chest:
             return old
         spares: list[str] = []
         try:
-            spares.extend(_create_anew(f"{path}.new", num_bytes) for path in self._slot_paths)
+            for number, path in enumerate(self._slot_paths):
+                spares.append(_create_anew(f"{path}.new", num_bytes, (SLOT_COUNT - number) * num_bytes))
             new = Ring.open(spares)
             if old is not None:
                 _carry_over(old, new)
@@ -125,13 +126,19 @@ class Chest:
         """Paths of the snapshot slots, none before there are any."""
         return self._slot_paths if self.snapshots is not None else ()
 
+    def rings(self, kind: Kind) -> tuple[Ring, ...]:
+        """Where snapshots of this kind are written in turn."""
+        if kind == "snapshot":
+            return tuple(ring for ring in (self.snapshots, self.fetched) if ring is not None)
+        return () if self.own is None else (self.own.starts if kind == "start" else self.own.gate,)
+
     def slots(self, kind: Kind) -> tuple[Slot, ...]:
         """Where snapshots of this kind lie, sealed or not."""
-        if kind == "snapshot":
-            rings = (self.snapshots, self.fetched)
-        else:
-            rings = (None if self.own is None else self.own.starts if kind == "start" else self.own.gate, None)
-        return tuple(slot for ring in rings if ring is not None for slot in ring.slots)
+        return tuple(slot for ring in self.rings(kind) for slot in ring.slots)
+
+    def start_step(self) -> int:
+        """The step that the rank began last, as far as is known here."""
+        return self.own.start_step() if self.own is not None else NONE
 
     def sealed(self, kind: Kind) -> dict[int, Slot]:
         """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
@@ -139,9 +146,9 @@ class Chest:
         return {step: slot for step, _, slot in sorted(found, key=lambda row: row[:2]) if step != NONE}
 
 
-def _create_anew(path: str, num_bytes: int) -> str:
+def _create_anew(path: str, num_bytes: int, of_bytes: int = 0) -> str:
     remove(path)  # left over from an attempt that failed
-    return create(path, num_bytes)
+    return create(path, num_bytes, of_bytes)
 
 
 def _carry_over(source: Ring, target: Ring) -> None:
@@ -163,6 +170,7 @@ class Berth:
         self._chest = chest
         self._key = key
         self._ring: Ring | None = None
+        self._received: tuple[int, ...] = ()  # generations of the ring's slots when the copy began to come in
 
     def __enter__(self) -> Self:
         """Take the chest's lock. Raises TierUnavailable if another copy of the rank is on its way."""
@@ -177,12 +185,18 @@ class Berth:
     def receive(self, header: bytes) -> memoryview:
         """As `Landing.receive`; allocates (0.3 s per GB) where there is no room yet."""
         self._ring = self._chest.room(self._key, announced_bytes(header, f"{self._key} coming in"))
-        return self._ring.receive(header)
+        view = self._ring.receive(header)
+        self._received = self._ring.generations()
+        return view
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+    def untouched(self) -> bool:
+        """Whether nobody has written here since `receive`: what has come in until then can be gone on with."""
+        return self._ring in self._chest.rings(self._key.kind) and self._ring.generations() == self._received
+
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
         """As `Landing.accept`."""
         assert self._ring is not None, "accept() without receive()"
-        return self._ring.accept(rank=rank, step=step)
+        return self._ring.accept(rank=rank, step=step, hashed=hashed)
 
 
 class MemoryTier:
@@ -243,6 +257,16 @@ class MemoryTier:
             steps = ", ".join(map(str, held)) or "none"
             raise SnapshotMissing(f"{key}: not in this node's memory (steps there: {steps})")
         return held[key.step]
+
+    def forget(self, rank: int) -> bool:
+        """Remove the chest of `rank`; whether nobody was just filling it."""
+        chest = self.chests[rank]
+        if not chest.filling.acquire(blocking=False):
+            return False
+        del self.chests[rank]
+        chest.unlink()
+        chest.filling.release()
+        return True
 
     def unlink(self) -> None:
         """Unmap and remove everything."""

@@ -40,6 +40,7 @@ from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, S
 FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
+Room = Callable[[int], Ring]
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
 _MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 20 MB
 
@@ -161,9 +162,7 @@ class DiskTier:
         """As `Tier.get`, from a committed step. SnapshotMismatch if that is of another world size than ours."""
         return self._fill(self._checkpoint(key), key, landing(into))
 
-    def reshape(
-        self, key: SnapshotKey, wanted: Layout, room: Callable[[int], Ring], *, run: str, world_size: int, begun: bytes = b""
-    ) -> int:
+    def reshape(self, key: SnapshotKey, wanted: Layout, room: Room, *, run: str, world_size: int, begun: bytes = b"") -> int:
         """The snapshot of `key` in a world of another size: `wanted` is what that rank tracks, `room(bytes)` where it goes.
 
         begun: its script's first own state, for an imported step. Gives the old rank whose own state it has. Raises as `get`, unsealed.
@@ -224,6 +223,7 @@ class DiskTier:
             rank=key.rank,
             step=key.step,
             num_bytes=written.num_bytes,
+            round=found.round,
             tail_at=written.tail_at,
             digest=written.digest,
         )

@@ -21,12 +21,14 @@ import secrets
 from pathlib import Path
 from typing import Final
 
+from resilient.checkpoint import room
 from resilient.errors import TierUnavailable
 
 PREFIX: Final = "resilient."
 _NAME: Final = re.compile(r"resilient\.(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{4}\.(?P<what>.+)")
 _LOCK: Final = "lock"
 _ROOM_LEFT: Final = 1 << 20  # of the memory file system: others (torch's store, gloo, NCCL) live there too
+_PIECE: Final = 256 << 20  # 0.1 s
 
 
 def new_key() -> str:
@@ -40,35 +42,33 @@ def segment_path(directory: Path | str, key: str, what: str) -> str:
     return str(Path(directory) / f"{PREFIX}{key}.{what}")
 
 
-def create(path: str, num_bytes: int) -> str:
-    """Make a file of `num_bytes` zeros, every page allocated. Returns `path`.
+def create(path: str, num_bytes: int, of_bytes: int = 0) -> str:
+    """Make a file of `num_bytes` zeros, every page allocated. Returns `path`. `of_bytes`: with others that will be asked for at once.
 
-    Raises TierUnavailable if there is no room or the name is taken; nothing is left behind then.
+    Raises TierUnavailable if there is no room or the name is taken; nothing is left behind then. Room is looked at again before every
+    piece: several segments grow at the same time, and a container that goes past its limit would not be told, but killed.
     """
-    directory = os.path.dirname(path)
+    directory, wanted = os.path.dirname(path), max(num_bytes, of_bytes)
     try:
-        free = free_bytes(directory)
-        if num_bytes + _ROOM_LEFT > free:  # ask first: an allocation that fails half-way takes the room from others meanwhile
-            raise _no_room(path, num_bytes, free)
+        _check_room(path, wanted)  # ask first: an allocation that fails half-way takes the room from others meanwhile
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise TierUnavailable(f"memory tier: {path}: {error.strerror} (see --memory-dir)") from error
     try:
-        os.posix_fallocate(fd, 0, num_bytes)
+        for done in range(0, num_bytes, _PIECE):
+            _check_room(path, wanted, done)
+            os.posix_fallocate(fd, done, min(_PIECE, num_bytes - done))
+    except TierUnavailable:
+        os.unlink(path)
+        raise
     except OSError as error:
         os.unlink(path)
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-            raise _no_room(path, num_bytes, free_bytes(directory)) from None
+            raise _no_room(path, wanted, room.left(directory)) from None
         raise TierUnavailable(f"memory tier: {path}: {error.strerror}") from error
     finally:
         os.close(fd)
     return path
-
-
-def free_bytes(directory: Path | str) -> int:
-    """Bytes that files in `directory` may still take."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
 
 
 def remove(path: str) -> None:
@@ -144,9 +144,13 @@ def _locked(path: str) -> bool:
     return False
 
 
-def _no_room(path: str, wanted: int, free: int) -> TierUnavailable:
-    directory = os.path.dirname(path)
+def _check_room(path: str, wanted: int, done: int = 0) -> None:
+    found = room.left(os.path.dirname(path))
+    if wanted - done + _ROOM_LEFT > found.num_bytes:
+        raise _no_room(path, wanted, found._replace(num_bytes=found.num_bytes + done))
+
+
+def _no_room(path: str, wanted: int, found: room.Room) -> TierUnavailable:
     return TierUnavailable(
-        f"memory tier: {wanted} bytes wanted, {free} free in {directory} (for {os.path.basename(path)}); "
-        f"enlarge it (mount -o remount,size=... {directory}) or name another place with --memory-dir DIR"
+        f"memory tier: {wanted} bytes wanted, {found.num_bytes} free {found.where} (for {os.path.basename(path)}); {found.cure}"
     )

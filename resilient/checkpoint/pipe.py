@@ -2,9 +2,9 @@
 
 Think of a mail train with a goods wagon: letters say what is in the wagon; the wagon itself is loaded and unloaded straight at the shelf.
 
-Contract: taken over from a Link after its handshake. Frames are at most 4 MiB; bulk goes from and to the caller's memory by
-`sock_sendall` and `sock_recv_into`, without a buffer of ours. Every wait has a deadline that grows with the bytes.
-Numbers: plain TCP over loopback carries 2.4 - 3.1 GB/s, one core at each side.
+Contract: taken over from a Link after its handshake. Frames are at most 4 MiB; a few bytes of bulk go from and to the caller's memory
+by `sock_sendall` and `sock_recv_into`, without a buffer of ours; many are a haul (haul.py): for its time the connection is lent to a
+thread. Every wait has a deadline that grows with the bytes. A Caller keeps one connection and opens it anew when it has to.
 Rejected: asyncio streams for the bulk (one copy more, a third of the speed); a thread per connection (idle peers would hold threads).
 """
 
@@ -14,14 +14,16 @@ import asyncio
 import contextlib
 import os
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from typing import Any, Final
 
+from resilient.checkpoint import haul
 from resilient.checkpoint.tier import Kind
 from resilient.core.messages import Msg, Recorded
+from resilient.errors import ProtocolError, TierUnavailable
 from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
-
-if TYPE_CHECKING:
-    from resilient.wire.link import Link
+from resilient.wire.link import Link, connect
 
 FRAME_BYTES_MAX: Final = 4 << 20  # the largest is a Note: a recorded collective of at most 1 MiB
 ANSWER_S: Final = 10.0  # for a word without bulk
@@ -32,20 +34,24 @@ PACE_BYTES_S: Final = 20 << 20  # slower than this counts as hung
 
 
 class Put(Msg, frozen=True):
-    """Here comes a snapshot."""
+    """Here comes a snapshot: on this connection, or over so many others."""
 
     rank: int
     step: int
     kind: Kind
     header: bytes
+    streams: int = 0
 
 
 class Get(Msg, frozen=True):
-    """Send this snapshot."""
+    """Send this snapshot: on this connection, or, if it is large, over so many others."""
 
     rank: int
     step: int
     kind: Kind
+    streams: int = 0
+    header: bytes = b""  # of a transfer that broke off: if it is the same snapshot still, go on with what is missing
+    have: tuple[int, ...] = ()
 
 
 class Drop(Msg, frozen=True):
@@ -67,13 +73,27 @@ class Listed(Msg, frozen=True):
 
 
 class Ready(Msg, frozen=True):
-    """Send the bytes."""
+    """Send the bytes: here, or as this haul, without the pieces that are there from a transfer that broke off."""
+
+    haul: bytes = b""
+    have: tuple[int, ...] = ()
 
 
 class Found(Msg, frozen=True):
-    """The bytes follow."""
+    """The bytes follow: here, or as this haul."""
 
     header: bytes
+    haul: bytes = b""
+
+
+class Carry(Msg, frozen=True):
+    """From here on this connection carries pieces of that haul, until their END."""
+
+    haul: bytes
+
+
+class Hauled(Msg, frozen=True):
+    """All connections of the haul have come to their END at the caller's side."""
 
 
 class Done(Msg, frozen=True):
@@ -99,7 +119,7 @@ class Recollect(Msg, frozen=True):
     rank: int
 
 
-Request = Put | Get | Drop | Catalogue | Note | Recollect
+Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled
 Answer = Ready | Found | Done | Failed | Listed | Note
 
 
@@ -120,9 +140,13 @@ class Pipe:
 
     def close(self) -> None:
         """Close at once."""
+        self.shut()
+        self._socket.close()
+
+    def shut(self) -> None:
+        """End it for whoever uses it, in this thread or another."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
     def is_closed(self) -> bool:
         """The other side has closed (or said something that nobody asked for)."""
@@ -151,19 +175,77 @@ class Pipe:
 
     async def recv_bulk(self, view: memoryview) -> None:
         """Fill `view`. Raises as `recv`."""
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(allowed_s(len(view))):
-            done = 0
-            while done < len(view):
-                count = await loop.sock_recv_into(self._socket, view[done:])
-                if count == 0:
-                    raise EOFError
-                done += count
+            await self._fill(view)
+
+    async def lend(self, work: Callable[[socket.socket], None], threads: Executor) -> None:
+        """`work(socket)` in a thread, with the socket made ready for a haul. When this has ended, so has the thread.
+
+        Raises what the work raises. Cancelled, it ends the connection, and so the work.
+        """
+        haul.prepare(self._socket)
+        future = asyncio.get_running_loop().run_in_executor(threads, work, self._socket)
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self.shut()
+            while not future.done():  # soon: the longest thing that the thread still does is to hash a piece
+                with contextlib.suppress(asyncio.CancelledError):  # once more makes no difference
+                    await asyncio.wait({future})
+            if not future.cancelled():
+                future.exception()  # it has been seen
+            raise
+        finally:
+            self._socket.settimeout(0)
 
     async def _exactly(self, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)
-        await self.recv_bulk(memoryview(data))
+        await self._fill(memoryview(data))
         return bytes(data)
+
+    async def _fill(self, view: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        done = 0
+        while done < len(view):
+            count = await loop.sock_recv_into(self._socket, view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
+
+
+class Caller:
+    """One connection to a vault, opened when it is needed and kept. One conversation at a time."""
+
+    def __init__(self, address: str, *, token: str, run: str, name: str) -> None:
+        """`address`: host:port. `name`: who we are, for the other side's log."""
+        self._address = address
+        self._token, self._run, self._name = token, run, name
+        self._pipe: Pipe | None = None
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def conversation(self) -> AsyncIterator[Pipe]:
+        """Whatever goes wrong within, the connection is closed: nobody knows what is still on it. Raises TierUnavailable."""
+        async with self._turn:
+            try:
+                if self._pipe is None or self._pipe.is_closed():
+                    self.close()
+                    host, _, port = self._address.rpartition(":")
+                    link = await connect(host, int(port), Answer, token=self._token, run=self._run, name=self._name)
+                    self._pipe = Pipe(link, Answer)
+                yield self._pipe
+            except (OSError, EOFError, ProtocolError, ValueError) as error:  # TimeoutError is an OSError; ValueError: the address
+                self.close()
+                raise TierUnavailable(f"peer {self._address}: {str(error) or type(error).__name__}") from error
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Close the connection; the next conversation opens another."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
 
 def allowed_s(num_bytes: int) -> float:

@@ -62,9 +62,9 @@ class Ring:
         after = self._turn()
         return self._current.receive(header, after)
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
         """As `Slot.accept`, with the same end of futures as `seal`."""
-        found = self._current.accept(rank=rank, step=step)
+        found = self._current.accept(rank=rank, step=step, hashed=hashed)
         self._end_futures(found)
         return found
 
@@ -93,6 +93,10 @@ class Ring:
     def steps(self) -> tuple[int, ...]:
         """All steps sealed here, ascending."""
         return tuple(sorted({slot.sealed_step() for slot in self.slots} - {NONE}))
+
+    def generations(self) -> tuple[int, ...]:
+        """Of all slots: as long as they are the same, nobody has begun to write here."""
+        return tuple(slot.generation() for slot in self.slots)
 
     def find(self, step: int) -> Slot | None:
         """The slot that holds `step`; of two, the one written last."""

@@ -86,12 +86,13 @@ def parse(
     step: int | None = None,
     verify: bool = True,
     stamped: bool = False,
+    hashed: bytes | None = None,
     where: str = "memory",
 ) -> Snapshot:
     """Read a snapshot out of any bytes and check all that can be checked.
 
     `run`, `rank`, `step`: what is expected, None = anything. `header`: stands in for the first 256 bytes of `memory`.
-    `verify=False` skips the payload's digest. `stamped=True` refuses a payload that nobody has hashed.
+    `verify=False` skips the payload's digest. `hashed`: it is known already. `stamped=True` refuses a payload that nobody has hashed.
     Raises SnapshotMissing (no seal), SnapshotCorrupt, SnapshotMismatch (sound, but another one).
     """
     view = memoryview(memory).cast("B").toreadonly()
@@ -122,7 +123,7 @@ def parse(
     is_stamped = words[_STAMP] == words[_SEAL] or not payload
     if stamped and not is_stamped:
         raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
-    if verify and is_stamped and payload and _hash(payload) != header[_PAYLOAD_DIGEST]:
+    if verify and is_stamped and payload and (hashed or _hash(payload)) != header[_PAYLOAD_DIGEST]:
         raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
     return Snapshot(found_step, found_rank, world_size, round_, head[:layout_len], head[layout_len:], payload, num_bytes, is_stamped)
 
@@ -185,13 +186,12 @@ class Slot:
         self.num_bytes = room if num_bytes is None else num_bytes
         if offset % 8 or not HEADER_BYTES <= self.num_bytes <= room:
             self._close_fd()
-            wanted = max(self.num_bytes, HEADER_BYTES)
-            raise SnapshotCorrupt(f"segment: {wanted} bytes from offset {offset} expected, {room} found ({path})")
+            raise SnapshotCorrupt(f"segment: {max(self.num_bytes, HEADER_BYTES)} bytes from {offset} on expected, {room} found ({path})")
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE if populate else mmap.MAP_SHARED
         self._map = mmap.mmap(fd, offset + self.num_bytes - start, flags=flags, prot=protection, offset=start)
-        self._memory = memoryview(self._map)[offset - start :]
+        self._memory = self.memory = memoryview(self._map)[offset - start :]  # public for who registers its pages with a driver
         self._words = self._memory[:HEADER_BYTES].cast("q")
         self._barrier = threading.Lock()  # taking and releasing it is a full barrier on every CPU that torch runs on
         self._received = b""
@@ -276,10 +276,10 @@ class Slot:
         self._received = header
         return self._memory[HEADER_BYTES:num_bytes]
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
         """All of it has arrived: check every byte as `parse` does, then seal. Returns the step. If it raises, nothing is sealed."""
         header, self._received = self._received, b""
-        found = parse(self._memory, header=header, rank=rank, step=step, stamped=True, where=self.where)
+        found = parse(self._memory, header=header, rank=rank, step=step, stamped=True, hashed=hashed, where=self.where)
         w = self._words
         w[0] = MAGIC
         w[_STAMP] = (w[_SEAL] & ~_SEALED) | (found.step + 1) if found.payload else 0

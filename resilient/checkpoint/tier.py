@@ -40,8 +40,8 @@ class Landing(Protocol):
         """Say what comes; get the memory for all that follows the header."""
         ...
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
-        """All of it is there: check it, make it visible. Returns the step."""
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
+        """All of it is there: check it, make it visible. `hashed`: the payload's digest, if it is known already. Returns the step."""
         ...
 
 
@@ -87,10 +87,10 @@ class Spare:
         self._memory[:HEADER_BYTES] = header
         return self._memory[HEADER_BYTES : self.num_bytes]
 
-    def accept(self, *, rank: int | None = None, step: int | None = None) -> int:
+    def accept(self, *, rank: int | None = None, step: int | None = None, hashed: bytes | None = None) -> int:
         """As `Landing.accept`."""
         whole = self._memory[: self.num_bytes]
-        return parse(whole, rank=rank, step=step, stamped=True, where=self._where).step
+        return parse(whole, rank=rank, step=step, stamped=True, hashed=hashed, where=self._where).step
 
 
 def landing(into: Buffer | Landing) -> Landing:

@@ -45,6 +45,7 @@ LOOK_S, LOOK_FORMING_S, FORMING_S = 0.05, 0.005, 30.0
 SIGTERM, SIGKILL = 15, 9  # the numbers of every Linux
 LEAVE_S = 2.0  # a standby that was told to leave and a worker that reported its exception end by themselves within this
 STORE_RETRY_S = 1.0
+WORKERS_SHARE = 1 / 3  # of the grace: workers that a signal does not end by then are killed, the rest is for what they had sealed
 STANDBY_TRIES = 3  # standbys that died in a row before their warm-up was over
 
 
@@ -135,6 +136,8 @@ class Agent:
                 self._on_zygote_down(event, now)
             case m.LinkUp():
                 self._sketch = None
+            case m.Warned():
+                self._findings.add("warning", now, None, self.acted, text=event.text)
             case m.Stop():
                 self._leaving = True
                 self._wind_down(1, f"signal {event.signal}", now, event.signal)
@@ -149,7 +152,7 @@ class Agent:
         self._seals = event.seals
         for name, look in event.workers.items():
             if (worker := self.crew.workers.get(name)) is not None:
-                worker.record, worker.parked = look.record, worker.parked or look.parked
+                worker.record, worker.parked, worker.pace = look.record, worker.parked or look.parked, look.pace
                 self._standbys_lost = 0 if look.parked else self._standbys_lost
                 if worker.ended and worker.alive:
                     self._bury(worker, 0, "", now)
@@ -321,9 +324,13 @@ class Agent:
 
     def _on_assigned(self, new: Assignment, now: float) -> None:
         self._heard = now
-        if self._end is not None or (self.assignment is not None and new.seq <= self.assignment.seq):
+        if self.assignment is not None and new.seq <= self.assignment.seq:
             return
         self.assignment = new
+        if self._end is not None:
+            if new.state == "failed" and not new.wait and new.message:
+                self._end = (1, new.message)
+            return
         self._findings.heard(new.seen)
         self._save_evidence(new.evidence, "a rank does not move")
         if new.state in ("finished", "failed"):
@@ -344,7 +351,10 @@ class Agent:
             silent_s = now - (self._heard or self._began or 0.0)
             self._wind_down(1, f"no word from the coordinator for {silent_s:.0f} s", now, SIGTERM)
         new = self.assignment
-        if self._end is not None or new is None:
+        if new is None:
+            return
+        if self._end is not None:
+            self._order_vault(new)
             return
         if new.round > max(new.fence, self.acted) and self.fenced >= new.fence:
             self._act(new, now)
@@ -423,6 +433,9 @@ class Agent:
             if not worker.asked:
                 worker.asked = True
                 self._out.append(sheets.fork(new, worker, self.restart))
+        self._order_vault(new)
+
+    def _order_vault(self, new: Assignment) -> None:
         if (wish := sheets.vault_do(new)) != self._vault_do:
             self._vault_do = wish
             self._out.append(wish)
@@ -473,7 +486,9 @@ class Agent:
         if self._end is not None:
             return
         self._end = (exit_code, message)
-        self._end_at = now + self.settings.shutdown_timeout_s + LEAVE_S
+        patience_s, self._end_at = self.settings.shutdown_timeout_s, now + self.settings.shutdown_timeout_s + LEAVE_S
+        if self._waits():
+            patience_s, self._end_at = min(patience_s, WORKERS_SHARE * self.settings.grace_s), now + self.settings.grace_s
         for worker in list(self.crew.workers.values()):
             if not worker.alive or not worker.asked:
                 self._forget(worker)
@@ -482,13 +497,21 @@ class Agent:
                 worker.kill_at = now + LEAVE_S
             elif worker.raised is None:
                 self._out.append(m.Kill(worker=worker.name, signal=signal))
-                worker.kill_at = now + self.settings.shutdown_timeout_s
+                worker.kill_at = now + patience_s
+
+    def _waits(self) -> bool:
+        """Whether what is sealed here may yet be brought to safety, and this node is needed for it."""
+        new = self.assignment
+        if new is None or self.settings.grace_s <= 0 or not self._managed:
+            return False
+        return new.wait if new.state in ("finished", "failed") else self._leaving
 
     def _report(self, now: float) -> None:
         """Send one if it is time, or if anything changed that somebody waits for."""
         if self._asked > self.fenced:
             return  # the answer to a Fence comes at once, and with it the report
-        over = self._end is not None and (not any(w.alive for w in self.crew.workers.values()) or now >= self._end_at)
+        gone = not any(w.alive for w in self.crew.workers.values()) and not self._waits()
+        over = self._end is not None and (gone or now >= self._end_at)
         report = msgspec.structs.replace(
             sheets.report(self.settings, self.crew, self._vault, self._seals, self._refused, self._findings, now),
             store=self._store,

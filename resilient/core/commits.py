@@ -5,7 +5,8 @@ told to announce it, and only his word makes it a verdict.
 
 Contract: `take` is called with every report. A step is complete when every rank's file is reported; then `commit` and `manifest` name it
 for the leader's assignment. It is committed when the leader says that the marker is written. Older steps that were never complete are
-dropped with that. I8: a step is in `committed` only if its marker was seen, or written, by the leader.
+dropped with that. A file of a step behind the one at which a later round began is of an abandoned attempt: it is not taken, for the files
+of another attempt need not fit to it (`begin`). I8: a step is in `committed` only if its marker was seen, or written, by the leader.
 """
 
 from __future__ import annotations
@@ -22,11 +23,26 @@ class Commits:
         self.commit = NONE  # the step whose marker the leader is to write
         self.manifest: tuple[Persisted, ...] = ()
         self._pending: dict[int, dict[int, Persisted]] = {}  # step -> rank -> file
+        self._begun: list[tuple[int, int]] = []  # (round, step at which it began), both ascending
 
     @property
     def asked(self) -> bool:
         """Whether a marker is being written."""
         return self.commit != NONE and self.commit not in self.committed
+
+    def files(self, step: int) -> int:
+        """How many ranks' files of an uncommitted step are there."""
+        return len(self._pending.get(step, ()))
+
+    def begin(self, round_: int, step: int) -> None:
+        """A round begins at that step: what was sealed of later ones before it is void."""
+        self._begun = [(number, begun) for number, begun in self._begun if begun < step]
+        self._begun.append((round_, step))
+        kept = {s: {r: f for r, f in files.items() if not self._void(f)} for s, files in self._pending.items()}
+        self._pending = {s: files for s, files in kept.items() if files}
+
+    def _void(self, item: Persisted) -> bool:
+        return any(0 < item.round < number and item.step > step for number, step in self._begun)
 
     def take(self, report: Report, before: Report | None, *, leads: bool, world_size: int) -> int:
         """Take in what a node says; returns the step that was committed by it, or NONE. `before`: its last report."""
@@ -40,13 +56,13 @@ class Commits:
                 self.committed.add(news)
         if before is None or report.persisted != before.persisted:
             for item in report.persisted:
-                if item.step not in self.committed:
+                if item.step not in self.committed and not self._void(item):
                     self._pending.setdefault(item.step, {})[item.rank] = item
         newest = max(self.committed, default=NONE)
         if news != NONE:
             self._pending = {step: files for step, files in self._pending.items() if step > newest}
         whole = max((step for step, files in self._pending.items() if len(files) == world_size), default=NONE)
-        if whole > self.commit:
+        if whole != NONE and whole >= self.commit and whole not in self.committed:  # the same step again: its files were written anew
             self.commit = whole
             self.manifest = tuple(item for _, item in sorted(self._pending[whole].items()))
         return news

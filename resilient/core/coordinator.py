@@ -3,10 +3,11 @@
 Intuition: a theatre. Ranks are chairs, workers are people, a round is one seating plan. When somebody falls ill we do not repair the
 evening: we print a new plan, and everybody walks to the chair it names.
 
-The life of a run has four stages:
+The life of a run has five stages:
 - gathering: nodes report; when enough are there, round 1 is seated.
 - seated: the round is out. A report with `fenced >= round` (its agent saw a fault), a lost node or a verdict breaks it.
 - broken: every assignment says `fence = round`; when each living node has fenced, all records are stable and the next round is seated.
+- parting: a node was told to stop; every assignment says failed, and what is sealed in memory is brought to safety (rescue.py).
 - ending: every assignment says finished or failed; when all have heard it, Finish.
 
 I1 a round is seated only when every living node has fenced the one before. I4 rounds only grow. I6 every wait has a deadline.
@@ -21,6 +22,7 @@ from typing import Literal, assert_never
 import msgspec
 
 from resilient.core import fleet, lines
+from resilient.core.cadence import Cadence
 from resilient.core.commits import Commits
 from resilient.core.court import Court
 from resilient.core.fleet import Node
@@ -28,6 +30,7 @@ from resilient.core.incident import Incident
 from resilient.core.leases import Leases
 from resilient.core.machine import (
     Announce,
+    Asked,
     Assign,
     CoordinatorAction,
     CoordinatorEvent,
@@ -42,6 +45,7 @@ from resilient.core.machine import (
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
 from resilient.core.placement import Room, in_order, seat_all
 from resilient.core.policy import TABLE, UNKNOWN, Verdict
+from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
 
@@ -57,7 +61,7 @@ FOREIGN_S = 60.0  # a group that does not use this library has come somewhere wh
 LISTED = 64  # ranks named in one line of events.jsonl
 NEVER = float("inf")
 
-Stage = Literal["gathering", "seated", "broken", "ending", "over"]
+Stage = Literal["gathering", "seated", "broken", "parting", "ending", "over"]
 
 
 class Coordinator:
@@ -68,7 +72,7 @@ class Coordinator:
         self.settings = settings
         self.stage: Stage = "gathering"
         self.state: RunState = "forming"
-        self.round = Round()
+        self.round = Round(settings.copies)
         self._evidence = 0  # the incident whose stacks are to be saved
         self.nodes: dict[str, Node] = {}
         self._lost = 0  # how many of them are not alive
@@ -77,8 +81,12 @@ class Coordinator:
         self._managed = False  # the script uses this library
         self._court = Court(settings)
         self._commits = Commits()
+        self._cadence = Cadence(every=settings.checkpoint_every, auto=settings.checkpoint_auto, budget=settings.checkpoint_budget)
+        self._rescue: Rescue | None = None
+        self._now = 0.0  # of the newest event, for `status`
         self._leases = Leases(settings.lease_s)
         self._unfenced: set[str] = set()  # broken: nodes that have not said so yet
+        self._named = NONE  # the step that the assignments say is to be sealed next
         self._unheard: set[str] = set()  # ending: nodes that may not know it
         self._fruitless = 0  # rounds since the last one in which all ranks committed
         self._began: float | None = None  # of the stage
@@ -94,6 +102,7 @@ class Coordinator:
         """See core/machine.py."""
         if self._began is None:
             self._began = now
+        self._now = now
         match event:
             case Report():
                 self._on_report(event, now)
@@ -103,8 +112,10 @@ class Coordinator:
                     self.nodes[event.node].heard = now
             case NodeUp():
                 self._on_node_up(event.node, now)
+            case Asked():
+                self._ask(now)
             case Stop():
-                self._end("failed", 1, f"stopped by signal {event.signal}", now)
+                self._part(f"stopped by signal {event.signal}", now)
             case Tick():
                 pass
             case _:
@@ -126,7 +137,8 @@ class Coordinator:
 
     def status(self) -> lines.Status:
         """What status.json says now."""
-        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), self.round.seating.places)
+        checkpoint = self._cadence.status(len(self.round.ranks), self._now) if self.settings.checkpoints else None
+        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), self.round.seating.places, checkpoint)
 
     # ------------------------------------------------------------------ a report
 
@@ -140,6 +152,9 @@ class Coordinator:
         if self.stage in ("ending", "over"):
             if node.assignment is not None and report.assigned >= node.assignment.seq:
                 self._unheard.discard(node.name)
+        elif self._rescue is not None:
+            self._rescue.take(node.name, report.chairs)
+            self._commit(node, before, now)
         else:
             self._take(node, before, now)
         self._answer(node, now)
@@ -179,7 +194,7 @@ class Coordinator:
         """Everything that a report may change."""
         report = node.report
         if report.leaving:
-            self._end("failed", 1, f"node {node.name} was told to stop", now)
+            self._part(f"node {node.name} was told to stop", now)
             return
         self._managed = self._managed or report.managed
         self.round.take(report, managed=self._managed)
@@ -195,13 +210,36 @@ class Coordinator:
                 self.incident.take(finding, verdict, node.name)
         if self.stage == "broken" and report.fenced >= self.round.fence:
             self._unfenced.discard(node.name)
+        self._commit(node, before, now)
+        pace = report.pace
+        sound = self.stage == "seated" and self.incident is None and report.round == self.round.number
+        if sound and pace is not None:
+            self._cadence.take(pace, len(self.round.ranks), now)
+            self._name_step(now)
+
+    def _commit(self, node: Node, before: Report | None, now: float) -> None:
+        """What lies on the persistent tier."""
         leads = node.name == self.settings.leader
-        commit = self._commits.commit
-        step = self._commits.take(report, before, leads=leads, world_size=len(self.round.seating.places))
+        manifest = self._commits.manifest
+        step = self._commits.take(node.report, before, leads=leads, world_size=len(self.round.seating.places))
+        if leads and self._commits.committed:
+            self._cadence.marked(max(self._commits.committed), now)
         if step != NONE:
             self._tell(lines.CheckpointCommitted(step=step))
-        if self._commits.commit != commit and self.settings.leader in self.nodes:
+        if self._commits.manifest != manifest and self.settings.leader in self.nodes:
             self._send(self.nodes[self.settings.leader], now)
+
+    def _ask(self, now: float) -> None:
+        """A checkpoint is wanted soon."""
+        if self.settings.checkpoints:
+            self._cadence.ask(len(self.round.ranks), now)
+            self._name_step(now)
+
+    def _name_step(self, now: float) -> None:
+        """Everybody hears of the step that is to be sealed next."""
+        if self._cadence.named != self._named:
+            self._named = self._cadence.named
+            self._send_all(now)
 
     def _judge(self, finding: Finding, node: Node, now: float) -> tuple[Finding, Verdict]:
         chair = node.chair(finding.rank) if finding.rank in self.round.ranks.get(node.name, ()) else None
@@ -209,6 +247,8 @@ class Coordinator:
         self._tell_finding(finding, verdict, node.name)
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)
+        if finding.kind == "warning":
+            self._ask(now)
         if finding.kind == "stopped" and self._managed:
             self._evidence = self.round.number
         return finding, verdict
@@ -239,6 +279,8 @@ class Coordinator:
                 self._end("failed", 1, f"{self._lack or 'a node was awaited'} for {self.settings.join_timeout_s:.0f} s", now)
             elif now >= self._decide_at():
                 self._decide(now)
+        if self.stage == "parting":
+            self._bring_to_safety(now)
         if self.stage == "ending" and (not self._unheard or now >= self._stage_deadline()):
             self.stage = "over"
             self._out.append(Finish(exit_code=self.exit_code, message=self.message))
@@ -260,6 +302,8 @@ class Coordinator:
                 return min(self._finish_by, NEVER if due is None else due)
             case "broken":
                 return min(self._patience, self._decide_at())
+            case "parting":
+                return self._rescue.deadline() if self._rescue else NEVER
             case "ending":
                 return began + self.settings.farewell_s
             case "over":
@@ -288,6 +332,7 @@ class Coordinator:
         if not self._managed and now - (self._began or 0.0) >= FOREIGN_S:
             self._fruitless = 0
         self.round.fence, self.stage, self._began, self.state = self.round.number, "broken", now, "forming"
+        self._cadence.disturbed()
         self.incident = self.incident or Incident(self.round.number, now, known=self._managed)
         self._unfenced = {n.name for n in self._alive() if n.name in self.round.ranks and n.report.fenced < self.round.fence}
         self._lack, self._patience = "", NEVER
@@ -342,12 +387,13 @@ class Coordinator:
 
     def _seat(self, seating: Seating, now: float) -> None:
         """The round is decided: send it out."""
-        self.round.seat(seating, {n.name: f"{n.report.host}:{n.report.data_port}" for n in self._alive()})
+        self.round.seat(seating, {n.name: n.report for n in self._alive()})
         self.stage, self._began = "seated", now
         self._lack, self._patience = "", NEVER
         self._fruitless += 1
         self._court.adjourn(worker for workers in seating.put_down.values() for worker in workers)
         plan, incident = seating.plan, self.incident
+        self._commits.begin(self.round.number, plan.step)
         if incident is not None:
             incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(
@@ -369,8 +415,11 @@ class Coordinator:
             self._fruitless = 0
         self._out.append(StatusDue())
         if self.incident is not None:
-            self._tell(self.incident.close((n.report for n in self._alive()), self.round.number, now))
+            closed = self.incident.close((n.report for n in self._alive()), self.round.number, now)
+            self._tell(closed)
             self.incident = None
+            if closed.cause == "node_lost" or closed.restored_from == "persistent":
+                self._cadence.failed()
 
     def _find_culprit(self, now: float) -> None:
         """Some ranks stand still: break the round if it is known who is to blame, or nobody will be."""
@@ -406,6 +455,8 @@ class Coordinator:
         self._leases.drop(name)
         self._unfenced.discard(name)
         self._unheard.discard(name)
+        if self._rescue is not None:
+            self._rescue.take(name, ())
         if self.stage not in ("seated", "broken") or name not in self.round.ranks:
             return
         if self.stage == "seated":
@@ -416,6 +467,29 @@ class Coordinator:
         )
         self._tell_finding(finding, TABLE["node_lost"], name)
         self.incident.take(finding, TABLE["node_lost"], name)
+
+    def _part(self, text: str, now: float) -> None:
+        """Told to stop: the workers are ended, and what lies sealed in memory is brought to safety first."""
+        if self.stage in ("parting", "ending", "over"):
+            return
+        if self.stage == "gathering" or not self._managed or self.settings.grace_s <= 0:
+            self._end("failed", 1, text, now)
+            return
+        self.stage, self.state, self._began = "parting", "failed", now
+        self.exit_code, self.message = 1, text
+        self._rescue = Rescue((name for name in self.round.ranks if self.nodes[name].alive), self.settings.grace_s, now)
+        self._send_all(now)
+
+    def _bring_to_safety(self, now: float) -> None:
+        rescue, committed, places = self._rescue, self._commits.committed, self.round.seating.places
+        assert rescue is not None, "parting begins with one"
+        if rescue.ready(now):
+            homes = {rank: self.nodes[place.node] for rank, place in places.items()}
+            rescue.choose({r: n.chair(r) if n.alive else None for r, n in homes.items()}, committed, self._court.poison)
+            self._send_all(now)
+        if rescue.over(committed, now):
+            outcome = rescue.outcome(committed, self._commits.files(rescue.step), len(places), self.settings.grace_s)
+            self._end("failed", 1, f"{self.message}; {outcome}", now)
 
     def _end(self, state: RunState, exit_code: int, message: str, now: float) -> None:
         if self.stage in ("ending", "over"):
@@ -476,6 +550,9 @@ class Coordinator:
             message=self.message,
             report_s=self._report_s(),
             evidence=self._evidence,
+            checkpoint=self._named,
+            rescue=self._rescue.step if self._rescue is not None and self.stage == "parting" else NONE,
+            wait=self.stage == "parting",
         )
 
 

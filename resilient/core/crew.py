@@ -15,7 +15,7 @@ import msgspec
 
 from resilient.core.hang import Watch
 from resilient.core.machine import Seals
-from resilient.core.messages import NONE, Chair, ChairState, Finding, Layout, Raised, Record, Seated, Standby, StandbyState
+from resilient.core.messages import NONE, Chair, ChairState, Finding, Layout, Pace, Raised, Record, Seated, Standby, StandbyState
 
 FINDINGS_MAX = 256
 TEXT_MAX = 16 << 10
@@ -40,6 +40,7 @@ class Worker:
     ended: bool = False  # exited 0, but its page's last word was not read yet
     exit_code: int | None = None
     record: Record | None = None
+    pace: Pace | None = None
     raised: Raised | None = None
     seated: Seated | None = None  # the last one that was sent
     fenced: int = 0  # the last Fenced that was sent

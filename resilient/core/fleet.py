@@ -57,7 +57,14 @@ class Node:
         return told
 
 
-def status(run: str, state: RunState, round: int, nodes: Collection[Node], places: Mapping[int, Place]) -> lines.Status:
+def status(
+    run: str,
+    state: RunState,
+    round: int,
+    nodes: Collection[Node],
+    places: Mapping[int, Place],
+    checkpoint: lines.CheckpointStatus | None,
+) -> lines.Status:
     """What status.json says. O(ranks)."""
     chairs = {(n.name, c.rank): c for n in nodes for c in n.report.chairs}
     ranks = []
@@ -66,4 +73,12 @@ def status(run: str, state: RunState, round: int, nodes: Collection[Node], place
         step = chair.record.step if chair and chair.record else NONE
         ranks.append(lines.RankStatus(rank, place.node, place.local_rank, chair.pid if chair else 0, step))
     standbys = [lines.StandbyStatus(n.name, s.pid, s.shadow, s.state == "parked") for n in nodes if n.alive for s in n.report.standbys]
-    return lines.Status(run_id=run, state=state, round=round, world_size=len(ranks), ranks=tuple(ranks), standbys=tuple(standbys))
+    return lines.Status(
+        run_id=run,
+        state=state,
+        round=round,
+        world_size=len(ranks),
+        ranks=tuple(ranks),
+        standbys=tuple(standbys),
+        checkpoint=checkpoint,
+    )

@@ -153,6 +153,20 @@ class StandbyStatus(msgspec.Struct, frozen=True):
     ready: bool
 
 
+class CheckpointStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """status.json's `checkpoint`: how often, what one costs, and what that was chosen for (core/cadence.py)."""
+
+    every: int  # steps from one to the next; 0 = none by themselves, or (auto) not known before the first one is measured
+    auto: bool
+    next: int  # the step that was named last, NONE where the interval is fixed and nobody asked
+    committed: int  # newest step with a commit marker
+    cost_s: float | None  # of one, stall and slow-down together; null before one is measured
+    stall_s: float | None  # of that, how long the training thread stood still
+    step_s: float  # of an undisturbed step
+    failures: int  # of this run that its memory did not survive
+    failures_per_day: float  # expected, of the whole fleet
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """status.json without `updated_at`, which the host adds."""
 
@@ -162,6 +176,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     ranks: tuple[RankStatus, ...]
     standbys: tuple[StandbyStatus, ...]
+    checkpoint: CheckpointStatus | None = None  # null without --checkpoint
 
 
 def finding(fact: Finding, node: str) -> FindingLine:

@@ -24,6 +24,7 @@ from resilient.core.messages import (
     Layout,
     Marked,
     Msg,
+    Pace,
     Persisted,
     Record,
     Recorded,
@@ -60,6 +61,8 @@ class AgentSettings(Msg):
     standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
     host: str = "127.0.0.1"  # address at which other nodes reach this one
     data_port: int = 0  # the vault's port for peers
+    data_host: str = ""  # the vault's address, where it is not `host`
+    failure_domain: str = ""  # --failure-domain
     node_rank: int = NONE  # --node-rank if given
     hosts_store: bool = False  # this node runs the store process
     managed: bool = False  # the script's source names `resilient`; otherwise the first Join tells
@@ -67,6 +70,7 @@ class AgentSettings(Msg):
     shutdown_timeout_s: float = 30.0  # torchrun's --shutdown-timeout: SIGTERM, this long, SIGKILL
     join_timeout_s: float = 600.0  # without any Assignment at the start: torchrun's rendezvous timeout
     orphan_s: float = 30.0  # without any Assignment later: three leases; then the coordinator is gone for good
+    grace_s: float = 0.0  # --grace-s, where there is a checkpoint URL: from SIGTERM until everything here has ended
 
 
 # --------------------------------------------------------------------------- agent: events
@@ -79,6 +83,7 @@ class Look(Msg):
     parked: bool = False
     os_state: str = "R"  # third field of /proc/<pid>/stat: R S T t D Z
     cpu_s: float = 0.0  # user + system time it has used
+    pace: Pace | None = None  # of whoever holds a chair
 
 
 class Seals(Msg):
@@ -166,6 +171,12 @@ class Vaulted(Msg):
     committed: int = NONE  # newest step whose commit marker this node wrote
 
 
+class Warned(Msg):
+    """This node was told that trouble may be coming (a scheduler's SIGUSR1). Told on as a finding."""
+
+    text: str
+
+
 class StoreUp(Msg):
     """The store process listens."""
 
@@ -203,6 +214,7 @@ AgentEvent: TypeAlias = (
     | StoreDown
     | ZygoteUp
     | ZygoteDown
+    | Warned
     | Stop
     | Tick
 )
@@ -306,6 +318,8 @@ class VaultDo(Msg):
     manifest: tuple[Persisted, ...] = ()  # what that marker lists
     world_size: int = 0
     ranks: tuple[int, ...] = ()  # chairs of this node: segments of others may be dropped
+    checkpoint: int = NONE  # the pages ask their workers to seal this step (or the first after it) for the persistent tier
+    rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
 
 
 class Log(Msg):
@@ -346,6 +360,16 @@ class CoordinatorSettings(Msg):
     culprit_s: float = 5.0  # all stalled ranks wait in a collective: a culprit's report may be on its way
     fruitless_max: int = 10  # rounds without a committed step before giving up
     farewell_s: float = 5.0  # at the end: wait this long for the agents to have heard it
+    checkpoints: bool = False  # there is a checkpoint URL
+    checkpoint_every: int = 0  # steps between two checkpoints; 0 = none by themselves
+    checkpoint_auto: bool = False  # instead: as often as is worth it (core/cadence.py)
+    checkpoint_budget: float = 0.01  # share of the time that checkpoints may cost
+    copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
+    grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
+
+
+class Asked(Msg):
+    """Somebody wants a checkpoint, soon."""
 
 
 class NodeUp(Msg):
@@ -360,7 +384,7 @@ class NodeLost(Msg):
     node: str
 
 
-CoordinatorEvent: TypeAlias = Report | NodeUp | NodeLost | Stop | Tick
+CoordinatorEvent: TypeAlias = Report | NodeUp | NodeLost | Asked | Stop | Tick
 
 # --------------------------------------------------------------------------- coordinator: actions (lines.py has what is announced)
 

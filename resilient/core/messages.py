@@ -125,6 +125,7 @@ class Persisted(Msg):
     rank: int
     step: int
     num_bytes: int
+    round: int = 0  # in which it was sealed; 0 = not known
     tail_at: int = 0  # where the file's tail begins (checkpoint/rankfile.py)
     digest: str = ""  # xxh3_128 of the tail, hex: from there every byte is under a digest
 
@@ -137,6 +138,17 @@ class Refused(Msg):
     rank: int
     reason: str
     kind: str = "refused"  # or "replicas_differ"
+
+
+class Pace(Msg):
+    """How far one rank has come, when, and what its newest checkpoint cost it. Times: CLOCK_MONOTONIC of its node, seconds."""
+
+    rank: int
+    step: int  # completed
+    at_s: float  # when that was, or (later) when a recovery had put it back there
+    sealed: int = NONE  # newest step that it sealed for the persistent tier
+    sealed_s: float = 0.0  # when that step was complete, the seal included
+    stall_s: float = 0.0  # how long its training thread stood still for that seal; 0 where it would have sealed the step anyway
 
 
 class Report(Msg):
@@ -167,6 +179,14 @@ class Report(Msg):
     assigned: int = 0  # seq of the newest Assignment that arrived here
     acted_s: float = 0.0  # CLOCK_MONOTONIC of this node when it acted on `round`; to be compared with its records' marks only
     managed: bool = False  # known here that the script uses this library (it joined, or its source names it)
+    pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
+    data_host: str = ""  # address at which other nodes reach its vault; "": that of `host`
+    failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
+
+    @property
+    def vault(self) -> str:
+        """Where its vault is reached."""
+        return f"{self.data_host or self.host}:{self.data_port}"
 
 
 # --------------------------------------------------------------------------- coordinator -> agent
@@ -230,6 +250,9 @@ class Assignment(Msg):
     restart: int = 0  # how many times the whole group was started again (TORCHELASTIC_RESTART_COUNT)
     report_s: float = 1.0  # between two reports in which nothing is new that somebody waits for
     evidence: int = 0  # incident whose stacks every node saves before it fences; 0 = none
+    checkpoint: int = NONE  # besides those at a fixed interval: seal this step for the persistent tier, or the first one after it
+    rescue: int = NONE  # state failed: bring what is sealed of this step to the persistent tier
+    wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
@@ -308,7 +331,7 @@ class Raised(Msg):
 
 
 class Sealed(Msg):
-    """worker -> agent: a step was sealed, copy it to the other node now. Sent only where the page says that copies are made."""
+    """worker -> agent: a step was sealed, look now. Sent where the page says that copies are made, and for the persistent tier."""
 
 
 class Marked(Msg):

@@ -97,10 +97,3 @@ def _reason(rank: int, room: Room, free: int) -> str:
     if rank in room.copies:
         return f"{room.node} holds its copies"
     return f"{room.node} has room for {free}"
-
-
-def ring(nodes: Sequence[str]) -> dict[str, str]:
-    """Where each node sends copies: to the next one in order; a single node has nobody."""
-    if len(nodes) < 2:
-        return {}
-    return {node: nodes[(i + 1) % len(nodes)] for i, node in enumerate(nodes)}

@@ -43,6 +43,7 @@ TABLE: Final[dict[str, Verdict]] = {
     "standby_lost": Verdict(verdict="restart", why="it had no chair; another one is warmed up"),
     "standbys_off": Verdict(verdict="watch", why="standbys die again and again; newcomers are forked when needed"),
     "allocation": Verdict(verdict="halt", why="the node has no room for the copies of its state"),
+    "warning": Verdict(verdict="watch", why="trouble may be coming: a checkpoint is made first"),
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from resilient.core import holders
 from resilient.core.messages import NONE, Assignment, Chair, ChairState, Report, Seat
-from resilient.core.placement import ring
 from resilient.core.seating import Seating
 
 
 class Round:
     """The newest round."""
 
-    def __init__(self) -> None:
-        """Round 0: nobody is seated."""
+    def __init__(self, copies: int = 1) -> None:
+        """Round 0: nobody is seated. copies: on how many other nodes each node's ranks are kept."""
+        self._copies = copies
         self.number = self.fence = self.restart = 0
         self.seating = Seating(places={})
         self.ranks: dict[str, tuple[int, ...]] = {}  # node -> its ranks, ascending
@@ -29,10 +30,11 @@ class Round:
         self._states: dict[str, list[ChairState]] = {}  # node -> of its chairs, when they were last looked at
         self._fresh: frozenset[int] = frozenset()  # ranks whose script starts from its first line
         self._order: dict[str, int] = {}  # node -> torchrun's GROUP_RANK
-        self._peers: dict[str, str] = {}  # node -> vault that its copies go to
+        self._holders: dict[str, tuple[str, ...]] = {}  # node -> those that keep its copies
+        self._vaults: dict[str, str] = {}  # node -> address
 
-    def seat(self, seating: Seating, addresses: Mapping[str, str]) -> None:
-        """A new plan is up. addresses: node -> its vault."""
+    def seat(self, seating: Seating, reports: Mapping[str, Report]) -> None:
+        """A new plan is up. reports: of the nodes that live."""
         if seating.again:
             self.restart += self.number > 0
             self.activated.clear()
@@ -43,7 +45,8 @@ class Round:
             ranks.setdefault(place.node, []).append(rank)
         self.ranks = {node: tuple(held) for node, held in ranks.items()}
         self._order = {node: i for i, node in enumerate(self.ranks)}
-        self._peers = {node: addresses[peer] for node, peer in ring(list(self.ranks)).items()}
+        self._vaults = {node: reports[node].vault for node in self.ranks}
+        self._holders = holders.choose({node: reports[node].failure_domain for node in self.ranks}, self._copies, self._holders)
         self.uncommitted, self.unfinished = set(self.ranks), set(self.ranks)
         self._states.clear()
 
@@ -76,7 +79,6 @@ class Round:
     def sheet(self, run: str, node: str) -> Assignment:
         """What the plan says for one node; the rest of the assignment is the coordinator's to fill in."""
         seating = self.seating
-        peer = self._peers.get(node)
         return Assignment(
             run=run,
             node=node,
@@ -89,7 +91,7 @@ class Round:
             seats=tuple(Seat(rank=r, local_rank=seating.places[r].local_rank, fresh=r in self._fresh) for r in self.ranks.get(node, ())),
             plan=seating.plan,
             put_down=seating.put_down.get(node, ()),
-            peers=(peer,) if peer else (),
+            peers=tuple(self._vaults[holder] for holder in self._holders.get(node, ())),
             fetch=seating.fetch.get(node, ()),
             restart=self.restart,
         )

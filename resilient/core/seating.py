@@ -236,5 +236,4 @@ def _fetches(
 
 
 def _from_peer(hall: Hall, node: str, rank: int, step: int) -> Fetch:
-    source = hall.reports[node]
-    return Fetch(rank=rank, step=step, tier="peer", source=f"{source.host}:{source.data_port}", round=hall.round)
+    return Fetch(rank=rank, step=step, tier="peer", source=hall.reports[node].vault, round=hall.round)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from resilient.core.crew import Crew, Findings, Place, Worker
 from resilient.core.machine import AgentSettings, Fork, Seals, VaultDo, Vaulted
-from resilient.core.messages import Assignment, Refused, Report, Seated
+from resilient.core.messages import Assignment, Pace, Refused, Report, Seated
 
 
 def fork(new: Assignment, worker: Worker, restart: int) -> Fork:
@@ -59,6 +59,8 @@ def vault_do(new: Assignment) -> VaultDo:
         manifest=new.manifest,
         world_size=new.world_size,
         ranks=tuple(sorted(seat.rank for seat in new.seats)),
+        checkpoint=new.checkpoint,
+        rescue=new.rescue,
     )
 
 
@@ -79,6 +81,8 @@ def report(
         seq=0,
         host=settings.host,
         data_port=settings.data_port,
+        data_host=settings.data_host,
+        failure_domain=settings.failure_domain,
         slots=settings.slots,
         spares=settings.standbys,
         node_rank=settings.node_rank,
@@ -91,7 +95,14 @@ def report(
         available=vault.available,
         fetched=tuple(sorted({f.rank for f in vault.fetched})),
         committed=vault.committed,
+        pace=_pace(crew),
     )
+
+
+def _pace(crew: Crew) -> Pace | None:
+    """Of rank 0, which stands for all."""
+    first = crew.places.get(0)
+    return first.worker.pace if first is not None and first.worker is not None else None
 
 
 def sketch(it: Report) -> object:

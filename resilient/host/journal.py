@@ -5,6 +5,7 @@ Think of a ship's log and the board on the bridge: the log is only ever appended
 Contract: formats as in core/lines.py; the journal adds "t" to a line and "updated_at" to the status, unix seconds. A line is one
 write of one whole line in append mode, so several writers never mix theirs. status.json is replaced by rename: a reader sees the old
 one or the new one, never half of one. A full disk costs lines, not the run: said once on stderr.
+A file `snapshot.wanted` that somebody puts there (`resilient snapshot`) is a wish for a checkpoint, seen and taken away within a second.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from resilient.core.lines import Status
 
+WISH: Final = "snapshot.wanted"
 _encoder = msgspec.json.Encoder()
 
 
@@ -36,6 +38,7 @@ class Journal:
         self._events = os.open(directory / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._status = directory / "status.json"
         self._spare = directory / f".status.{os.getpid()}.json"
+        self._wish = directory / WISH
         self._complained = False
 
     def line(self, line: msgspec.Struct | dict[str, Any]) -> None:
@@ -50,6 +53,14 @@ class Journal:
         with self._forgiving():
             self._spare.write_bytes(_encoder.encode(body) + b"\n")
             self._spare.replace(self._status)
+
+    def asked(self) -> bool:
+        """Whether somebody wants a checkpoint; said once."""
+        try:
+            self._wish.unlink()
+        except OSError:  # usually: it is not there
+            return False
+        return True
 
     def close(self) -> None:
         """Close events.jsonl."""

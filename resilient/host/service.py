@@ -17,6 +17,7 @@ from resilient.core.coordinator import Coordinator
 from resilient.core.lines import IncidentClosed, RunStarted
 from resilient.core.machine import (
     Announce,
+    Asked,
     Assign,
     CoordinatorAction,
     CoordinatorEvent,
@@ -139,6 +140,8 @@ class Service:
                 self._show(action.line)
             case StatusDue():
                 self._journal.status(self.coordinator.status())
+                if self._journal.asked():
+                    self.driver.put(Asked())
             case Finish():
                 self._finished = action
                 self.driver.finish()

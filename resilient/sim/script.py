@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from resilient.core.messages import (
     NONE,
     Fenced,
     Join,
     Layout,
     Leave,
+    Pace,
     Phase,
     Raised,
     Recall,
@@ -43,6 +46,7 @@ class Segment:
     own: list[int] = field(default_factory=list)  # two slots
     gate: int = NONE
     snapshots: list[int] = field(default_factory=list)  # two slots
+    marked: int = NONE  # newest one for the persistent tier
 
     def seal_own(self, step: int) -> None:
         """Sealing a step ends every future."""
@@ -73,6 +77,9 @@ class Script:
         self.minutes: set[int] = set()  # starts of the group in which what was recalled was agreed
         self._set_up = False
         self._broken_s = 0.0
+        self._pace = Pace(rank=rank, step=NONE, at_s=0.0)
+        self._asked = 1 << 62  # as in train/loop.py
+        self._checkpoint = False  # the vote of this step said so
         self._act = 0  # a newer act voids everything scheduled before
         self._late: list[Callable[[], None]] = []  # what came due while the process was stopped
         self._then(self.world.spec.boot_s, self._join if self.world.spec.managed else lambda: self._foreign(0))
@@ -93,6 +100,10 @@ class Script:
             idle_s=self.world.now - self.beat,
             **dict(zip(names, self.marks, strict=True)),
         )
+
+    def pace(self) -> Pace | None:
+        """The page's other half."""
+        return self._pace if self.round else None
 
     def cpu_s(self) -> float:
         """A process that computes uses its CPU, one that waits does not."""
@@ -323,6 +334,9 @@ class Script:
             if self.world.spec.snapshots:
                 self.host.segment(self.rank).seal_snapshot(want)
         self.step, self.phase, self.torn = want, "clean", False
+        self._asked = min(self._asked, want)
+        sealed = self._pace.sealed if self._pace.sealed <= want else NONE
+        self._pace = msgspec.structs.replace(self._pace, step=want, at_s=self.world.now, sealed=sealed)
         self.marks[2] = self.world.now
         self._begin()
 
@@ -349,18 +363,29 @@ class Script:
         self.host.sealed(self.rank)
         self.phase = "voted"
         if self.fence < self.round:
+            if self._wants(self.step + 1):
+                self.world.wishes.add((self.meeting_place, self.step))
             self._meet(f"vote {self.step}", self._voted)
+
+    def _wants(self, step: int) -> bool:
+        return self._asked < self.host.orders.checkpoint <= step
 
     def _voted(self) -> None:
         if self.fence < self.round:
             self.phase = "committing"
+            self._checkpoint = (self.meeting_place, self.step) in self.world.wishes
             self._then(self.world.spec.commit_s, self._commit)
 
     def _commit(self) -> None:
         self.step, self.phase = self.step + 1, "clean"
         self.marks[3] = self.marks[3] or self.world.now
         self.world.committed(self)
-        if self.world.spec.snapshots:
+        due = self._checkpoint or self._wants(self.step)
+        self._pace = msgspec.structs.replace(self._pace, step=self.step, at_s=self.world.now)
+        if due:
+            self._asked = self.host.segment(self.rank).marked = self.step
+            self._pace = msgspec.structs.replace(self._pace, sealed=self.step, sealed_s=self.world.now, stall_s=0.001)
+        if self.world.spec.snapshots or due:
             self.host.segment(self.rank).seal_snapshot(self.step)
             self.host.sealed(self.rank)
         self._begin()

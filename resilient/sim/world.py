@@ -70,11 +70,16 @@ class Spec:
     slots: int = 2
     standbys: int = 1
     spare_nodes: int = 0
+    copies: int = 1
+    rack_size: int = 0  # nodes that are one failure domain, 0 = none is named
     steps: int = 50
     managed: bool = True  # the script uses this library
     replicated: bool = True
     snapshots: bool = False
     persist_every: int = 0
+    auto: bool = False  # --checkpoint-every auto
+    grace_s: float = 0.0
+    persist_s: float = 0.05
     stored: tuple[int, ...] = ()  # committed checkpoints of an earlier run
     step_s: float = 0.1
     commit_s: float = 0.004
@@ -101,8 +106,10 @@ class Host:
                 standbys=spec.standbys,
                 host=name,
                 data_port=1,
+                failure_domain=f"rack {int(name[1:]) // spec.rack_size}" if spec.rack_size else "",
                 hosts_store=self.leads,
                 managed=spec.managed,
+                grace_s=spec.grace_s,
             )
         )
         self.scripts: dict[str, Script] = {}
@@ -177,7 +184,10 @@ class Host:
             self.world.after(self.agent.look_every_s(), self._look)
 
     def _looked(self, fence: int) -> Looked:
-        looks = {n: Look(record=s.record(), parked=s.parked, os_state=s.os_state, cpu_s=s.cpu_s()) for n, s in self.scripts.items()}
+        looks = {
+            n: Look(record=s.record(), parked=s.parked, os_state=s.os_state, cpu_s=s.cpu_s(), pace=s.pace())
+            for n, s in self.scripts.items()
+        }
         seals = {
             r: Seals(
                 own="/own", own_bytes=1, own_steps=tuple(s.own), gate_step=s.gate, snapshots={n: f"/snapshot.{n}" for n in s.snapshots}
@@ -194,6 +204,7 @@ class Host:
 
     def exited(self, script: Script, code: int, text: str) -> None:
         """A pidfd woke us."""
+        self.step(self._looked(0))
         self.step(Exited(worker=script.name, exit_code=code, text=text))
 
     def segment(self, rank: int) -> Segment:
@@ -230,9 +241,13 @@ class Host:
             if (host := world.hosts.get(peer.split(":")[0])) is not None:
                 world.after(0.003, partial(host.hold, rank, snapshot, self.minutes.get(rank, {})))
         step, every = max(copy.snapshots, default=NONE), world.spec.persist_every
-        if every and step > 0 and step % every == 0 and not any(p.rank == rank and p.step == step for p in self.vault.persisted):
+        if step > 0 and ((every and step % every == 0) or step == copy.marked):
+            self._persist(rank, step)
+
+    def _persist(self, rank: int, step: int) -> None:
+        if not any(p.rank == rank and p.step == step for p in self.vault.persisted):
             item = Persisted(rank=rank, step=step, num_bytes=1, digest="0")
-            world.after(0.05, lambda: self.know(persisted=tuple([*self.vault.persisted, item][-64:])))
+            self.world.after(self.world.spec.persist_s, lambda: self.know(persisted=tuple([*self.vault.persisted, item][-64:])))
 
     def hold(self, rank: int, copy: Segment, minutes: dict[int, Recorded]) -> None:
         """A copy from a peer arrived."""
@@ -254,6 +269,9 @@ class Host:
         for fetch in orders.fetch:
             if fetch not in before.fetch:
                 self.world.after(0.02, partial(self._fetch, fetch))
+        for rank in orders.ranks if orders.rescue not in (NONE, before.rescue) else ():
+            self.world.check(orders.rescue in self.segment(rank).snapshots, f"rank {rank} has no step {orders.rescue} to be rescued")
+            self._persist(rank, orders.rescue)
         if orders.commit not in (NONE, before.commit):
             self.world.after(0.02, partial(self._commit, orders.commit))
 
@@ -301,12 +319,24 @@ class World:
         self.loss = spec.loss
         self.stored, self.damaged = set(spec.stored), set[int]()
         self.ranks = range(spec.nodes * spec.slots)
+        self.wishes = set[tuple[int, int]]()  # votes in which somebody asked for a checkpoint
         self._settled: dict[int, int] = {}  # round -> collectives of the set-up that somebody knows to be behind all
         self.invariants = Invariants(self)
         self.trace = Trace()
         self._meetings: dict[tuple[int, str], dict[Script, Callable[[float], None]]] = {}
         self.finish: Finish | None = None
-        self.coordinator = Coordinator(CoordinatorSettings(run="run", leader="n0", nodes_min=spec.nodes, nodes_max=spec.nodes))
+        settings = CoordinatorSettings(
+            run="run",
+            leader="n0",
+            nodes_min=spec.nodes,
+            nodes_max=spec.nodes,
+            checkpoints=spec.auto or spec.persist_every > 0 or spec.grace_s > 0,
+            checkpoint_every=spec.persist_every,
+            checkpoint_auto=spec.auto,
+            grace_s=spec.grace_s,
+            copies=spec.copies,
+        )
+        self.coordinator = Coordinator(settings)
         self._timer = 0
         self.hosts: dict[str, Host] = {}
         for i in range(spec.nodes + spec.spare_nodes):

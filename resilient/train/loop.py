@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resilient.core.messages import Marked, Sealed
+from resilient.core.messages import NONE, Marked, Sealed
 from resilient.errors import RoundAborted, SnapshotMissing, UsageError
 from resilient.train import wrappers
+from resilient.train.canary import Canary
 from resilient.train.gates import Gates
 from resilient.train.rounds import Rounds
 from resilient.wire.page import UNCOPIED
@@ -46,6 +47,8 @@ WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadc
 WARMUP_MIN: Final = 2
 COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
 _IN_BODY, _AT_BOUNDARY = b"g", b"b"  # first byte of an own state sealed at a gate: which one it was
+UNASKED: Final = 1 << 62
+_CHECKPOINT: Final = 2  # in a vote: this step is to be sealed for the persistent tier; 1: only sealed
 SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
 
 
@@ -62,14 +65,15 @@ class Loop:
         ledger: Ledger,
         tracked: Tracked,
         tier0: Tier0,
-        checkpoint_every: int,
+        checkpoint_every: int | None,
     ) -> None:
-        """checkpoint_every: every rank seals a snapshot when this many further steps are done; 0 = no persistent tier."""
+        """checkpoint_every: steps between two snapshots for the persistent tier; 0 = those that the page asks for, None = and the last."""
         self.comm, self.scope, self.desk, self.page, self.ledger, self.tracked = comm, scope, desk, page, ledger, tracked
         self.tier0, self.checkpoint_every = tier0, checkpoint_every
         self.opened = False
         self.over = False  # the loop's end was reached together
-        self.rounds = Rounds(comm, desk, ledger, tracked, tier0)
+        self.canary = Canary()
+        self.rounds = Rounds(comm, desk, ledger, tracked, tier0, self.canary)
         self.warming = WARMUP_STEPS if desk.standby else 0
         self.pending: dict[str, Any] = {}  # run.log: numbers, and tensors of one element that nobody has read yet
         self.effects: list[Callable[[], Any]] = []  # run.on_commit
@@ -81,6 +85,7 @@ class Loop:
         self._versions: list[int] = []
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the body of a repeated step may change and must not
         self._gate_own = b""  # to be loaded at the boundary of the step that is repeated
+        self._asked = UNASKED  # what the page asked for up to this step was done, or is not this rank's to do
 
     @property
     def sound(self) -> bool:
@@ -124,7 +129,7 @@ class Loop:
             # Resumed: DDP's buckets must be as they were at that step, for the order of a sum is seen in its last bit
             self.warming, self.rounds.warmed, self.comm.solo = WARMUP_MIN, True, True
         if not self.warming:
-            self.rounds.start()
+            self._start()
 
     # ------------------------------------------------------------------ one step
 
@@ -147,7 +152,7 @@ class Loop:
             self._kept = [(tensor, tensor.detach().clone()) for tensor in self.tracked.by_hand()]
         if self.warming or self.rounds.repeating:
             return
-        self._versions = self.tracked.versions()
+        self._versions, self.tracked.canary = self.tracked.versions(), None
         self._own = self.tracked.own()
         self.tier0.own_start(step, self.ledger.round, self._own)
         self.ledger.write("running")
@@ -168,7 +173,7 @@ class Loop:
                 self._park()
             else:
                 self.comm.solo = False
-                self.rounds.start()
+                self._start()
             return False
         if not self.scope.gated:
             self.scope.open = self.gate(boundary=True)
@@ -232,7 +237,8 @@ class Loop:
         self._await_copies(step)
         self.tier0.own_gate(step + 1, round_, (_AT_BOUNDARY if boundary else _IN_BODY) + self.tracked.own())
         self.ledger.write("voted")
-        wish = torch.tensor([int(self._wants_snapshot())], dtype=torch.int32)
+        asked = self._asked < self.page.wanted() <= step + 1
+        wish = torch.tensor([_CHECKPOINT if asked else int(self._wants_snapshot())], dtype=torch.int32)
         try:
             self.comm.vote(wish)
         except RoundAborted:
@@ -240,7 +246,7 @@ class Loop:
         self.ledger.write("committing")
         if self.ledger.fenced():
             return self._decided(step, round_)
-        self.scope.snapshot = bool(wish.item())
+        self.scope.snapshot, self.scope.checkpoint = wish.item() > 0, wish.item() == _CHECKPOINT
         self._settled()
         return True
 
@@ -294,13 +300,34 @@ class Loop:
 
     def _commit(self) -> None:
         step = self.ledger.step + 1
-        due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        due = self._due(step)
+        if due:
+            self.tracked.canary = self.canary.sing()
         if self.scope.snapshot or due or self.undo_needed:
             self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
         self.ledger.committed(step)
+        if due:
+            self._sealed(step)
         self._publish()
         if self.broken:
             self._recover()
+
+    def _due(self, step: int) -> bool:
+        """Whether what is sealed at `step` goes to the persistent tier: by the interval, by the vote, or by the page alone.
+
+        The vote makes them all seal the same step, whoever of them has heard of it. Where its result is not known (this rank was told to
+        commit, or repeats the step alone) the page says the same, if the word was there in time; if not, it is asked for at the next vote.
+        """
+        if self.checkpoint_every and step % self.checkpoint_every == 0:
+            return True
+        voted = self.scope.checkpoint  # a word that came to this page since then would be this rank's alone
+        return self._asked < self.page.wanted() <= step if voted is None else voted
+
+    def _sealed(self, step: int) -> None:
+        """The agent sees that this snapshot is to be brought to the persistent tier."""
+        self._asked = max(self._asked, step)
+        self.page.sealed(step, 0 if self.undo_needed else int(self.tier0.cost_s * 1e9))
+        self.desk.send(Sealed())
 
     def _publish(self) -> None:
         """Effects that were held back until the commit.
@@ -354,9 +381,11 @@ class Loop:
         self._own = self.tracked.own()
         self.tier0.own_start(self.ledger.step, self.ledger.round, self._own)
         self.ledger.restored()
-        due = self.checkpoint_every > 0 and self.ledger.step % self.checkpoint_every == 0
+        due = self._due(self.ledger.step)
         if self.undo_needed or due:
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
+        if due:
+            self._sealed(self.ledger.step)
         if self.broken:
             self._recover()
 
@@ -375,8 +404,20 @@ class Loop:
         """Into the newest sound round. Whoever was given an older state drops the effects of the step that it no longer holds."""
         held = self.ledger.step
         self.rounds.recover()
+        self._placed()
         if self.ledger.step < held:
             self._late = []
+
+    def _start(self) -> None:
+        """Into the first round that stands."""
+        self.rounds.start()
+        self._placed()
+
+    def _placed(self) -> None:
+        """Checkpoints that were asked for up to here are made; of a later one, made in a future that will not be, nobody knows any more."""
+        if self._asked > self.ledger.step:
+            self._asked = self.ledger.step
+            self.page.sealed(NONE)
 
     # ------------------------------------------------------------------ the end
 
@@ -387,6 +428,8 @@ class Loop:
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
             self.tier0.snapshot(step, self.ledger.round, own)
+        if self.checkpoint_every is None and self._asked < step:
+            self._sealed(step)
         if self.page.copied() != UNCOPIED:
             self.desk.send(Sealed())
         self._await_copies(step)

@@ -1,4 +1,4 @@
-"""Restore: shared state from a live replica, everything from a snapshot.
+"""Restore: shared state from a live replica (from a snapshot: tier0.py).
 
 Think of a player who comes in late: the printed part is copied from the neighbour's desk, what was pencilled in is in the predecessor's
 own folder, and never in the neighbour's.
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resilient.checkpoint import capture
 from resilient.core.messages import Plan, Refused
 from resilient.errors import SnapshotMismatch
 from resilient.train.group import Several
@@ -24,10 +23,10 @@ from resilient.train.inner import Apart
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from resilient.checkpoint.snapshot import Snapshot
     from resilient.errors import CheckpointError
     from resilient.train.comm import Comm
-    from resilient.train.state import Item, Tracked
+    from resilient.train.item import Item
+    from resilient.train.state import Tracked
 
 PACK_BYTES: Final = 1 << 20
 _TAG: Final = 7
@@ -65,12 +64,6 @@ def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
     _recv(comm, flats, source)
     for flat, items in zip(flats, batches, strict=True):
         _unpack(flat, items)
-
-
-def load(tracked: Tracked, found: Snapshot, where: str) -> None:
-    """Shared state from a verified snapshot."""
-    tracked.shape_like(found.layout, where)
-    capture.load(tracked.shared(), found.payload)
 
 
 def refusal(plan: Plan, rank: int, error: CheckpointError) -> Refused:

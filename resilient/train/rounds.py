@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import torch
 
 from resilient.core.ledger import SOURCES_MAX
-from resilient.core.messages import NONE, Plan, Raised, Seated, Suspect
-from resilient.errors import CheckpointError, GoneError, RoundAborted
+from resilient.core.messages import NONE, Plan, Raised, Refused, Seated, Suspect
+from resilient.errors import CheckpointError, GoneError, RoundAborted, SnapshotCorrupt
 from resilient.train import restore, rng, wrappers
 from resilient.train.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from resilient.train.canary import Canary
     from resilient.train.comm import Comm
     from resilient.train.desk import Desk
     from resilient.train.ledger import Ledger
@@ -37,13 +38,15 @@ LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; 
 class Rounds:
     """See the module's text."""
 
-    def __init__(self, comm: Comm, desk: Desk, ledger: Ledger, tracked: Tracked, tier0: Tier0) -> None:
+    def __init__(self, comm: Comm, desk: Desk, ledger: Ledger, tracked: Tracked, tier0: Tier0, canary: Canary) -> None:
         """The parts of one worker."""
+        self.canary = canary
         self.comm, self.desk, self.ledger, self.tracked, self.tier0 = comm, desk, ledger, tracked, tier0
         self.warmed = False  # steps were made in loopback: the script's initial state is gone
         self.defer = False  # a loop that owns its counter has first to run on to the step: its own state is put in place then
         self.deferred = b""
         self.begun = b""  # own state before the first step, in which the script put it itself
+        self.reshaped = False  # what was loaded last came from a world of another size
         self.spread = False  # own state that comes is another rank's as well: random numbers must not be
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
         self.rehearsal = comm.rehearsal = Rehearsal(comm, desk, self.seat, self.leave)
@@ -122,6 +125,8 @@ class Rounds:
             self.leave(f"round {seated.round} begins at step {plan.step}, this rank holds {self.ledger.step} and gets no state")
         if plan.starting and plan.step <= 0 and seated.round > 1:
             self._make_equal(plan)
+        if plan.tier in ("memory", "peer", "persistent") and len(plan.receivers) == self.comm.world_size:
+            self._listen(seated)
         if self.ledger.step == NONE:
             self.ledger.step = max(plan.step, 0)
         if plan.starting and self.ledger.phase == "setup" and not self.deferred:
@@ -177,6 +182,16 @@ class Rounds:
             self.desk.send(restore.refusal(plan, self.comm.rank, error))
             self._ask_again(seated, str(error))
 
+    def _listen(self, seated: Seated) -> None:
+        """All ranks were given a copy: what it holds must compute what it did when it was sealed."""
+        plan = seated.plan
+        try:
+            self.canary.listen(self.tracked.canary, exact=not self.reshaped, where=f"{plan.tier} copy of step {plan.step}")
+        except SnapshotCorrupt as error:
+            for tier in {plan.tier, "memory"}:  # what was brought from elsewhere lies in memory now
+                self.desk.send(Refused(tier=tier, step=plan.step, rank=self.comm.rank, reason=str(error)))
+            self._ask_again(seated, str(error))
+
     def _put_own(self, own: bytes) -> None:
         if self.defer:
             self.deferred = own
@@ -201,10 +216,10 @@ class Rounds:
         lent = plan.lender != NONE
         if plan.tier == "persistent" and not seated.snapshot and not self.tier0.sealed(plan.step):
             source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step, begun=self.begun)
-            self.spread = source != self.comm.rank
+            self.spread, self.reshaped = source != self.comm.rank, True
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
             found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)
-            restore.load(self.tracked, found, slot.where)
+            self.tier0.unpack(found, slot.where)
             self._put_own(self.tier0.read_start(plan.step) if lent else found.own)
         self.tier0.forget_after(plan.step)
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from resilient.checkpoint.movers import Movers, threads_for
 from resilient.core.messages import Join, Raised
 from resilient.errors import ConfigError, RoundAborted, UsageError
 from resilient.train.backend import OverlayStore, install
@@ -159,6 +160,19 @@ class Run:
         """`call`, made to do nothing in a step that does not count: for changes of tracked state by hand, such as an EMA."""
         return call if self.loop is None else self.loop.gates.guard(call)
 
+    def canary(self, function: Callable[[], Any]) -> None:
+        """Have checkpoints tried before they are trained on: `function()` is one number (a loss) from a batch that the script has kept.
+
+        Every rank calls it when a checkpoint is sealed, and again after all were given that checkpoint: if it gives another number, that
+        one is refused and the one before it is taken. Without gradients; it may use collectives, and must not change tracked state.
+        """
+        if self.loop is None:
+            return
+        if self.loop.opened:
+            msg = "run.canary: the first step has begun; call it before"
+            raise UsageError(msg)
+        self.loop.canary.function = function
+
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:  # noqa: ARG002  the name is for the reader, and for stacks
         """Something long and quiet (evaluation, saving): not a hang while it is open."""
@@ -257,8 +271,8 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(desk, tracked, run_id),
-        checkpoint_every=int(env.get("RESILIENT_CHECKPOINT_EVERY", "0")),
+        tier0=Tier0(desk, tracked, run_id, Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))),
+        checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))
     desk.listen()

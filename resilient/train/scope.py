@@ -30,6 +30,7 @@ class Scope:
         self.gated = False  # the first gate of this step was reached
         self.open = False  # ... and the vote passed
         self.snapshot = False  # ... and it asked for a snapshot at the boundary
+        self.checkpoint: bool | None = None  # ... that is to go to the persistent tier; None: how the vote ended is not known here
         self.backward = False  # a collective was launched by this step's backward
         self.late_backward = False  # ... after the first gate: steps of this script are not atomic (two optimizers in turn, closures)
         self.spoiled = False  # an operation after an open gate was completed in loopback: no optimizer may use what follows from it
@@ -41,6 +42,7 @@ class Scope:
         """A step's body begins."""
         self.active = True
         self.gated = self.open = self.snapshot = self.backward = self.spoiled = False
+        self.checkpoint = None
         self.forward_depth = self.forwards = 0
 
     def leave(self) -> None:

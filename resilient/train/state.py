@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,41 +28,21 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resilient.checkpoint import capture, codec
-from resilient.checkpoint.layout import Layout, Row, decode
+from resilient.checkpoint.layout import ALIGN, Layout, Row, decode
 from resilient.errors import SnapshotMismatch, UsageError
 from resilient.train import rng, twins, wrappers
+from resilient.train.item import Item, item_of, local_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_RNG, _GRADS = " rng", " grads"  # in own state, beside the names given to `track`: no keyword can be called so
-
-
-@dataclass(frozen=True)
-class Item:
-    """One shared tensor: `local` is this rank's part of it, by reference."""
-
-    key: str
-    local: Tensor
-    shape: tuple[int, ...]  # global
-    offsets: tuple[int, ...]  # of the local part
-    owner: tuple[Optimizer, Tensor] | None = None  # optimizer state: whose, of which parameter
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the local part."""
-        return self.local.numel() * self.local.element_size()
-
-    def row(self) -> Row:
-        """Plain data that says what this is."""
-        return Row(self.key, str(self.local.dtype).removeprefix("torch."), self.shape, self.offsets, tuple(self.local.shape))
+_RNG, _GRADS, _CANARY = " rng", " grads", " canary"  # in own state, beside the names given to `track`: no keyword can be called so
 
 
 class Tracked:
@@ -75,10 +54,12 @@ class Tracked:
         self.optimizers: dict[str, Optimizer] = {}
         self.others: dict[str, Any] = {}
         self._items: list[Item] | None = None
-        self._layout = b""  # of `_items`, once somebody asked
+        self._layout: tuple[bytes, str] | None = None  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
         self._tied: dict[str, str] = {}  # its other names -> that key
         self._count = 0
+        self.canary: float | None = None  # the canary's number for this state (train/canary.py), where it was asked
+        self._values = 0
 
     def add(self, name: str, thing: Any) -> None:
         """Track `thing`. Raises UsageError if its state cannot be taken and put back."""
@@ -104,8 +85,17 @@ class Tracked:
         """Every shared tensor, in an order that is equal on all ranks. Recomputed when optimizer state came into being."""
         count = sum(len(opt.state) for opt in self.optimizers.values())
         if self._items is None or count != self._count:
-            self._items, self._count, self._layout = list(self._walk()), count, b""
+            self._items, self._count, self._layout = list(self._walk()), count, None
+            self._values = self._count_values()
         return self._items
+
+    def renew(self) -> None:
+        """Forget the tensors of `shared` if one was replaced since: some optimizers make their state anew in each step."""
+        if self._items is not None and (self._values != self._count_values() or any(item.outdated for item in self._items)):
+            self._items = None
+
+    def _count_values(self) -> int:
+        return sum(len(state) for opt in self.optimizers.values() for state in opt.state.values())
 
     def _walk(self) -> Iterator[Item]:
         self._keys, self._tied = {}, {}
@@ -116,26 +106,28 @@ class Tracked:
                     self._tied[f"{name}.{fqn}"] = seen[id(param)]
                 else:
                     seen[id(param)] = f"{name}.{fqn}"
-                    yield _item(f"{name}.{fqn}", param)
+                    yield item_of(f"{name}.{fqn}", param)
             if gated(module):
                 for fqn, buffer in module.named_buffers():
-                    yield _item(f"{name}.{fqn}", buffer)
+                    yield item_of(f"{name}.{fqn}", buffer)
         for name, optimizer in self.optimizers.items():
             for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                 if id(param) not in seen:
                     seen[id(param)] = f"{name}.params.{index}"
-                    yield _item(seen[id(param)], param)
+                    yield item_of(seen[id(param)], param)
                 for key, value in sorted(optimizer.state.get(param, {}).items()):
                     if isinstance(value, Tensor):
-                        yield replace(_item(f"{name}.state.{seen[id(param)]}.{key}", value), owner=(optimizer, param))
+                        yield item_of(f"{name}.state.{seen[id(param)]}.{key}", value, (optimizer, param, key))
 
     def layout(self) -> tuple[bytes, str]:
-        """checkpoint/layout.py of `shared`, encoded, and its digest: equal digests mean that copies fit tensor by tensor."""
+        """checkpoint/layout.py of `shared` as it is now, encoded, and its digest: equal digests mean that copies fit tensor by tensor."""
+        self.renew()
         items = self.shared()
-        if not self._layout:
+        if self._layout is None:
             rows = tuple(item.row() for item in items)
-            self._layout = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
-        return self._layout, xxhash.xxh3_128_hexdigest(self._layout)
+            encoded = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
+            self._layout = encoded, xxhash.xxh3_128_hexdigest(encoded)
+        return self._layout
 
     def _groups(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         """Per optimizer, the keys of each group's parameters."""
@@ -234,8 +226,8 @@ class Tracked:
             for group in optimizer.param_groups:
                 missing = [p for p in group["params"] if p.requires_grad and p not in optimizer.state]
                 like, other = _state_shape(optimizer, group) if missing else (0, 0)
-                local = [p._local_tensor if isinstance(p, DTensor) else p for p in missing]  # noqa: SLF001  see _item
-                total += sum(like * (p.numel() * p.element_size() + capture.ALIGN) + other * capture.ALIGN for p in local)
+                local = [local_part(p) for p in missing]
+                total += sum(like * (p.numel() * p.element_size() + ALIGN) + other * ALIGN for p in local)
         return total
 
     def expected_layout_bytes(self) -> int:
@@ -248,13 +240,14 @@ class Tracked:
 
         Raises SnapshotMismatch, naming the first difference, if that cannot be.
         """
+        self.renew()
         rows = decode(layout).rows
         wanted = {row.key for row in rows}
         if wanted - {item.key for item in self.shared()}:
             self.prime(wanted)
         for item in self.shared():
             if item.key not in wanted and item.owner is not None:
-                optimizer, param = item.owner
+                optimizer, param, _ = item.owner
                 optimizer.state.pop(param, None)
                 self._items = None
         own = [item.row() for item in self.shared()]
@@ -269,7 +262,8 @@ class Tracked:
 
     def own(self) -> bytes:
         """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
-        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: [i for i, p in enumerate(self.trained()) if p.grad is not None]}
+        present = [i for i, p in enumerate(self.trained()) if p.grad is not None]
+        tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: present, _CANARY: self.canary}
         for name, module in self.modules.items():
             if not gated(module):
                 tree[name] = dict(_persistent_buffers(module))
@@ -282,7 +276,7 @@ class Tracked:
     def load_own(self, encoded: bytes) -> None:
         """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
         tree = codec.decode(encoded, leaf=_unleaf)
-        wanted = {_RNG, _GRADS, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        wanted = {_RNG, _GRADS, _CANARY, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
         if set(tree) != wanted:
             msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
             raise SnapshotMismatch(msg)
@@ -305,6 +299,7 @@ class Tracked:
                 param.grad.zero_()
             else:
                 param.grad = torch.zeros_like(param)  # an optimizer moves a parameter whose gradient is zero, and skips one without
+        self.canary = tree[_CANARY]
         rng.put(tree[_RNG])  # last: a load_state_dict may have drawn numbers
 
 
@@ -339,14 +334,6 @@ def _described(row: Row) -> str:
 def gated(module: nn.Module) -> bool:
     """Whether this module changes only through a gated call: all of it is shared then."""
     return isinstance(module, AveragedModel)
-
-
-def _item(key: str, tensor: Tensor) -> Item:
-    if isinstance(tensor, DTensor):
-        local = tensor._local_tensor  # noqa: SLF001  to_local() inside no_grad gives an alias whose version counter is its own
-        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return Item(key, local, tuple(tensor.shape), tuple(offsets))
-    return Item(key, tensor.detach() if tensor.requires_grad else tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -71,6 +71,9 @@ def step(function: Callable[..., Any]) -> Callable[..., Any]:
             run.publish()
             return result
         if number == 0:
+            if loop.canary.function is not None:
+                msg = "run.canary: it goes with run.steps; a loop that owns its counter cannot go back with all ranks at once"
+                raise UsageError(msg)
             initial = loop.tracked.own()
             loop.rounds.defer = True
         loop.open()

@@ -3,8 +3,9 @@
 Think of a diary kept in somebody else's safe: the writer may die at any word, the safe stays, and a page counts only once it is sealed.
 
 Contract: `own_*` write this rank's own state at the start of a step and at its gate; `snapshot` writes everything into the older of
-two slots, so a sealed one always remains. Sizes are settled at `open`; state that outgrew its room is a clear error before anything is
-overwritten. Cost: own state about 20 us for 16 KB; a snapshot one pass of memory. The training thread's.
+two slots, so a sealed one always remains; `unpack` is the way back. Sizes are settled at `open`, where all pages are mapped; state that
+outgrew its room gets more, before anything is overwritten. Of state on a GPU the slots' pages are registered with its driver.
+Cost: own state about 20 us for 16 KB; a snapshot one pass of memory (checkpoint/movers.py). The training thread's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from resilient.errors import SnapshotMismatch, SnapshotMissing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from resilient.checkpoint.movers import Movers
+    from resilient.checkpoint.snapshot import Snapshot
     from resilient.train.desk import Desk
     from resilient.train.state import Tracked
 
@@ -32,9 +35,11 @@ _BEGUN_BYTES_MAX = 8 << 20  # it travels in one message
 class Tier0:
     """The segments of this rank's chair."""
 
-    def __init__(self, desk: Desk, tracked: Tracked, run_id: str) -> None:
+    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers) -> None:
         """Nothing is mapped before `open`."""
-        self._desk, self._tracked, self._run_id = desk, tracked, run_id
+        self._desk, self._tracked, self._run_id, self._movers = desk, tracked, run_id, movers
+        self._packing: capture.Packing | None = None
+        self._registered: list[capture.Registered] = []
         self._own: OwnSegment | None = None
         self._ring: Ring | None = None
         self._rank = NONE
@@ -74,6 +79,8 @@ class Tier0:
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
         self._own.world_size = world_size
         self._ring = Ring.open(segments.slots, populate=True) if segments.slots else None
+        if self._ring is not None and any(item.local.is_cuda for item in self._tracked.shared()):
+            self._registered = [capture.Registered(slot.memory) for slot in self._ring.slots]
         if not adopt:
             for ring in (self._own.starts, self._own.gate, self._ring):
                 for slot in ring.slots if ring is not None else ():
@@ -86,6 +93,9 @@ class Tier0:
         """Unmap."""
         if self._own is not None:
             self._own.close()
+        for registered in self._registered:
+            registered.close()
+        self._registered = []
         if self._ring is not None:
             self._ring.close()
         self._own = self._ring = None
@@ -136,8 +146,8 @@ class Tier0:
         if self._ring is None:
             return
         begin = time.monotonic()
-        items = self._tracked.shared()
         layout, _ = self._tracked.layout()
+        packing = self._pack()
         payload = self._ring.begin(
             run=self._run_id,
             rank=self._rank,
@@ -145,13 +155,25 @@ class Tier0:
             round=round_,
             layout=layout,
             own=own,
-            payload_bytes=capture.payload_bytes(items),
+            payload_bytes=packing.num_bytes,
         )
-        capture.save(items, payload)
+        packing.save(payload)
         del payload
         self._ring.seal(step)
         self.taken_s = time.monotonic()
         self.cost_s = self.taken_s - begin
+
+    def unpack(self, found: Snapshot, where: str) -> None:
+        """Shared state from a verified snapshot. Raises SnapshotMismatch if it cannot be brought into its shape."""
+        self._tracked.shape_like(found.layout, where)
+        self._pack().load(found.payload)
+
+    def _pack(self) -> capture.Packing:
+        """The list for the shared tensors there are now: the one made before, unless they are others."""
+        items = self._tracked.shared()
+        if self._packing is None or self._packing.parts is not items:
+            self._packing = capture.Packing(items, self._movers)
+        return self._packing
 
     @contextlib.contextmanager
     def reading(self, step: int, path: str, *, lent: bool = False) -> Iterator[Slot]:
@@ -163,7 +185,7 @@ class Tier0:
         if not path:
             msg = f"snapshot rank={self._rank} step={step}: neither in this chair's slots nor fetched"
             raise SnapshotMissing(msg)
-        slot = Slot(path, writable=False)
+        slot = Slot(path, writable=False, populate=True)  # every byte is read at least twice
         try:
             yield slot
         finally:

@@ -3,8 +3,8 @@
 Think of a shop window: whoever passes by can look in, also when the shopkeeper sleeps or is dead. A heartbeat is a store of
 eight bytes; nobody is called, nobody answers.
 
-Contract: one worker writes, one agent reads, except the words `FENCE` and `COPIED` (agent writes, worker reads). All words are aligned
-int64, little endian, and do not tear. The record (several words) stands under a sequence number: odd while it is being written.
+Contract: one worker writes, one agent reads, except the words `FENCE`, `COPIED` and `WANTED` (agent writes, worker reads). All words
+are aligned int64, little endian, and do not tear. The record (several words) stands under a sequence number: odd while it is being written.
 The agent keeps the file of a dead worker, so the last record can always be read.
 
 I1 (fence): the worker stores COMMITTING and then loads FENCE; the agent stores FENCE and then loads the phase. So either the agent
@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Final
 
-from resilient.core.messages import NONE, Phase, Record
+from resilient.core.messages import NONE, Pace, Phase, Record
 from resilient.errors import ProtocolError
 
 PAGE_BYTES: Final = 4096
@@ -28,10 +28,11 @@ PHASES: Final[tuple[Phase, ...]] = ("setup", "clean", "running", "voted", "commi
 
 # word indices
 _MAGIC, _PID = 0, 1
-_FENCE, _COPIED = 8, 9  # agent
+_FENCE, _COPIED, _WANTED = 8, 9, 10  # agent
 _SEQ = 16  # record, under the sequence number
 _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
+_STEPPED, _SEALED, _SEALED_AT, _STALL = 25, 26, 27, 28  # when `step` was reached; newest step sealed for the persistent tier, when, and ns
 _BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single words, no sequence number
 _GROUPS = 64  # then 128 x (name hash, entered, completed), the last one is the overflow entry
 GROUP_COUNT: Final = 128
@@ -67,6 +68,7 @@ class Page:
             w = self._words
             w[_STEP] = NONE
             w[_COPIED] = UNCOPIED
+            w[_WANTED] = w[_SEALED] = NONE
             w[_BEAT] = time.monotonic_ns()
             w[_MAGIC] = MAGIC
         elif self._words[_MAGIC] != MAGIC:
@@ -88,6 +90,8 @@ class Page:
         """Publish the record. `marks_ns`: when this round was found broken, regrouped, restored, first committed."""
         w = self._words
         w[_SEQ] += 1
+        if step != w[_STEP]:
+            w[_STEPPED] = time.monotonic_ns()
         w[_ROUND], w[_STEP], w[_PHASE], w[_TORN] = round, step, PHASES.index(phase), int(torn)
         w[_BROKEN], w[_REGROUPED], w[_RESTORED], w[_COMMITTED] = marks_ns
         w[_SEQ] += 1
@@ -98,6 +102,17 @@ class Page:
     def fence(self) -> int:
         """Rounds up to this one are broken."""
         return self._words[_FENCE]
+
+    def sealed(self, step: int, stall_ns: int = 0) -> None:
+        """`step` was just completed, and sealed for the persistent tier; NONE: what was is of a future that will not be."""
+        w = self._words
+        w[_SEQ] += 1
+        w[_SEALED], w[_SEALED_AT], w[_STALL] = step, time.monotonic_ns(), stall_ns
+        w[_SEQ] += 1
+
+    def wanted(self) -> int:
+        """The step that is to be sealed for the persistent tier, or the first one after it; NONE = none but at a fixed interval."""
+        return self._words[_WANTED]
 
     def copied(self) -> int:
         """Newest step of this rank that lies on another node too; UNCOPIED if none is to be awaited."""
@@ -143,6 +158,10 @@ class Page:
         """What this rank sealed at `step` lies on another node; UNCOPIED = there is no other node."""
         self._words[_COPIED] = step
 
+    def want(self, step: int) -> None:
+        """See `wanted`."""
+        self._words[_WANTED] = step
+
     def parked(self) -> bool:
         """Whether the standby has finished its warm-up."""
         return bool(self._words[_PARKED])
@@ -160,12 +179,7 @@ class Page:
     def read(self, now_ns: int | None = None) -> Record:
         """The record, whole: read again while it is being written; a writer that died in between leaves it odd: read as is."""
         w = self._words
-        for _ in range(_READ_TRIES):
-            seq = w[_SEQ]
-            row = tuple(w[_ROUND : _COMMITTED + 1])
-            if seq % 2 == 0 and w[_SEQ] == seq:
-                break
-        round_, step, phase, torn, *marks = row
+        round_, step, phase, torn, *marks = self._row()
         now = time.monotonic_ns() if now_ns is None else now_ns
         return Record(
             round=round_,
@@ -181,3 +195,18 @@ class Page:
             restored_s=marks[2] / 1e9,
             committed_s=marks[3] / 1e9,
         )
+
+    def pace(self, rank: int) -> Pace:
+        """How far this worker, who sits on `rank`, has come, and since when it could go on from there; whole, as the record."""
+        row = self._row()
+        _, step, *_, restored, _, stepped, sealed, sealed_at, stall = row
+        return Pace(rank=rank, step=step, at_s=max(stepped, restored) / 1e9, sealed=sealed, sealed_s=sealed_at / 1e9, stall_s=stall / 1e9)
+
+    def _row(self) -> tuple[int, ...]:
+        w = self._words
+        for _ in range(_READ_TRIES):
+            seq = w[_SEQ]
+            row = tuple(w[_ROUND : _STALL + 1])
+            if seq % 2 == 0 and w[_SEQ] == seq:
+                break
+        return row

@@ -15,8 +15,10 @@ import pytest
 from resilient.checkpoint import codec, memory
 from resilient.checkpoint.chest import MemoryTier
 from resilient.checkpoint.disk import DiskTier, Keep
+from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.layout import Layout, Row, Twins, padded
-from resilient.checkpoint.peer import Notes, Peer, PeerServer, PeerTier
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import Peer, PeerTier
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
 from resilient.checkpoint.source import Whole

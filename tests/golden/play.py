@@ -14,6 +14,8 @@ Commands:
     store | zygote NODE             the store process dies; a zygote dies
     cut NODE SECONDS                the control link is silent
     start NODE                      the node comes back
+    ask | warn NODE                 somebody wants a checkpoint; a scheduler's warning
+    term NODE                       SIGTERM to its agent
     damage STEP                     the persistent copies of a step are damaged
     finish                          let time pass until the run is over (120 s at most)
 """
@@ -24,6 +26,7 @@ import ast
 import sys
 from pathlib import Path
 
+from resilient.core.machine import Asked, Stop, Warned
 from resilient.sim.faults import seated, standbys
 from resilient.sim.world import Host, Spec, World
 
@@ -94,6 +97,15 @@ class Player:
 
     def start(self, node: str) -> None:
         self.world.start_node(node)
+
+    def ask(self) -> None:
+        self.world.decide(Asked())
+
+    def warn(self, node: str) -> None:
+        self.world.hosts[node].step(Warned(text="SIGUSR1"))
+
+    def term(self, node: str) -> None:
+        self.world.hosts[node].step(Stop(signal=15))
 
     def damage(self, *steps: str) -> None:
         self.world.damaged.update(int(s) for s in steps)

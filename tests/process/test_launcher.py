@@ -186,6 +186,9 @@ def test_a_dead_zygote_and_a_dead_store_are_replaced(start: Start, script: Calla
         (["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.7:29400", "{script}"], "make one with"),
         (["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "{script}"], "a port that all nodes know"),
         (["--standalone", "--log-dir", "{script}", "{script}"], "script.py"),
+        (["--standalone", "--data-interface", "eth99", "{script}"], r"--data-interface eth99: .*found here: .*lo 127\.0\.0\.1"),
+        (["--standalone", "--data-rate", "5KB", "{script}"], "--data-rate: 0 or at least 1048576 bytes"),
+        (["--standalone", "--data-rate", "quick", "{script}"], "bytes expected, such as 500MB or 2GiB, found 'quick'"),
     ],
 )
 def test_wrong_usage(arguments: list[str], complaint: str, start: Start, script: Callable[..., Path]) -> None:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import msgspec
 import pytest
 import uvloop
 from resilient_agents import drain
+from resilient_agents.inventory import FORSAKEN_STEPS
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
 
@@ -300,6 +302,38 @@ async def test_a_writer_faster_than_the_network_never_tears_a_copy(tmp_path):
         with killed([sys.executable, "-c", WRITER, s.own, str(s.own_bytes), str(PAYLOAD), *s.slots]):
             await until(copied, poke=origin.poke)
         assert origin.known().refused == ()
+
+
+async def test_copies_that_are_no_longer_sent_give_their_memory_back(tmp_path):
+    """Rank 0's node has another holder now. As long as its last copies could serve they stay."""
+    async with vault(tmp_path / "n1") as holder, vault(tmp_path / "n2") as other, vault(tmp_path / "n0") as origin:
+        worker, neighbour = Worker(origin, layout(0)), Worker(holder, layout(1))
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))
+        holder.do(VaultDo(ranks=(1,)))
+        worker.step(5)
+        await until(lambda: holder.seals(0) == (5, 6, (5,)), poke=origin.poke)
+        origin.do(VaultDo(peers=(other.address,), ranks=(0,)))
+        for step in (5, 6, 6 + FORSAKEN_STEPS):
+            neighbour.step(step)
+            holder.poke()
+            assert holder.seals(0) == (5, 6, (5,))
+        neighbour.step(20 + FORSAKEN_STEPS)
+        holder.poke()
+        assert [h.rank for h in holder.known().holdings] == []
+        assert list((tmp_path / "n1").glob("*.rank-0.*")) == []
+        origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))  # and it can come again
+        worker.step(8 + FORSAKEN_STEPS)
+        await until(lambda: holder.seals(0)[0] == 8 + FORSAKEN_STEPS, poke=origin.poke)
+
+
+async def test_it_listens_at_the_address_it_was_given_and_nowhere_else(tmp_path):
+    async with vault(tmp_path / "n1", host="127.0.0.2", bind="127.0.0.2") as holder, vault(tmp_path / "n0") as origin:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", holder.port))
+        worker = Worker(origin, layout(0))
+        origin.do(VaultDo(peers=(f"127.0.0.2:{holder.port}",), ranks=(0,)))
+        worker.step(5)
+        await until(lambda: holder.seals(0) == (5, 6, (5,)), poke=origin.poke)
 
 
 async def test_what_changes_faster_than_it_travels_keeps_nothing_else_back(tmp_path, monkeypatch):
@@ -588,9 +622,11 @@ async def test_memory_that_is_full_is_said_to_the_worker(small):
     async with vault(small) as keeper:
         worker = Worker(keeper, layout(0))
         worker.step(1)
+        keeper.do(VaultDo(ranks=(0, 1)))
         segments = keeper.allocate(layout(1, payload=2_000_000))
         assert "bytes wanted" in segments.error
         assert "--memory-dir" in segments.error
+        assert re.search(r"for all ranks of this node, 2, about 8\d{6} bytes are needed", segments.error)
         segments = keeper.allocate(layout(0, payload=2_000_000))  # and what was there is still there
         assert "bytes wanted" in segments.error
         assert keeper.seals(0) == (1, 2, (1,))

@@ -391,6 +391,41 @@ def test_a_signal_ends_everything_gently_then_not(stage):
     assert of(stage(m.Exited(worker="n0.2", exit_code=-9)), m.Finished) == [m.Finished(exit_code=1, message="signal 15")]
 
 
+def test_a_signal_with_a_grace_waits_until_what_is_sealed_is_safe():
+    stage = Stage(grace_s=24.0)
+    stage.assign(1)
+    stage.running()
+    stage(m.Stop(signal=15))
+    stage.assign(2, state="failed", wait=True, message="told to stop")
+    assert of(stage(m.Tick(), 8.0), m.Kill) == [m.Kill(worker="n0.1", signal=9), m.Kill(worker="n0.2", signal=9)], "a third of it"
+    for worker in ("n0.1", "n0.2"):
+        assert not of(stage(m.Exited(worker=worker, exit_code=-9)), m.Finished)
+    assert [chair.state for chair in stage.report.chairs] == ["dead", "dead"]
+    done = stage.assign(3, state="failed", wait=True, message="told to stop", rescue=7)
+    assert of(done, m.VaultDo)[0].rescue == 7
+    done = stage.assign(4, state="failed", message="told to stop; step 7 is safe")
+    assert stage.report.assigned == 4
+    assert of(done, m.Finished) == [m.Finished(exit_code=1, message="told to stop; step 7 is safe")]
+
+
+def test_the_grace_ends_also_without_a_word():
+    stage = Stage(grace_s=24.0)
+    stage.assign(1)
+    stage.running()
+    stage(m.Stop(signal=15))
+    for worker in ("n0.1", "n0.2"):
+        stage(m.Exited(worker=worker, exit_code=-15))
+    assert not of(stage(m.Tick(), 23.9), m.Finished)
+    assert of(stage(m.Tick(), 0.1), m.Finished) == [m.Finished(exit_code=1, message="signal 15")]
+
+
+def test_a_warning_is_a_finding_and_ends_nothing(stage):
+    stage(m.Warned(text="SIGUSR1"))
+    (finding,) = stage.report.findings
+    assert (finding.kind, finding.text) == ("warning", "SIGUSR1")
+    assert stage.report.fenced == 0
+
+
 def test_without_a_coordinator_the_node_ends_with_a_clear_message(stage):
     assert stage.agent.deadline() <= stage.now + 30.0
     done = stage(m.Tick(), 30.0)

@@ -39,3 +39,30 @@ def test_only_the_leader_says_what_is_committed():
     assert commits.committed == set()
     commits.take(report(available=(5, 10)), None, leads=True, world_size=2)
     assert commits.committed == {5, 10}
+
+
+def test_files_of_an_abandoned_attempt_are_not_taken():
+    """Ranks 0 and 1 sealed step 20 in round 1; round 2 began at step 10; step 20 of both attempts must never be mixed."""
+
+    def told(rank, round_, digest):
+        item = Persisted(rank=rank, step=20, num_bytes=1, round=round_, digest=digest)
+        return Report(run="r", node=f"n{rank}", boot=1, seq=1, persisted=(item,))
+
+    commits = Commits()
+    commits.begin(1, 0)
+    commits.take(told(0, 1, "old"), None, leads=True, world_size=2)
+    commits.begin(2, 10)
+    commits.take(told(1, 1, "old"), None, leads=False, world_size=2)
+    assert commits.commit == NONE
+    commits.take(told(0, 2, "new"), None, leads=True, world_size=2)
+    assert commits.commit == NONE, "rank 1 has only the abandoned one"
+    commits.take(told(1, 2, "new"), None, leads=False, world_size=2)
+    assert (commits.commit, [item.digest for item in commits.manifest]) == (20, ["new", "new"])
+
+
+def test_a_file_that_was_written_anew_makes_another_manifest():
+    commits = Commits()
+    commits.take(report((0, 10), (1, 10)), None, leads=True, world_size=2)
+    again = Report(run="r", node="n0", boot=1, seq=2, persisted=(Persisted(rank=0, step=10, num_bytes=2, digest="anew"),))
+    commits.take(again, None, leads=True, world_size=2)
+    assert [item.digest for item in commits.manifest] == ["anew", ""]

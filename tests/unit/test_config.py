@@ -30,6 +30,19 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     assert (options.standbys, options.run_dir, options.checkpoint_every, options.shadows) == (3, "from environment", 7, "none")
 
 
+@pytest.mark.parametrize(("given", "found"), [("auto", "auto"), ("0", 0), ("250", 250)])
+def test_a_number_or_the_word(given: str, found: int | str) -> None:
+    assert config.resolve(parsed("--checkpoint-every", given), {}, None).checkpoint_every == found
+    assert config.resolve({}, {"RESILIENT_CHECKPOINT_EVERY": given}, None).checkpoint_every == found
+
+
+def test_a_number_or_the_word_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('checkpoint_every = "auto"\n')
+    assert config.resolve({}, {"RESILIENT_CHECKPOINT_EVERY": "3"}, str(file)).checkpoint_every == 3
+    assert config.resolve({}, {}, str(file)).checkpoint_every == "auto"
+
+
 @pytest.mark.parametrize("spelling", ["--lease-s", "--lease_s", "--lease"])
 def test_spellings_of_a_flag(spelling: str) -> None:
     assert config.resolve(parsed(spelling, "2.5"), {}, None).lease_s == 2.5
@@ -58,6 +71,10 @@ def test_what_is_set_for_workers_is_no_option(name: str) -> None:
         ({"standbys": "many"}, "option 'standbys' on the command line"),
         ({"standbys": "-1"}, ">= 0"),
         ({"lease_s": "0"}, "> 0"),
+        ({"checkpoint_every": "often"}, "option 'checkpoint_every' on the command line: .*'often'"),
+        ({"checkpoint_every": "-1"}, ">= 0"),
+        ({"checkpoint_budget": "1.5"}, "<= 1"),
+        ({"grace_s": "-1"}, ">= 0"),
         ({"shadows": "some"}, "shadows"),
     ],
 )
@@ -65,6 +82,26 @@ def test_a_wrong_value_names_key_value_and_place(flags: dict[str, str], complain
     with pytest.raises(ConfigError, match=complaint) as caught:
         config.resolve(flags, {}, None)
     assert repr(next(iter(flags.values()))) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("0", 0), ("500MB", 500_000_000), ("2 GiB", 2 << 30), ("1.5g", 1_500_000_000), ("64mib/s", 64 << 20), ("1000000", 1_000_000)],
+)
+def test_bytes_per_second_with_units(text: str, found: int, tmp_path: Path) -> None:
+    assert config.resolve({"data_rate": text}, {}, None).data_rate == found
+    assert config.resolve({}, {"RESILIENT_DATA_RATE": text}, None).data_rate == found
+    file = tmp_path / "c.toml"
+    file.write_text(f'data_rate = "{text}"\n')
+    assert config.resolve({}, {}, str(file)).data_rate == found
+    file.write_text(f"data_rate = {found}\n")
+    assert config.resolve({}, {}, str(file)).data_rate == found
+
+
+@pytest.mark.parametrize("text", ["fast", "-1", "MB", "1TB", "1 2", ""])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(ConfigError, match="option 'data_rate' on the command line"):
+        config.resolve({"data_rate": text}, {}, None)
 
 
 def test_a_wrong_type_in_the_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from resilient.core import lines
 from resilient.core.coordinator import Coordinator
 from resilient.core.machine import Announce, Assign, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
-from resilient.core.messages import Chair, Finding, Persisted, Record, Report, Standby
+from resilient.core.messages import Chair, Finding, Pace, Persisted, Record, Report, Standby
 
 
 class House:
@@ -313,6 +313,46 @@ def test_a_node_that_was_told_to_stop_ends_the_run():
     house = two_nodes()
     house.report("n1", chairs=chairs(ranks=(2, 3)), leaving=True)
     assert "n1 was told to stop" in house.coordinator.message
+
+
+def test_before_that_what_all_ranks_have_sealed_is_written_and_committed():
+    house = House(nodes_min=2, nodes_max=2, grace_s=20.0, checkpoints=True)
+    for node in ("n0", "n1"):
+        house.report(node)
+    house.report("n0", chairs=chairs())
+    house.report("n1", chairs=chairs(ranks=(2, 3)))
+    house.report("n1", chairs=chairs(ranks=(2, 3)), leaving=True)
+    assert (house.at("n0").state, house.at("n0").wait, house.at("n0").rescue) == ("failed", True, -1)
+    assert house.told(lines.RunFinished) == []
+    gone = {
+        node: tuple(msgspec.structs.replace(c, state="dead", snapshots=held) for c in chairs(ranks=ranks))
+        for node, ranks, held in (("n0", (0, 1), (6, 7)), ("n1", (2, 3), (5, 6)))
+    }
+    house.report("n0", chairs=gone["n0"])
+    assert house.at("n0").rescue == -1, "the others may yet seal something"
+    house.report("n1", chairs=gone["n1"], leaving=True)
+    assert {house.at(node).rescue for node in ("n0", "n1")} == {6}
+    files = [Persisted(rank=r, step=6, num_bytes=1, digest="") for r in range(4)]
+    house.report("n0", chairs=gone["n0"], persisted=tuple(files[:2]))
+    house.report("n1", chairs=gone["n1"], persisted=tuple(files[2:]), leaving=True)
+    assert (house.at("n0").commit, house.at("n0").wait) == (6, True)
+    house.report("n0", chairs=gone["n0"], committed=6)
+    assert not house.at("n1").wait
+    (end,) = house.told(lines.RunFinished)
+    assert end.message.startswith("node n1 was told to stop; step 6 was brought from memory")
+
+
+def test_a_warning_names_a_step_for_everybody(house):
+    house = House(checkpoints=True)
+    house.report()
+    for step in range(1, 30):
+        pace = Pace(rank=0, step=step, at_s=step / 4)
+        house.report(after=0.25, chairs=chairs(step=step), pace=pace)
+    assert house.at().checkpoint == -1
+    house.report(chairs=chairs(step=29), pace=pace, findings=(Finding(seq=1, kind="warning", text="SIGUSR1"),))
+    assert house.at().checkpoint == 34, "a second from here"
+    assert house.coordinator.stage == "seated"
+    assert house.coordinator.status().checkpoint.next == 34
 
 
 def test_checkpoints_are_committed_by_the_leader_when_all_ranks_files_are_there(house):

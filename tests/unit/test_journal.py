@@ -10,7 +10,7 @@ import pytest
 
 from resilient import cli
 from resilient.core import lines
-from resilient.host.journal import Journal
+from resilient.host.journal import WISH, Journal
 
 
 def status(**changed) -> lines.Status:
@@ -45,7 +45,7 @@ def test_status_has_the_fixed_fields_and_is_replaced_whole(journal):
     for step in range(3):
         journal.status(status(ranks=(lines.RankStatus(rank=0, node="n0", local_rank=0, pid=7, step=step),)))
         found = json.loads((journal.directory / "status.json").read_text())
-        assert set(found) == {"run_id", "state", "round", "world_size", "ranks", "standbys", "updated_at"}
+        assert set(found) == {"run_id", "state", "round", "world_size", "ranks", "standbys", "checkpoint", "updated_at"}
         assert found["ranks"] == [{"rank": 0, "node": "n0", "local_rank": 0, "pid": 7, "step": step}]
         assert found["standbys"] == [{"node": "n0", "pid": 8, "shadow": 0, "ready": True}]
     assert sorted(path.name for path in journal.directory.iterdir()) == ["events.jsonl", "status.json"]
@@ -110,3 +110,10 @@ def test_clean_removes_what_dead_runs_left(tmp_path, capsys):
     assert "1 stale" in capsys.readouterr().out
     assert not dead.exists()
     assert other.exists()
+
+
+def test_a_wish_is_seen_once(journal):
+    assert not journal.asked()
+    (journal.directory / WISH).touch()
+    assert journal.asked()
+    assert not journal.asked()

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from resilient.checkpoint import memory
+from resilient.checkpoint import memory, room
+from resilient.checkpoint.chest import Chest
 from resilient.errors import TierUnavailable
 
 OWNER = """
 import sys
-from resilient.checkpoint import memory
+from resilient.checkpoint import memory, room
+from resilient.checkpoint.chest import Chest
 key = memory.new_key()
 for what in ("page.n0.1", "rank-0.own"):
     memory.create(memory.segment_path(sys.argv[1], key, what), 4096)
@@ -139,10 +141,34 @@ def test_a_full_file_system_is_a_clear_error(small):
 
 
 def test_room_that_is_taken_between_question_and_allocation(small, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda directory: 1 << 40)
-    with pytest.raises(TierUnavailable, match="bytes wanted"):
+    found = room.left(small)
+    rooms = iter([found._replace(num_bytes=1 << 40)] * 2)
+    monkeypatch.setattr(memory.room, "left", lambda directory: next(rooms, found))
+    with pytest.raises(TierUnavailable, match="5242880 bytes wanted, 4194304 free"):
         memory.create(memory.segment_path(small, "1-1-0000", "a"), 5 << 20)
     assert names(small) == []
+
+
+def test_room_that_is_taken_while_a_segment_grows(small, monkeypatch):
+    monkeypatch.setattr(memory, "_PIECE", 1 << 20)
+    found, asked = room.left(small), []
+
+    def shrinking(directory):
+        asked.append(directory)
+        return found._replace(num_bytes=(3 << 20) + 4096 - ((2 << 20) if len(asked) > 2 else 0))
+
+    monkeypatch.setattr(memory.room, "left", shrinking)
+    with pytest.raises(TierUnavailable, match="2097152 bytes wanted, 2101248 free"):
+        memory.create(memory.segment_path(small, "1-1-0000", "a"), 2 << 20)
+    assert names(small) == []
+
+
+def test_two_slots_are_asked_for_together(small):
+    chest = Chest(small, "1-1-0000", 0)
+    with pytest.raises(TierUnavailable, match=r"4194304 bytes wanted, 4194304 free in .*rank-0\.slot-0.*--memory-dir DIR"):
+        chest.grow_snapshots(2 << 20)
+    assert names(small) == []
+    assert len(chest.grow_snapshots(1 << 20).slots) == 2
 
 
 def test_a_directory_that_is_not_there():

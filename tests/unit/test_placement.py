@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient.core.placement import Place, Room, ring, seat_all, seat_emptied
+from resilient.core.placement import Place, Room, seat_all, seat_emptied
 
 
 def nodes(places):
@@ -54,8 +54,3 @@ def test_who_finds_no_room_is_named():
     found, homeless = seat_emptied({0: place("a"), 1: place("a", 1)}, [Room(node="b", slots=1, spares=1, taken=frozenset({0}))])
     assert nodes(found) == ["b"]
     assert homeless == (1,)
-
-
-def test_copies_go_round_in_a_ring():
-    assert ring(["a", "b", "c"]) == {"a": "b", "b": "c", "c": "a"}
-    assert ring(["a"]) == {}

@@ -169,3 +169,31 @@ class _Callable:
 
     def __call__(self, _epoch: int) -> float:
         return 1.0
+
+
+def test_tensors_that_the_program_replaced_are_taken_anew() -> None:
+    """An optimizer that writes `state["m"] = ...` instead of `m.copy_(...)`, and `param.data = ...`."""
+    source, model, opt, _ = build(1, 2)
+    before, layout = source.shared(), source.layout()
+    assert source.layout() is layout
+    assert source.shared() is before
+    weight = next(model.parameters())
+    opt.state[weight]["exp_avg"] = opt.state[weight]["exp_avg"] + 1
+    weight.data = weight.data * 2
+    assert source.layout() == layout
+    payload = bytearray(capture.payload_bytes(source.shared()))
+    capture.save(source.shared(), memoryview(payload))
+    twin, twin_model, twin_opt, _ = build(2, 1)
+    twin.shape_like(layout[0], "test")
+    capture.load(twin.shared(), memoryview(payload))
+    other = next(twin_model.parameters())
+    assert torch.equal(other, weight)
+    assert torch.equal(twin_opt.state[other]["exp_avg"], opt.state[weight]["exp_avg"])
+
+
+def test_a_value_that_an_optimizer_adds_later_is_part_of_the_layout() -> None:
+    source, model, opt, _ = build(1, 1)
+    _, digest = source.layout()
+    opt.state[next(model.parameters())]["more"] = torch.zeros(3)
+    assert source.layout()[1] != digest
+    assert any(item.key.endswith("0.weight.more") for item in source.shared())

@@ -1,8 +1,9 @@
 """A training whose losses do not depend on how many ranks share a batch: to be gone on with in a world of another size.
 
-    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N]
+    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary]
 
-Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl.
+Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl. `--flip`: before that step one
+bit of that rank's optimizer state changes, as a device that computes wrongly would leave it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=pathlib.Path, required=True)
 parser.add_argument("--kind", default="ddp")
 parser.add_argument("--steps", type=int, default=6)
+parser.add_argument("--flip", default="")
+parser.add_argument("--canary", action="store_true")
 args = parser.parse_args()
 
 run = resilient.init()
@@ -51,8 +54,14 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.7)
 run.track(model=model, optimizer=optimizer, scheduler=scheduler)
 losses = args.out / "losses.jsonl"
+kept = torch.linspace(-1, 1, 40).view(4, 10)
+if args.canary:
+    run.canary(lambda: model(kept).square().mean())
 
 for step in run.steps(args.steps):
+    if args.flip == f"{run.rank}:{step}" and run.sound:
+        moment = optimizer.state[next(model.parameters())]["exp_avg"]
+        getattr(moment, "_local_tensor", moment).view(torch.uint8)[0, 2] ^= 64
     draw = torch.Generator().manual_seed(100 + step)
     inputs = torch.randn(BATCH, 10, generator=draw)
     targets = inputs.sin().sum(1, keepdim=True)

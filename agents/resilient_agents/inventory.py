@@ -1,0 +1,79 @@
+"""Inventory: what this node's chests hold, in the words of the core, and which of it has done its work.
+
+Think of the list by the door of a store-room: what lies on which shelf, and a red cross where something can go.
+
+Contract: reads seals, a few loads from mapped memory for each chest. What goes is named here once: a fetched snapshot that its worker is
+past, and copies that their owner sends elsewhere now.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Final
+
+from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.tier import KINDS
+from resilient.core.machine import Seals
+from resilient.core.messages import NONE, Holding, Layout, Segments
+
+FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
+SWEEP_STEPS: Final = 10
+log = logging.getLogger("resilient.vault")
+
+
+def seals(chest: Chest) -> Seals:
+    """What is sealed in it."""
+    return Seals(
+        own=chest.own_path,
+        own_bytes=chest.own.own_bytes if chest.own is not None else 0,
+        own_steps=tuple(chest.sealed("start")),
+        gate_step=max(chest.sealed("gate"), default=NONE),
+        snapshots={step: slot.path for step, slot in chest.sealed("snapshot").items()},
+    )
+
+
+def holding(rank: int, chest: Chest) -> Holding | None:
+    """What a peer has sent here of a rank, None if nothing."""
+    found = seals(chest)
+    if not found.own_steps and not found.snapshots:
+        return None
+    return Holding(
+        rank=rank,
+        own_step=chest.start_step(),
+        gate_step=found.gate_step,
+        snapshots=tuple(found.snapshots),
+        own_steps=found.own_steps,
+    )
+
+
+def no_segments(layout: Layout, error: str) -> Segments:
+    """The answer to a chair for which there is no room."""
+    return Segments(rank=layout.rank, own="", own_bytes=0, slots=(), snapshot_bytes=0, error=error)
+
+
+def drop_outdated(chest: Chest) -> None:
+    """A fetched snapshot has done its work when the worker has begun the step after the next."""
+    step = chest.fetched.newest_step() if chest.fetched is not None else NONE
+    if step != NONE and chest.start_step() > step + 1:
+        chest.drop_fetched()
+
+
+class Sweep:
+    """Gives back the memory of copies that are no longer sent here."""
+
+    def __init__(self, memory: MemoryTier) -> None:
+        """Nothing has been looked at."""
+        self._memory = memory
+        self._step = NONE
+
+    def look(self, step: int, fetched: Collection[int]) -> None:
+        """`step`: where the ranks seated here are at least; `fetched`: ranks of which copies are being fetched."""
+        if abs(step - self._step) < SWEEP_STEPS:
+            return
+        self._step = step
+        for rank, chest in list(self._memory.chests.items()):
+            newest = max((s for kind in KINDS for s in chest.sealed(kind)), default=NONE)
+            wanted = chest.seated or newest == NONE or rank in fetched
+            if not wanted and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
+                log.info("copies of rank %d, the newest of step %d, are no longer sent here: removed", rank, newest)

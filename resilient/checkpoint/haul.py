@@ -1,0 +1,253 @@
+"""Haul: the body of one snapshot on its way from memory to memory, over several connections at once.
+
+Think of carts between two barns: each cart takes the next sack from the heap and sets it down at that sack's own place. A lame cart
+takes fewer sacks and holds up none of the others; when the road was cut, only the sacks that are not there yet are fetched.
+
+Contract: the body is cut into pieces of PIECE_BYTES at fixed places. On every connection goes, for each piece that it takes, the piece's
+number (4 bytes, big-endian) and then its bytes; END ends it. `carry` blocks and belongs into a thread, one per connection: bytes go by
+`send` and `recv_into` from and to mapped memory, without the GIL and without a buffer of ours. A wait in which no byte moves ends
+after STALL_S. The receiver hashes the payload while it comes: whichever thread has set down a piece goes on with the hash as far as the
+pieces lie without a gap, unless another thread is at it.
+Numbers: tests/bench/test_peer_wire.py.
+Rejected: `sendfile` from the segment (over loopback a quarter slower than `send`, and it gives out pages that may change before they
+leave); the event loop's `sock_sendall` (a wake-up of the loop for each socket buffer, in the thread that has to look at the workers);
+one fixed share per connection (the hash could not follow, and the slowest connection would decide); a digest for each piece (the
+payload's own is checked before anything is sealed, whatever was broken off and gone on with).
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Final
+
+import xxhash
+
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, Slot, parse
+from resilient.checkpoint.tier import SnapshotKey
+from resilient.errors import ProtocolError, SnapshotMissing
+
+PIECE_BYTES: Final = 4 << 20  # a millisecond of a fast wire: small beside a transfer, large beside a system call
+STALL_S: Final = 10.0  # without a byte
+RATE_MIN: Final = 1 << 20  # bytes/s: less than this, shared among the connections, would look like a stall
+END: Final = 0xFFFF_FFFF
+_NUMBER: Final = struct.Struct(">I")
+_GRAIN_BYTES: Final = 256 << 10  # what is sent between two looks at the limit
+_BURST_S: Final = 0.05  # of unused time that a limited sender may catch up with
+
+
+class Limit:
+    """At most so many bytes a second, of all who share it together. Thread-safe."""
+
+    def __init__(self, bytes_s: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`bytes_s`: at least RATE_MIN."""
+        self._bytes_s = bytes_s
+        self._clock = clock
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> float:
+        """These bytes are to be sent: how long to wait before, in seconds."""
+        with self._lock:
+            now = self._clock()
+            begin = max(self._free_at, now - _BURST_S)
+            self._free_at = begin + num_bytes / self._bytes_s
+            return max(0.0, begin - now)
+
+
+class Outgoing:
+    """The sending side."""
+
+    def __init__(
+        self,
+        body: memoryview,
+        *,
+        have: Collection[int] = (),
+        limit: Limit | None = None,
+        unmoved: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`have`: pieces that need not be sent. `unmoved`: whether `body` still is what it was."""
+        self._body = body
+        there = frozenset(have)
+        self._left = deque(number for number in range(piece_count(len(body))) if number not in there)
+        self._limit = limit
+        self._unmoved = unmoved
+        self._stopped = threading.Event()
+
+    def carry(self, raw: socket.socket) -> None:
+        """Send over this connection until no piece is left. Raises OSError, TimeoutError, SnapshotMissing if the body has moved."""
+        try:
+            while (number := self._next()) != END:
+                raw.sendall(_NUMBER.pack(number), socket.MSG_MORE)
+                self._send(raw, piece_of(self._body, number))
+            raw.sendall(_NUMBER.pack(END))
+        except BlockingIOError:
+            raise _stalled() from None
+
+    def stop(self) -> None:
+        """End the waits for the limit."""
+        self._stopped.set()
+
+    def _next(self) -> int:
+        if not self._unmoved():
+            raise SnapshotMissing("overwritten while it was being sent")
+        try:
+            return self._left.popleft()
+        except IndexError:
+            return END
+
+    def _send(self, raw: socket.socket, piece: memoryview) -> None:
+        if self._limit is None:
+            raw.sendall(piece)
+            return
+        for start in range(0, len(piece), _GRAIN_BYTES):
+            grain = piece[start : start + _GRAIN_BYTES]
+            if self._stopped.wait(self._limit.take(len(grain))):
+                raise ConnectionAbortedError("the transfer was stopped")
+            raw.sendall(grain)
+
+
+class Incoming:
+    """The receiving side: memory that fills, and the digest of what has come."""
+
+    def __init__(self, body: memoryview, payload_at: int) -> None:
+        """`body`: writable, what follows the header; the payload begins at `payload_at` in it."""
+        self.body = body
+        self._payload_at = payload_at
+        self._count = piece_count(len(body))
+        self._claimed: set[int] = set()
+        self._there: set[int] = set()
+        self._lock = threading.Lock()
+        self._digest = xxhash.xxh3_128()
+        self._hashed = 0  # pieces, from the first one
+        self._hashing = False
+
+    def carry(self, raw: socket.socket) -> None:
+        """Take what comes over this connection until its end. Raises OSError, EOFError, TimeoutError, ProtocolError."""
+        word = memoryview(bytearray(_NUMBER.size))
+        try:
+            while True:
+                _fill(raw, word)
+                number = _NUMBER.unpack(word)[0]
+                if number == END:
+                    return
+                self._claim(number)
+                try:
+                    _fill(raw, piece_of(self.body, number))
+                except BaseException:
+                    self._claimed.discard(number)
+                    raise
+                self._set_down(number)
+        except BlockingIOError:
+            raise _stalled() from None
+
+    def stop(self) -> None:
+        """Nothing here waits for anything but the connection."""
+
+    def have(self) -> tuple[int, ...]:
+        """The pieces that are there."""
+        with self._lock:
+            return tuple(sorted(self._there))
+
+    def missing(self) -> int:
+        """How many pieces are not."""
+        with self._lock:
+            return self._count - len(self._there)
+
+    def digest(self) -> bytes | None:
+        """Of the payload as it lies in memory, None while a piece is missing."""
+        with self._lock:
+            return self._digest.digest() if self._hashed == self._count else None
+
+    def _claim(self, number: int) -> None:
+        with self._lock:
+            if number >= self._count or number in self._claimed:
+                raise ProtocolError(
+                    f"piece {number} of {self._count} is announced, which is {'none' if number >= self._count else 'there'}"
+                )
+            self._claimed.add(number)
+
+    def _set_down(self, number: int) -> None:
+        with self._lock:
+            self._there.add(number)
+            if self._hashing:
+                return  # whoever is at it will see this piece
+            self._hashing = True
+        while self._hash_next():
+            pass
+
+    def _hash_next(self) -> bool:
+        with self._lock:
+            number = self._hashed
+            self._hashing = number in self._there
+            if not self._hashing:
+                return False
+        skipped = max(0, self._payload_at - number * PIECE_BYTES)
+        self._digest.update(piece_of(self.body, number)[skipped:])
+        with self._lock:
+            self._hashed += 1
+        return True
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is sent: private memory, or a slot whose writer may come back at any time."""
+
+    header: bytes
+    body: memoryview
+    unmoved: Callable[[], bool]
+
+    @classmethod
+    def of(cls, key: SnapshotKey, sealed: Buffer | Slot) -> Source:
+        """Must be stamped. Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch; the payload is not looked at."""
+        if isinstance(sealed, Slot):
+            generation = sealed.generation()
+            if not sealed.is_stamped():
+                raise SnapshotMissing(f"{key}: not there, or overwritten and not hashed yet")
+            step, header, body = sealed.read(verify=False, stamped=True, rank=key.rank).step, sealed.header(), sealed.body()
+            if sealed.generation() != generation or step != key.step:
+                raise SnapshotMissing(f"{key}: overwritten just now")
+            return cls(header, body, lambda: sealed.generation() == generation)
+        found = parse(sealed, rank=key.rank, step=key.step, verify=False, stamped=True, where=f"{key} to be sent")
+        data = memoryview(sealed).cast("B")[: found.num_bytes]
+        return cls(bytes(data[:HEADER_BYTES]), data[HEADER_BYTES:], lambda: True)
+
+
+def payload_place(header: bytes) -> int:
+    """Where the payload begins in the body (word 14 of checkpoint/snapshot.py). `header`: one that `announced_bytes` has taken."""
+    return memoryview(header).cast("q")[14] - HEADER_BYTES
+
+
+def piece_count(num_bytes: int) -> int:
+    """Into how many pieces a body of this length is cut."""
+    return -(-num_bytes // PIECE_BYTES)
+
+
+def piece_of(body: memoryview, number: int) -> memoryview:
+    """One piece's place."""
+    return body[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
+
+
+def prepare(raw: socket.socket) -> None:
+    """Make the socket one that `carry` can use: it blocks, and each wait of it ends after STALL_S."""
+    raw.settimeout(None)
+    patience = struct.pack("ll", int(STALL_S), int(STALL_S % 1 * 1e6))
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+
+
+def _fill(raw: socket.socket, view: memoryview) -> None:
+    while view:
+        count = raw.recv_into(view, 0, socket.MSG_WAITALL)
+        if count == 0:
+            raise EOFError
+        view = view[count:]
+
+
+def _stalled() -> TimeoutError:
+    return TimeoutError(f"no byte moved for {STALL_S:.0f} s")

@@ -1,0 +1,275 @@
+"""Holder: the vault's door for other nodes. Keeps copies for them, and gives out what this node's memory tier holds.
+
+Think of the foreman at the ramp (peer.py has the picture): he clears the place, lets the carts in, and looks everything over before the
+door is shut behind it.
+
+Contract: see peer.py for what is said. Copies of ranks that sit on this node are refused: their workers write there. Nothing of ours
+writes to a place after its berth has been left: a haul ends when the last of its connections has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from resilient.checkpoint.chest import Berth, MemoryTier
+from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source, payload_place
+from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
+from resilient.checkpoint.pipe import (
+    ANSWER_S,
+    Carry,
+    Catalogue,
+    Done,
+    Drop,
+    Failed,
+    Found,
+    Get,
+    Hauled,
+    Listed,
+    Note,
+    Pipe,
+    Put,
+    Ready,
+    Recollect,
+    Request,
+)
+from resilient.checkpoint.snapshot import announced_bytes
+from resilient.checkpoint.tier import Kind, SnapshotKey
+from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
+from resilient.wire.link import accept
+
+SNAPSHOT_BYTES_MAX: Final = 1 << 40  # whether there is room is seen when it is made; this only keeps nonsense out
+RANKS_MAX: Final = 1 << 20
+CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
+STREAMS_MAX: Final = 32
+BROKEN_MAX: Final = 16  # transfers that broke off and may be gone on with, the last ones
+IDLE_S: Final = 600.0  # a kept connection without a word; the other side simply connects anew
+log = logging.getLogger(__name__)
+
+
+class PeerServer:
+    """Keeps copies for other nodes, and gives out what this node's memory tier holds."""
+
+    def __init__(self, memory: MemoryTier, notes: Notes, *, token: str, run: str) -> None:
+        """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none."""
+        self._memory = memory
+        self._notes = notes
+        self.changed: Callable[[], None] = lambda: None  # a copy has come
+        self._token = token
+        self._run = run
+        self._server: asyncio.Server | None = None
+        self._hauls: dict[bytes, _Haul] = {}
+        self._broken: dict[tuple[int, Kind], _Broken] = {}  # what came of a rank's copy whose transfer broke off
+        self._threads = ThreadPoolExecutor(CONNECTIONS_MAX, "peer")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
+        """Listen at `host` ("" = every address of this machine); the port."""
+        dual = not host and socket.has_dualstack_ipv6()  # one socket for both families: two would get two ports
+        family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
+        self._server = await asyncio.start_server(self._on_connection, sock=listener)
+        return int(listener.getsockname()[1])
+
+    async def close(self) -> None:
+        """Stop listening, end what is under way."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        self._threads.shutdown(wait=False)
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        pipe = None
+        try:
+            if len(self._tasks) > CONNECTIONS_MAX:
+                raise ProtocolError(f"more than {CONNECTIONS_MAX} connections")
+            pipe = Pipe(await accept(reader, writer, Request, token=self._token, run=self._run), Request)
+            while True:
+                await self._answer(pipe, await pipe.recv(IDLE_S))
+        except (ProtocolError, OSError) as error:  # TimeoutError is an OSError
+            log.warning("peer %s: connection closed: %s", pipe.name if pipe else "", str(error) or type(error).__name__)
+        except EOFError:
+            pass  # the other side is done
+        except asyncio.CancelledError:
+            pass  # close() was called; a task of a stream server that ends cancelled would be reported as an error
+        finally:
+            self._tasks.discard(task)
+            if pipe is not None:
+                pipe.close()
+            writer.close()
+
+    async def _answer(self, pipe: Pipe, request: Request) -> None:
+        try:
+            match request:
+                case Put():
+                    await self._take(pipe, request)
+                case Get():
+                    await self._give(pipe, request)
+                case Carry():
+                    await self._carry(pipe, request)
+                case Hauled():
+                    raise ProtocolError("the end of a haul that was not begun here")
+                case Drop():
+                    self._memory.drop(SnapshotKey(request.rank, request.step, request.kind))
+                    await pipe.send(Done())
+                case Catalogue():
+                    keys = tuple((key.rank, key.step, key.kind) for key in self._memory.list())
+                    await pipe.send(Listed(keys=keys))
+                case Note():
+                    self._notes.add(request.recorded)
+                    await pipe.send(Done())
+                case Recollect():
+                    for note in self._notes.of(request.rank):
+                        await pipe.send(Note(recorded=note))
+                    await pipe.send(Done())
+        except CheckpointError as error:
+            await pipe.send(Failed(error=type(error).__name__, text=str(error)))
+
+    async def _take(self, pipe: Pipe, request: Put) -> None:
+        key = SnapshotKey(request.rank, request.step, request.kind)
+        num_bytes = announced_bytes(request.header, f"sent by {pipe.name}")
+        if num_bytes > SNAPSHOT_BYTES_MAX or not 0 <= key.rank < RANKS_MAX:
+            raise ProtocolError(f"{key}: {num_bytes} bytes announced, at most {SNAPSHOT_BYTES_MAX} taken")
+        if self._memory.chest(key.rank).seated:
+            raise TierUnavailable(f"{key}: that rank sits on this node, its worker writes here")
+        broken = self._broken.pop((key.rank, key.kind), None)
+        berth = broken.berth if broken is not None and broken.header == request.header else self._memory.berth(key)
+        with berth:
+            if not request.streams:
+                view = await asyncio.to_thread(berth.receive, request.header)
+                await pipe.send(Ready())
+                await pipe.recv_bulk(view)
+                await checked(berth, key, num_bytes, None)
+            elif broken is not None and berth is broken.berth and berth.untouched():
+                await checked(berth, key, num_bytes, await self._take_haul(pipe, request, broken))
+            else:
+                view = await asyncio.to_thread(berth.receive, request.header)
+                fresh = _Broken(berth, request.header, Incoming(view, payload_place(request.header)))
+                await checked(berth, key, num_bytes, await self._take_haul(pipe, request, fresh))
+        self.changed()
+        await pipe.send(Done())
+
+    async def _take_haul(self, pipe: Pipe, request: Put, what: _Broken) -> bytes:
+        """Bring in what is missing; the payload's digest."""
+        try:
+            async with self._haul(pipe, what.incoming, request.streams) as haul:
+                await pipe.send(Ready(haul=haul.name, have=what.incoming.have()))
+                await haul.hauled(len(what.incoming.body))
+        except BaseException:
+            self._broken[request.rank, request.kind] = what
+            for oldest in list(self._broken)[:-BROKEN_MAX]:
+                del self._broken[oldest]
+            raise
+        digest = what.incoming.digest()
+        if digest is None:
+            raise ProtocolError("the haul has come to its end, and pieces are missing")
+        return digest
+
+    async def _give(self, pipe: Pipe, request: Get) -> None:
+        key = SnapshotKey(request.rank, request.step, request.kind)
+        slot = self._memory.slot(key)
+        if not slot.is_stamped():
+            await asyncio.to_thread(slot.stamp_payload)
+        source = Source.of(key, slot)
+        if request.streams and len(source.body) > HAULED_BYTES:
+            have = request.have if request.header == source.header else ()
+            work = Outgoing(source.body, have=have, unmoved=source.unmoved)
+            async with self._haul(pipe, work, request.streams) as haul:
+                await pipe.send(Found(header=source.header, haul=haul.name))
+                await haul.hauled(len(source.body))
+        else:
+            await pipe.send(Found(header=source.header))
+            await pipe.send_bulk(source.body)
+        if not source.unmoved():
+            raise SnapshotMissing(f"{key}: overwritten while it was being sent")
+        await pipe.send(Done())
+
+    @contextlib.asynccontextmanager
+    async def _haul(self, pipe: Pipe, work: Outgoing | Incoming, streams: int) -> AsyncIterator[_Haul]:
+        """Within this, connections may join; afterwards none of them is at work any more."""
+        if not 0 < streams <= STREAMS_MAX:
+            raise ProtocolError(f"a haul over {streams} connections, at most {STREAMS_MAX} taken")
+        haul = _Haul(pipe, work, streams)
+        self._hauls[haul.name] = haul
+        try:
+            yield haul
+        finally:
+            del self._hauls[haul.name]
+            await haul.stop()
+
+    async def _carry(self, pipe: Pipe, request: Carry) -> None:
+        haul = self._hauls.get(request.haul)
+        if haul is None:
+            raise ProtocolError("a connection for a haul that is over, or never was")
+        await haul.carry(pipe, self._threads)
+
+
+class _Haul:
+    """A haul at the server: the connections that are at work for it, each in its own task."""
+
+    def __init__(self, control: Pipe, work: Outgoing | Incoming, streams: int) -> None:
+        self.name = secrets.token_bytes(8)
+        self._control = control
+        self._work = work
+        self._left = streams
+        self._begun = asyncio.Event()
+        self._all_ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def carry(self, pipe: Pipe, threads: Executor) -> None:
+        """One connection's share."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._begun.set()
+        try:
+            await pipe.lend(self._work.carry, threads)
+        except BaseException:
+            self._control.shut()  # whoever waits for the haul's end need not wait for it
+            raise
+        finally:
+            self._tasks.discard(task)
+        self._left -= 1
+        if self._left <= 0:
+            self._all_ended.set()
+
+    async def hauled(self, num_bytes: int) -> None:
+        """Wait until the caller says that it is done, and for what is still in the sockets then. Raises as Pipe.recv."""
+        async with asyncio.timeout(ANSWER_S):
+            await self._begun.wait()
+        if not isinstance(said := await self._control.recv(haul_s(num_bytes)), Hauled):
+            raise ProtocolError(f"the end of a haul expected, {type(said).__name__} found")
+        async with asyncio.timeout(STALL_S):
+            await self._all_ended.wait()
+
+    async def stop(self) -> None:
+        """Whoever is still at it ends, and its connection with it."""
+        self._work.stop()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)  # a thread whose socket was shut ends at once, and nothing may write here after this
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """A transfer that broke off: what has come lies where it belongs."""
+
+    berth: Berth
+    header: bytes
+    incoming: Incoming
