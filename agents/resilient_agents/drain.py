@@ -20,7 +20,8 @@ from typing import Final
 
 from resilient.checkpoint import layout
 from resilient.checkpoint.chest import Berth, Chest
-from resilient.checkpoint.disk import KEEP, DiskTier, Keep
+from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
@@ -205,13 +206,17 @@ class Drain:
         """As DiskTier.reshape, for the rank and step that `wanted` names."""
         self._brought.add((wanted.rank, wanted.reshape))
         key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
-        work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size)
-        return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+        work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size, begun=wanted.own)
+        try:
+            return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+        except CheckpointError as error:
+            log.warning("checkpoint of step %d refused for rank %d: %s", wanted.reshape, wanted.rank, error)
+            raise
 
     async def foreign(self, step: int) -> bool:
-        """Whether that step was written in a world of another size."""
+        """Whether that step was written in a world of another size, or imported: then it fits no rank as it is."""
         manifest = await self._reading.run(functools.partial(self.tier.manifest, step), deadline_s=ANSWER_S)
-        return self.tier.world_size not in (None, manifest.world_size)
+        return bool(manifest.origin) or self.tier.world_size not in (None, manifest.world_size)
 
     def distrust(self, step: int) -> None:
         """Its bytes were read and found wrong: if the run comes past that step again, it is written anew."""

@@ -22,11 +22,11 @@ import msgspec
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
-from resilient.checkpoint.disk import KEEP, Keep
 from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
+from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.snapshot import Slot
 from resilient.checkpoint.tier import SnapshotKey

@@ -3,20 +3,21 @@
 Think of a library that shelves a book once and has two cards for it: one under the name its author used, one under the name by which
 readers ask for it.
 
-Contract: pure. A tensor has a card under the name that the run gave it (`model.module.weight` where DDP wraps it), and one under the name
-that torch's state-dict functions use (`model.weight`; `optimizer.state.weight.exp_avg`), if no other tensor has that. A box that several
-ranks wrote is listed once.
+Contract: pure. A tensor has a card under each name that the run gave it (`model.module.weight` where DDP wraps it), and one under the name
+that torch's state-dict functions use (`model.weight`; `optimizer.state.weight.exp_avg`), if no other tensor has that. Settings of
+optimizers stand under their group's number, and under the name of each of its parameters, as those functions give them flattened. A box
+that several ranks wrote is listed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from resilient.checkpoint.dcp import Chunk, Tensor, Where, metadata
-from resilient.checkpoint.extras import plain_name
+from resilient.checkpoint.extras import plain_name, plain_names
 from resilient.checkpoint.layout import Layout
-from resilient.checkpoint.rankfile import Tail
+from resilient.checkpoint.rankfile import Extra, Tail
 
 Path = tuple[str | int, ...]
 
@@ -33,6 +34,8 @@ def catalogue(files: Iterable[tuple[str, Tail, Layout]]) -> bytes:
     cards: dict[str, _Card] = {}  # by the run's own name
     values: dict[str, tuple[Path, Where]] = {}
     named: dict[str, dict[str, Path]] = {}  # torch's name -> the run's -> path
+    tied: dict[str, tuple[str, Layout]] = {}
+    known: set[str] = set()
     for file, tail, layout in files:
         for item in tail.items:
             row = layout.rows[item.row]
@@ -41,18 +44,24 @@ def catalogue(files: Iterable[tuple[str, Tail, Layout]]) -> bytes:
             if row.num_bytes:
                 where = Where(file, item.offset, item.length, item.codec)
                 card.chunks.setdefault(row.offsets, Chunk(row.offsets, row.local, where))
-            known = torch_path(path, layout)
-            named.setdefault(".".join(map(str, known)), {})[row.key] = known
+            plain = torch_path(path, layout)
+            named.setdefault(_joined(plain), {})[row.key] = plain
+        tied |= {alias: (key, layout) for alias, key in layout.tied.items()}
         for extra in tail.extras:
-            where = Where(file, extra.offset, extra.length)
-            if not extra.dtype:
-                values.setdefault(extra.key, (extra.path, where))
-                continue
-            begin = (0,) * len(extra.shape)
-            plain = plain_name(extra.key, layout)
-            for key in {extra.key, plain}:
-                card = _Card((key.partition(".")[0], key.partition(".")[2]), extra.dtype, extra.shape, {})
-                cards.setdefault(key, card).chunks.setdefault(begin, Chunk(begin, extra.shape, where))
+            if extra.key in known:
+                continue  # of several ranks that have it, the first counts
+            known.add(extra.key)
+            where, begin = Where(file, extra.offset, extra.length), (0,) * len(extra.shape)
+            for path in _paths(extra, layout):
+                if extra.dtype:
+                    cards.setdefault(_joined(path), _Card(path, extra.dtype, extra.shape, {begin: Chunk(begin, extra.shape, where)}))
+                else:
+                    values.setdefault(_joined(path), (path, where))
+    for alias, (key, layout) in tied.items():
+        if key in cards and alias not in cards:
+            cards[alias] = cards[key]._replace(path=own_path(alias, layout))
+            plain = torch_path(cards[alias].path, layout)
+            named.setdefault(_joined(plain), {})[alias] = plain
     for name, keys in named.items():
         if len(keys) == 1 and name not in cards:
             ((key, path),) = keys.items()
@@ -80,3 +89,19 @@ def torch_path(path: Path, layout: Layout) -> Path:
             return name, plain_name(f"{name}.{rest}", layout).partition(".")[2]
         case _:
             return path
+
+
+def _paths(extra: Extra, layout: Layout) -> Iterator[Path]:
+    """All that `extra` is called."""
+    yield extra.path
+    match extra.path:
+        case (str(name), "param_groups", int(number), *rest) if name in layout.groups and rest != ["params"]:
+            for param in plain_names(layout.groups[name][number], layout):
+                if param:
+                    yield name, f"param_groups.{param}.{_joined(tuple(rest))}"
+        case (str(name), str(rest)) if (plain := plain_name(f"{name}.{rest}", layout)) != f"{name}.{rest}":
+            yield name, plain.partition(".")[2]
+
+
+def _joined(path: Path) -> str:
+    return ".".join(map(str, path))

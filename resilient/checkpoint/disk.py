@@ -24,10 +24,11 @@ from typing import Final
 import msgspec
 import xxhash
 
-from resilient.checkpoint import layout, rankfile, replicas, reshape
+from resilient.checkpoint import imported, layout, rankfile, replicas, reshape, retention
 from resilient.checkpoint.catalogue import catalogue
 from resilient.checkpoint.layout import Layout
 from resilient.checkpoint.rankfile import Tail
+from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of, own_of, slot_bytes
 from resilient.checkpoint.source import Source, Whole
@@ -39,18 +40,9 @@ from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, S
 FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
+Room = Callable[[int], Ring]
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
 _MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 20 MB
-
-
-class Keep(msgspec.Struct, frozen=True):
-    """Which checkpoints stay."""
-
-    last: int = 3  # one being read back after a fault, one found damaged, one more
-    every: int = 0  # multiples of this many steps, for good; 0 = none
-
-
-KEEP: Final = Keep()
 
 
 class File(msgspec.Struct, frozen=True):
@@ -63,7 +55,7 @@ class File(msgspec.Struct, frozen=True):
     xxh3_128: str  # of the tail
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):  # a flipped bit in the name of a field is seen, too
     """COMMIT.json."""
 
     format: int
@@ -72,6 +64,7 @@ class Manifest(msgspec.Struct, frozen=True):
     run: str
     ranks: tuple[File, ...]
     metadata: str = ""  # xxh3_128 of `.metadata`
+    origin: str = ""  # what it was imported from (imported.py); "" = a run wrote it
     digest: str = ""  # xxh3_128 of this object's JSON with digest = ""
 
 
@@ -149,15 +142,15 @@ class DiskTier:
 
     name = "persistent"
 
-    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0) -> None:
+    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0, storage: Storage | None = None) -> None:
         """`world_size`: `get` refuses checkpoints of another size (None: any). level: of zstandard, 0 = not compressed.
 
-        Raises TierUnavailable if nothing can open such a URL.
+        storage: that of the URL, if it is there already. Raises TierUnavailable if nothing can open such a URL.
         """
         self.url = url
         self.world_size = world_size
         self._level = level
-        self._storage = Storage(url)
+        self._storage = Storage(url) if storage is None else storage
 
     # ------------------------------------------------------------------ the four verbs
 
@@ -169,19 +162,24 @@ class DiskTier:
         """As `Tier.get`, from a committed step. SnapshotMismatch if that is of another world size than ours."""
         return self._fill(self._checkpoint(key), key, landing(into))
 
-    def reshape(self, key: SnapshotKey, wanted: Layout, room: Callable[[int], Ring], *, run: str, world_size: int) -> int:
+    def reshape(self, key: SnapshotKey, wanted: Layout, room: Room, *, run: str, world_size: int, begun: bytes = b"") -> int:
         """The snapshot of `key` in a world of another size: `wanted` is what that rank tracks, `room(bytes)` where it goes.
 
-        Gives the old rank whose own state it has (reshape.py). Raises as `get`; nothing is sealed then.
+        begun: its script's first own state, for an imported step. Gives the old rank whose own state it has. Raises as `get`, unsealed.
         """
         whole = self.checkpoint(key.step)
-        old = reshape.own_rank(key.rank, whole.manifest.world_size)
-        tail, there = whole.tail(old)
-        rows, own = reshape.rows_for(wanted, there), own_of(tail.head)
+        called: dict[str, str] | None = None
+        if whole.manifest.origin:
+            old, (rows, called) = key.rank, imported.fit(wanted, whole.tail(0)[1])
+            own = imported.own_state(begun, wanted, imported.rest(whole, wanted, called))
+        else:
+            old = reshape.own_rank(key.rank, whole.manifest.world_size)
+            tail, there = whole.tail(old)
+            rows, own = reshape.rows_for(wanted, there), own_of(tail.head)
         described, payload_bytes = rows.encode(), sum(layout.padded(row.num_bytes) for row in rows.rows)
         ring = room(slot_bytes(len(described), len(own), payload_bytes))
         payload = ring.begin(run=run, rank=key.rank, world_size=world_size, round=0, layout=described, own=own, payload_bytes=payload_bytes)
-        reshape.assemble(whole, rows, payload)
+        reshape.assemble(whole, rows, payload, called)
         ring.seal(key.step)
         return old
 
@@ -230,8 +228,8 @@ class DiskTier:
             digest=written.digest,
         )
 
-    def commit(self, step: int, parts: Iterable[Persisted], *, run: str) -> None:
-        """Write index and commit marker: `parts` is one per rank, all written.
+    def commit(self, step: int, parts: Iterable[Persisted], *, run: str, origin: str = "") -> None:
+        """Write index and commit marker: `parts` is one per rank, all written. origin: see Manifest.
 
         Raises SnapshotMissing if a file is not there whole, ReplicasDiffer if ranks that should hold the same bytes do not.
         """
@@ -241,7 +239,7 @@ class DiskTier:
         )
         if [entry.rank for entry in entries] != list(range(len(entries))) or not entries:
             raise CheckpointError(f"checkpoint step={step}: ranks 0..n-1 expected, {[entry.rank for entry in entries]} given")
-        manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries)
+        manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries, origin=origin)
         self._check_sizes(manifest)
         whole = Checkpoint(self._storage, manifest)
         tails = {entry.rank: whole.tail(entry.rank) for entry in entries}
@@ -259,20 +257,21 @@ class DiskTier:
         Counted are only checkpoints that are whole (manifest sound, all files there, not in `distrusted`: steps whose bytes were read
         and found wrong); if none is, nothing is removed.
         """
-        committed = self.steps()
-        whole = [step for step in committed if step not in distrusted and self._is_whole(step)]
-        if not whole:
-            return ()
-        newest, oldest = whole[-1], whole[-max(1, keep.last) :][0]
-        kept = {step for step in whole if keep.every and step % keep.every == 0}
-        old = (step for step in self._directories() if step < oldest or (step < newest and step not in committed))
-        doomed = tuple(step for step in old if step not in kept)
+        doomed = self.outdated(keep, distrusted=distrusted)
         for step in doomed:
             self._storage.remove(_marker(step))  # first, so that what is half removed is not a checkpoint
             self._storage.remove_tree(directory_of(step))
         return doomed
 
+    def outdated(self, keep: Keep = KEEP, *, distrusted: Collection[int] = ()) -> tuple[int, ...]:
+        """What `prune` would remove."""
+        return retention.outdated(self._directories(), self.steps(), self.whole(distrusted=distrusted), keep)
+
     # ------------------------------------------------------------------ looking
+
+    def whole(self, *, distrusted: Collection[int] = ()) -> tuple[int, ...]:
+        """Committed steps that are trusted, whose manifest is sound and whose files are there in full length; ascending."""
+        return tuple(step for step in self.steps() if step not in distrusted and self._is_whole(step))
 
     def steps(self) -> tuple[int, ...]:
         """Steps that have a commit marker, ascending; whether it is sound is seen when it is read."""

@@ -2,18 +2,25 @@
 
 Think of a certified copy: every page is compared with the register before it leaves the house, and the stamp comes last.
 
-Contract: `export` copies what torch.distributed.checkpoint reads: the rank files, then `.metadata`. Every byte is checked on the way.
-What is there stays: a directory that holds a checkpoint is refused. Memory: one piece of a file at a time.
+Contract: `export` copies what torch.distributed.checkpoint reads: the rank files, then `.metadata`. `export_safetensors` writes the
+parameters and buffers of one module, put together from all ranks, under the names that the plain module has, tied tensors once, as Hugging
+Face users have them: `model.safetensors`, or numbered shards and, last, their index. Every byte is checked on the way. What is there stays:
+a directory that holds a checkpoint is refused. Memory: one piece of a file, or one tensor, at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
+from resilient.checkpoint import safetensors
 from resilient.checkpoint.disk import METADATA, DiskTier, directory_of
 from resilient.checkpoint.rankfile import PIECE
-from resilient.checkpoint.storage import Input, Output, Storage
-from resilient.errors import CheckpointError
+from resilient.checkpoint.storage import Input, Output, Storage, put
+from resilient.checkpoint.tensors import Entry, Tensors
+from resilient.errors import CheckpointError, SnapshotMissing
 
 
 class Exported(NamedTuple):
@@ -22,6 +29,7 @@ class Exported(NamedTuple):
     step: int
     tensors: int
     num_bytes: int
+    files: int
 
 
 def export(tier: DiskTier, step: int, directory: str) -> Exported:
@@ -30,8 +38,7 @@ def export(tier: DiskTier, step: int, directory: str) -> Exported:
     Raises SnapshotMissing, SnapshotCorrupt (naming the file) of what is read, CheckpointError for a directory that is taken.
     """
     target = Storage(directory)
-    if target.exists(METADATA):
-        raise CheckpointError(f"export to {directory}: it holds a checkpoint already")
+    _check_free(target, METADATA)
     tier.verify(step)
     whole = tier.checkpoint(step)
     tensors, total = set(), 0
@@ -42,7 +49,61 @@ def export(tier: DiskTier, step: int, directory: str) -> Exported:
             _copy(file, output, entry.tail_at)
         total += entry.tail_at
     target.write(METADATA, whole.storage.read(f"{directory_of(step)}/{METADATA}"))
-    return Exported(step, len(tensors), total)
+    return Exported(step, len(tensors), total, len(whole.manifest.ranks) + 1)
+
+
+def export_safetensors(tier: DiskTier, step: int, directory: str, *, name: str, shard_bytes_max: int) -> Exported:
+    """Write the module that was tracked as `name`. Raises as `export`; SnapshotMissing if there is none of that name."""
+    target = Storage(directory)
+    _check_free(target, safetensors.INDEX, "model" + safetensors.SUFFIX)
+    tensors = Tensors(tier.checkpoint(step))
+    if not (entries := tensors.of(name)):
+        names = sorted({str(entry.path[0]) for entry in tensors.entries.values() if len(entry.path) == 2})
+        raise SnapshotMissing(f"{tier.url} step {step}: module {name!r} expected, {', '.join(names) or 'none'} found")
+    shards = list(_shards(entries, shard_bytes_max))
+    total = 0
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model" + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + safetensors.SUFFIX
+        _write_file(target, file, tensors, shard)
+        where |= dict.fromkeys((_name(entry) for entry in shard), file)
+        total += sum(entry.num_bytes for entry in shard)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        target.write(safetensors.INDEX, msgspec.json.format(msgspec.json.encode(index), indent=2))
+    return Exported(step, len(entries), total, len(shards) + (len(shards) > 1))
+
+
+def _check_free(target: Storage, *names: str) -> None:
+    for name in names:
+        if target.exists(name):
+            raise CheckpointError(f"export to {target.url}: a directory without {name} expected, it is there already")
+
+
+def _name(entry: Entry) -> str:
+    return str(entry.path[1])
+
+
+def _shards(entries: Iterable[Entry], num_bytes_max: int) -> Iterable[list[Entry]]:
+    """In the module's order, as many as fit; a tensor that fits nowhere has a file of its own."""
+    shard: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if shard and size + entry.num_bytes > num_bytes_max:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += entry.num_bytes
+    yield shard
+
+
+def _write_file(target: Storage, file: str, tensors: Tensors, shard: list[Entry]) -> None:
+    named = {_name(entry): entry for entry in shard}
+    front, places = safetensors.header((name, entry.dtype, entry.shape) for name, entry in named.items())
+    with target.writing(file) as output:
+        put(output, front)
+        for place in places:
+            put(output, tensors.read(named[place.name]))
 
 
 def _copy(file: Input, output: Output, count: int) -> None:

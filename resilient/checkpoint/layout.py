@@ -5,7 +5,8 @@ Think of the contents page of a book of which several libraries own a copy: it s
 Contract: plain data, MessagePack, no torch. `rows` are in the order of the payload, each tensor at a multiple of 64 bytes. `twins` are the
 ranks, this one among them, whose payload is equal to the last bit (replicas of data parallelism; one's own rank alone where nothing is
 replicated): they share the work of writing it. `groups` names, per optimizer, the parameters of each parameter group; `wrapped` the
-prefixes behind which a data-parallel wrapper puts its `module.`: with both, others can spell names as torch's own checkpoints do.
+prefixes behind which a data-parallel wrapper puts its `module.`; `tied` other names of the same tensor, with the one that its row has: with
+all three, others can spell names as torch's own checkpoints do.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     twins: Twins = Twins(0)
     groups: dict[str, tuple[tuple[str, ...], ...]] = {}
     wrapped: tuple[str, ...] = ()
+    tied: dict[str, str] = {}
 
     def encode(self) -> bytes:
         """As it stands in a snapshot."""

@@ -56,49 +56,44 @@ def encode(value: Any, *, protocol: int = 4) -> bytes:
 
 
 def _put(out: bytearray, value: Any, known: _Known) -> None:
-    match value:
-        case None:
-            out += b"N"
-        case bool():
-            out += b"\x88" if value else b"\x89"
-        case int():
-            _number(out, value)
-        case float():
-            out += b"G" + struct.pack(">d", value)
-        case str() | Global():
-            _once(out, value, known)
-        case Call():
-            _put(out, value.function, known)
-            _put(out, tuple(value.arguments), known)
-            out += b"R"
-        case Instance():
-            _put(out, value.kind, known)
-            out += b")\x81"
-            if value.state is not None:
-                _put(out, value.state, known)
-                out += b"b"
-        case Persistent():
-            _put(out, value.identity, known)
-            out += b"Q"
-        case dict() | Pairs():
-            out += b"}("
-            for key, item in value.items() if isinstance(value, dict) else value.items:
-                _put(out, key, known)
-                _put(out, item, known)
-            out += b"u"
-        case tuple():
-            out += b"("
-            for item in value:
-                _put(out, item, known)
-            out += b"t"
-        case list():
-            out += b"]("
-            for item in value:
-                _put(out, item, known)
-            out += b"e"
-        case _:
-            msg = f"a plain value, Global, Call, Instance, Pairs or Persistent expected, {type(value).__name__} found"
-            raise TypeError(msg)
+    kind = type(value)  # told apart by it, for an index has a million values
+    if kind is str or kind is Global:
+        _once(out, value, known)
+    elif kind is int:
+        _number(out, value)
+    elif kind is tuple or kind is list:
+        out += b"(" if kind is tuple else b"]("
+        for item in value:
+            _put(out, item, known)
+        out += b"t" if kind is tuple else b"e"
+    elif kind is Instance:
+        _put(out, value.kind, known)
+        out += b")\x81"
+        if value.state is not None:
+            _put(out, value.state, known)
+            out += b"b"
+    elif kind is Call:
+        _put(out, value.function, known)
+        _put(out, tuple(value.arguments), known)
+        out += b"R"
+    elif kind is dict or kind is Pairs:
+        out += b"}("
+        for key, item in value.items() if kind is dict else value.items:
+            _put(out, key, known)
+            _put(out, item, known)
+        out += b"u"
+    elif value is None:
+        out += b"N"
+    elif kind is bool:
+        out += b"\x88" if value else b"\x89"
+    elif kind is float:
+        out += b"G" + struct.pack(">d", value)
+    elif kind is Persistent:
+        _put(out, value.identity, known)
+        out += b"Q"
+    else:
+        msg = f"a plain value, Global, Call, Instance, Pairs or Persistent expected, {kind.__name__} found"
+        raise TypeError(msg)
 
 
 class _Known(dict[Any, int]):

@@ -12,7 +12,10 @@ Memory: the largest old tensor. Rejected: letting the workers read (each would h
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from resilient.checkpoint import rankfile
 from resilient.checkpoint.layout import ITEMSIZES, Layout, Row, padded
@@ -42,14 +45,14 @@ def rows_for(wanted: Layout, there: Layout) -> Layout:
             found = f"{old.dtype} {list(old.shape)} found"
             raise SnapshotMismatch(f"{old.key}: {row.dtype} {list(row.shape)} expected, {found}")
         rows.append(row)
-    if missing := [key for key in left if _param_of(key, wanted) is None]:
+    if missing := [key for key in left if param_of(key, wanted) is None]:
         raise SnapshotMismatch(f"{missing[0]}: it is not in the checkpoint")
-    return Layout(tuple(rows), wanted.twins, wanted.groups, wanted.wrapped)
+    return msgspec.structs.replace(wanted, rows=tuple(rows))
 
 
 def _state_row(old: Row, asked: dict[str, Row], there: Layout) -> Row:
     """Optimizer state: in its parameter's box, if it has the parameter's shape."""
-    param = _param_of(old.key, there)
+    param = param_of(old.key, there)
     if param is None or param not in asked:
         raise SnapshotMismatch(f"{old.key}: it is in the checkpoint, and not tracked here")
     if old.shape != asked[param].shape or not old.shape:
@@ -57,13 +60,17 @@ def _state_row(old: Row, asked: dict[str, Row], there: Layout) -> Row:
     return Row(old.key, old.dtype, old.shape, asked[param].offsets, asked[param].local)
 
 
-def _param_of(key: str, layout: Layout) -> str | None:
+def param_of(key: str, layout: Layout) -> str | None:
+    """Of which parameter this is optimizer state; None: of none."""
     name, _, rest = key.partition(".")
     return rest.removeprefix("state.").rpartition(".")[0] if name in layout.groups and rest.startswith("state.") else None
 
 
-def assemble(whole: Checkpoint, rows: Layout, payload: memoryview) -> None:
-    """Fill `payload` with these rows. Raises SnapshotMissing naming what is nowhere, SnapshotCorrupt."""
+def assemble(whole: Checkpoint, rows: Layout, payload: memoryview, called: Mapping[str, str] | None = None) -> None:
+    """Fill `payload` with these rows. called: the checkpoint's name -> the row's, of those that are to be used; None = all, as they are.
+
+    Raises SnapshotMissing naming what is nowhere, SnapshotCorrupt.
+    """
     for begin, length in rows.places():
         payload[begin + length : begin + padded(length)] = bytes(padded(length) - length)
     places = {row.key: (row, begin) for row, (begin, _) in zip(rows.rows, rows.places(), strict=True)}
@@ -74,15 +81,16 @@ def assemble(whole: Checkpoint, rows: Layout, payload: memoryview) -> None:
         with whole.reading(rank) as file:
             for item in tail.items:
                 old = described.rows[item.row]
-                row, begin = places.get(old.key, (old, 0))
+                key = old.key if called is None else called.get(old.key, "")
+                row, begin = places.get(key, (old, 0))
                 common = _overlap(old, row)
-                if old.key not in lacking or common is None or (old.key, old.offsets) in seen:
+                if key not in lacking or common is None or (old.key, old.offsets) in seen:
                     continue
                 seen.add((old.key, old.offsets))
                 spare = memoryview(bytearray(old.num_bytes))
                 rankfile.fill_row(file, item, old, spare, tail.digests[item.row])
-                _copy(spare, old, payload[begin : begin + row.num_bytes], row, common)
-                lacking[old.key] -= math.prod(end - start for start, end in common)
+                copy_box(spare, old, payload[begin : begin + row.num_bytes], row, common)
+                lacking[key] -= math.prod(end - start for start, end in common)
     for key, count in lacking.items():
         if count:
             raise SnapshotMissing(f"checkpoint step={whole.manifest.step}: {count} elements of {key} are in none of its files")
@@ -101,7 +109,8 @@ def _overlap(a: Row, b: Row) -> Box | None:
     return tuple(box)
 
 
-def _copy(source: memoryview, old: Row, target: memoryview, row: Row, box: Box) -> None:
+def copy_box(source: memoryview, old: Row, target: memoryview, row: Row, box: Box) -> None:
+    """`box` from one tensor's memory into another's."""
     import numpy as np  # noqa: PLC0415  0.1 s, and only who reshapes pays them
 
     kind = np.dtype(f"V{ITEMSIZES[row.dtype]}")

@@ -279,6 +279,7 @@ class Layout(Msg):
     reshape: int = NONE  # bring that step of the persistent tier, which was written in another world, into these segments
     rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
     world_size: int = 0
+    own: bytes = b""  # for that: the own state with which the script began; an imported step has none
 
 
 class Recorded(Msg):

@@ -114,6 +114,7 @@ class Loop:
             msg = "run.steps before run.track: call run.track(model=..., optimizer=..., ...) first, so that a broken step can be put back"
             raise UsageError(msg)
         self.opened = True
+        self.rounds.begun = self.tracked.own()
         if self.desk.standby and self.desk.newest and self.desk.latest().plan.starting:
             self.rounds.rehearsal.enlist()
         if self.desk.standby:

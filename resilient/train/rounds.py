@@ -45,6 +45,7 @@ class Rounds:
         self.warmed = False  # steps were made in loopback: the script's initial state is gone
         self.defer = False  # a loop that owns its counter has first to run on to the step: its own state is put in place then
         self.deferred = b""
+        self.begun = b""  # own state before the first step, in which the script put it itself
         self.reshaped = False  # what was loaded last came from a world of another size
         self.spread = False  # own state that comes is another rank's as well: random numbers must not be
         self.repeating = False  # own state is one step behind: that step is to be done again, alone
@@ -214,7 +215,7 @@ class Rounds:
         """From this chair's own slots, else from where the agent put what it fetched; shared state perhaps from a lender's."""
         lent = plan.lender != NONE
         if plan.tier == "persistent" and not seated.snapshot and not self.tier0.sealed(plan.step):
-            source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step)
+            source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step, begun=self.begun)
             self.spread, self.reshaped = source != self.comm.rank, True
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
             found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)

@@ -56,6 +56,7 @@ class Tracked:
         self._items: list[Item] | None = None
         self._layout: tuple[bytes, str] | None = None  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
+        self._tied: dict[str, str] = {}  # its other names -> that key
         self._count = 0
         self.canary: float | None = None  # the canary's number for this state (train/canary.py), where it was asked
         self._values = 0
@@ -97,10 +98,13 @@ class Tracked:
         return sum(len(state) for opt in self.optimizers.values() for state in opt.state.values())
 
     def _walk(self) -> Iterator[Item]:
-        seen = self._keys = {}
+        self._keys, self._tied = {}, {}
+        seen = self._keys
         for name, module in self.modules.items():
-            for fqn, param in module.named_parameters():
-                if id(param) not in seen:
+            for fqn, param in module.named_parameters(remove_duplicate=False):
+                if id(param) in seen:
+                    self._tied[f"{name}.{fqn}"] = seen[id(param)]
+                else:
                     seen[id(param)] = f"{name}.{fqn}"
                     yield item_of(f"{name}.{fqn}", param)
             if gated(module):
@@ -121,7 +125,7 @@ class Tracked:
         items = self.shared()
         if self._layout is None:
             rows = tuple(item.row() for item in items)
-            encoded = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules)).encode()
+            encoded = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
             self._layout = encoded, xxhash.xxh3_128_hexdigest(encoded)
         return self._layout
 

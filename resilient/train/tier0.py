@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from resilient.train.state import Tracked
 
 _ROOM = 64 << 10  # schedulers and loaders grow a little while they run
+_BEGUN_BYTES_MAX = 8 << 20  # it travels in one message
 
 
 class Tier0:
@@ -47,11 +48,12 @@ class Tier0:
         self.cost_s = 0.0  # of the last snapshot
         self.taken_s = time.monotonic()  # when it ended
 
-    def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE) -> int:
+    def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, begun: bytes = b"") -> int:
         """Get this chair's segments. adopt: keep what is sealed there (a newcomer); otherwise an earlier group's seals are void.
 
         reshape: have that step of the persistent tier, which another world wrote, cut for this rank; gives the old rank whose own state
-        comes with it. Raises TierUnavailable if there is no room, SnapshotMissing if that step cannot be had.
+        comes with it. begun: own state for a step that comes without it. Raises TierUnavailable if there is no room, SnapshotMissing if
+        that step cannot be had.
         """
         self.close()
         self._rank, self._world_size = rank, world_size
@@ -71,6 +73,7 @@ class Tier0:
             reshape=reshape,
             rows=rows if reshape != NONE else b"",
             world_size=world_size,
+            own=begun if len(begun) <= _BEGUN_BYTES_MAX else b"",
         )
         segments = self._desk.segments_for(wish)
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)

@@ -13,7 +13,8 @@ FILES = sorted([*(ROOT / "resilient").rglob("*.py"), *(ROOT / "agents").rglob("*
 # Arrows point down only: each layer may import those after it (and itself).
 LAYERS = {
     "resilient.run": {"resilient_agents"},
-    "resilient.ckpt": {"resilient.checkpoint", "resilient.core"},
+    "resilient.ckpt": {"resilient.progress", "resilient.checkpoint", "resilient.core"},
+    "resilient.progress": {"resilient.checkpoint"},
     "resilient.cli": {"resilient.ckpt", "resilient.config", "resilient.host", "resilient.checkpoint", "resilient.core"},
     "resilient_agents": {
         "resilient.host",

@@ -58,18 +58,18 @@ def boxes(tensors, rank: int, kind: str):
             yield key, tensor, (0,) * tensor.dim(), tensor
 
 
-def slot_of(tmp_path: Path, rank: int, kind: str, tensors) -> Slot:
+def slot_of(tmp_path: Path, rank: int, kind: str, tensors, world: int = WORLD, tied=None) -> Slot:
     """A sealed slot as a worker writes it."""
     parts = list(boxes(tensors, rank, kind))
     rows = tuple(Row(k, str(t.dtype).removeprefix("torch."), tuple(t.shape), offsets, tuple(box.shape)) for k, t, offsets, box in parts)
-    twins = Twins(0, WORLD) if kind == "replicated" else Twins(rank)
-    layout = Layout(rows, twins, {"optim": (("model.module.weight", "model.module.bias"),)}, ("model.",))
+    twins = Twins(0, world) if kind == "replicated" else Twins(rank)
+    layout = Layout(rows, twins, {"optim": (("model.module.weight", "model.module.bias"),)}, ("model.",), tied or {})
     data = layout.encode()
     room = sum(-(-row.num_bytes // 64) * 64 for row in rows)
     path = tmp_path / f"slot-{rank}"
     path.write_bytes(bytes(slot_bytes(len(data), len(own_state(rank)), room)))
     slot = Slot(str(path))
-    view = slot.begin(run="run", rank=rank, world_size=WORLD, round=1, layout=data, own=own_state(rank), payload_bytes=room)
+    view = slot.begin(run="run", rank=rank, world_size=world, round=1, layout=data, own=own_state(rank), payload_bytes=room)
     for (offset, length), (_, _, _, box) in zip(layout.places(), parts, strict=True):
         view[offset : offset + length] = box.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     slot.seal(STEP)
@@ -187,3 +187,17 @@ def test_replicas_that_differ_are_not_committed_and_the_minority_is_named(tmp_pa
         tier.commit(STEP, parts, run="run")
     assert caught.value.ranks == named
     assert tier.steps() == ()
+
+
+def test_torch_reads_flattened_settings_and_tied_weights(tmp_path):
+    """As torch's state-dict functions give them: settings by parameter, one tensor under all its names."""
+    tensors = {"model.module.weight": torch.randn(3, 4)}
+    slot = slot_of(tmp_path, 0, "replicated", tensors, world=1, tied={"model.module.head": "model.module.weight"})
+    tier = DiskTier(str(tmp_path / "kept"))
+    tier.commit(STEP, [tier.write(SnapshotKey(0, STEP), Live(slot))], run="run")
+    slot.close()
+    optim = {"param_groups.weight.lr": 0.0, "param_groups.bias.betas": (0.0, 0.0)}
+    model = {"weight": torch.zeros(3, 4), "head": torch.zeros(3, 4), "module.head": torch.zeros(3, 4)}
+    dist_checkpoint.load({"optim": optim, "model": model}, checkpoint_id=tmp_path / "kept" / "step-00000007", no_dist=True)
+    assert optim == {"param_groups.weight.lr": 0.1, "param_groups.bias.betas": (0.9, 0.99)}
+    assert all(torch.equal(tensor, tensors["model.module.weight"]) for tensor in model.values())
