@@ -32,6 +32,8 @@ NOT_OURS: Final = frozenset(
 )
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=22)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -43,6 +45,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     run_dir: str = ""
     checkpoint: str = ""
     checkpoint_every: NonNegative = 100
+    checkpoint_keep: Positive = 3  # why: checkpoint/disk.py, Keep
+    checkpoint_keep_every: NonNegative = 0
+    checkpoint_zstd: ZstdLevel = 0  # a disk is faster than zstd, and training state shrinks by a tenth only
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
@@ -56,6 +61,9 @@ HELP: Final[dict[str, str]] = {
     "run_dir": "Directory of status.json, events.jsonl, logs and evidence (default: runs/<run id>).",
     "checkpoint": "URL or directory of the persistent checkpoints (anything fsspec opens); without it none are written.",
     "checkpoint_every": "Steps between two persistent checkpoints.",
+    "checkpoint_keep": "Persistent checkpoints that are kept: the newest so many.",
+    "checkpoint_keep_every": "Also kept, for good: those whose step is a multiple of this (0: none).",
+    "checkpoint_zstd": "Level of zstandard by which checkpoints are compressed, 1 to 22 (0: not at all).",
     "memory_dir": "Directory of the shared-memory segments.",
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",

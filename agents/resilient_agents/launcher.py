@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from resilient import config
 from resilient.checkpoint import memory
+from resilient.checkpoint.disk import Keep
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
 from resilient.errors import ConfigError, ResilientError, TierUnavailable
@@ -195,6 +196,8 @@ class _Node:
                 key=key,
                 checkpoint_url=options.checkpoint,
                 checkpoint_every=options.checkpoint_every,
+                keep=Keep(options.checkpoint_keep, options.checkpoint_keep_every),
+                level=options.checkpoint_zstd,
                 token=meeting.token,
                 node=node,
                 host=address(self._launch, meeting),
