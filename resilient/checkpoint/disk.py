@@ -40,7 +40,6 @@ FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
-_MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 20 MB
 
 
 class Keep(msgspec.Struct, frozen=True):
@@ -219,7 +218,7 @@ class DiskTier:
                 )
             return _persisted(manifest.ranks[key.rank], key.step)
         self._storage.remove(_marker(key.step))
-        with self._storage.writing(self.path(key)) as output:
+        with self._storage.writing(self.path(key), found.num_bytes) as output:
             written = rankfile.write(output, source, level=self._level)
         return Persisted(
             rank=key.rank,
@@ -281,7 +280,7 @@ class DiskTier:
         """The commit marker of `step`. Raises SnapshotMissing, SnapshotCorrupt naming the file."""
         where = self._storage.where(_marker(step))
         try:
-            data = self._storage.read(_marker(step), 0, _MANIFEST_BYTES_MAX)
+            data = self._storage.read(_marker(step))
         except FileNotFoundError:
             raise SnapshotMissing(f"checkpoint step={step}: no commit marker, so it is not complete ({where})") from None
         try:
