@@ -35,6 +35,7 @@ from resilient_agents import kernel, logs
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
+from resilient_agents.tenancy import Tenancy
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
 
@@ -149,12 +150,17 @@ class _Node:
         for warning in launch.warnings:
             console.say(warning)
         try:
-            return await self._run(journal, archive, console)
+            tenancy = await self._claim(console)
+            try:
+                return await self._run(journal, archive, console, tenancy)
+            finally:
+                if tenancy is not None:
+                    await tenancy.release()
         finally:
             journal.close()
             await asyncio.to_thread(console.close, CONSOLE_S)
 
-    async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console) -> int:
+    async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console, tenancy: Tenancy | None) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
         node = self._name()
         service = None
@@ -179,12 +185,26 @@ class _Node:
             checkpoint_every=options.checkpoint_every if options.checkpoint else 0,
         )
         self._listen_to_signals()
+        if tenancy is not None:
+            tenancy.hold(lambda reason: host.abort(1, reason))
         try:
             return await self._both(host, service, console)
         finally:
             await host.close()
             if service is not None:
                 await service.close()
+
+    async def _claim(self, console: logs.Console) -> Tenancy | None:
+        """The checkpoint URL for this run alone; None where another node does it, or there is no URL."""
+        options, meeting = self._options, self._meeting
+        if not options.checkpoint or meeting.listener is None:
+            return None
+        try:
+            tenancy = Tenancy(options.checkpoint, meeting.run_id)
+        except TierUnavailable as error:
+            raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
+        await tenancy.claim(console.say)
+        return tenancy
 
     async def _vault(self, key: str, node: str) -> tuple[Vault, int]:
         """The keeper of copies, and the port where it serves peers."""

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import mmap
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -53,7 +54,7 @@ def writing(path: str) -> Iterator[LocalOutput]:
     """A new file, in place when the block ends without an exception."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    spare = f"{path}.{os.getpid()}.part"
+    spare = f"{path}.{secrets.token_hex(4)}.part"  # a write that was given up, and hangs, may still be at its own
     output = LocalOutput(spare)
     try:
         yield output
@@ -73,7 +74,7 @@ class LocalOutput:
     def __init__(self, path: str) -> None:
         """Raises OSError."""
         self.position = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
         except OSError as error:
