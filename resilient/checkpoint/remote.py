@@ -121,6 +121,7 @@ class Whole:
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:
         """Opened at once."""
         self.position = 0
+        self._fs, self._path = fs, path
         try:
             self._file = fs.open(path, "wb", block_size=part_bytes)
         except FileNotFoundError:  # a place with real directories
@@ -146,10 +147,15 @@ class Whole:
         self._file.close()
 
     def discard(self) -> None:
-        """Do not complete it."""
+        """Do not complete it; where half of it is there already, remove it."""
         if isinstance(self._file, AbstractBufferedFile):
             self._file.closed = True  # else the garbage collector would complete the upload
             self._file.discard()
+            return
+        try:
+            self._file.close()
+        finally:
+            self._fs.rm_file(self._path)
 
     def _flush(self) -> None:
         self._file.write(bytes(self._buffer[: self._used]))
