@@ -32,6 +32,7 @@ from resilient_agents.lane import Errands, Lane
 
 QUAY_MAX: Final = 2  # per rank: one being written, one waiting
 ANSWER_S: Final = 60.0  # for listing, a manifest, a marker, a removal
+RANKS_S: Final = 20  # ranks whose files a commit looks at in a second, at least
 PACE_BYTES_S: Final = 5 << 20  # slower than this, storage counts as hung
 RETRY_S: Final = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)  # the last one again and again
 STEPS_KEPT: Final = 4  # newest steps of a rank in `persisted`: some rank may lag behind
@@ -150,7 +151,7 @@ class Drain:
             if self._wish != (step, manifest):
                 return
             try:
-                await self._writing.run(work, deadline_s=ANSWER_S)
+                await self._writing.run(work, deadline_s=ANSWER_S + len(manifest) / RANKS_S)
                 break
             except TierUnavailable as error:
                 log.warning("checkpoint of step %d is not committed yet: %s", step, error)

@@ -39,6 +39,7 @@ from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, S
 FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
+_TAILS: Final = 64  # read at a time: a thousand ranks are not asked one after the other
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
 
 
@@ -91,19 +92,37 @@ class Checkpoint:
         if rank not in self._tails:
             with self.reading(rank) as file:
                 entry = self.manifest.ranks[rank]
-                if (there := self.storage.size(self.path(rank))) != entry.bytes:
-                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {there} found")
+                if file.num_bytes != entry.bytes:
+                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {file.num_bytes} found")
                 found = rankfile.read_tail(file, entry.bytes, entry.tail_at, entry.xxh3_128)
                 self._tails[rank] = found, layout.decode(layout_of(found.head))
         return self._tails[rank]
 
+    def all_tails(self) -> dict[int, tuple[Tail, Layout]]:
+        """Those of all ranks, many at a time. The sizes of the files have been checked. Raises as `tail`."""
+        for begin in range(0, len(self.manifest.ranks), _TAILS):
+            batch = self.manifest.ranks[begin : begin + _TAILS]
+            try:
+                found = self.storage.read_ranges([(self.path(entry.rank), entry.tail_at, entry.bytes) for entry in batch])
+            except FileNotFoundError as error:
+                raise SnapshotMissing(f"checkpoint step={self.manifest.step}: no such file ({error})") from None
+            for entry, data in zip(batch, found, strict=True):
+                with self._naming(entry.rank):
+                    tail = rankfile.parse_tail(data, entry.xxh3_128)
+                    self._tails[entry.rank] = tail, layout.decode(layout_of(tail.head))
+        return self._tails
+
     @contextlib.contextmanager
     def reading(self, rank: int) -> Iterator[Input]:
         """That rank's file; what is wrong with it is told with its name."""
+        with self._naming(rank), self.storage.reading(self.path(rank)) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _naming(self, rank: int) -> Iterator[None]:
         path = self.path(rank)
         try:
-            with self.storage.reading(path) as file:
-                yield file
+            yield
         except FileNotFoundError:
             raise SnapshotMissing(f"checkpoint step={self.manifest.step}: no such file ({self.storage.where(path)})") from None
         except SnapshotCorrupt as error:
@@ -213,20 +232,14 @@ class DiskTier:
         if not again and self._is_whole(key.step):
             manifest = self.manifest(key.step)
             if manifest.world_size != found.world_size:
-                raise SnapshotMismatch(
-                    f"{key}: that step is committed already, by {manifest.world_size} ranks ({self._storage.where(_marker(key.step))})"
-                )
-            return _persisted(manifest.ranks[key.rank], key.step)
+                where = self._storage.where(_marker(key.step))
+                raise SnapshotMismatch(f"{key}: that step is committed already, by {manifest.world_size} ranks ({where})")
+            entry = manifest.ranks[key.rank]
+            return Persisted(rank=key.rank, step=key.step, num_bytes=entry.bytes, tail_at=entry.tail_at, digest=entry.xxh3_128)
         self._storage.remove(_marker(key.step))
         with self._storage.writing(self.path(key), found.num_bytes) as output:
             written = rankfile.write(output, source, level=self._level)
-        return Persisted(
-            rank=key.rank,
-            step=key.step,
-            num_bytes=written.num_bytes,
-            tail_at=written.tail_at,
-            digest=written.digest,
-        )
+        return Persisted(rank=key.rank, step=key.step, num_bytes=written.num_bytes, tail_at=written.tail_at, digest=written.digest)
 
     def commit(self, step: int, parts: Iterable[Persisted], *, run: str) -> None:
         """Write index and commit marker: `parts` is one per rank, all written.
@@ -242,7 +255,7 @@ class DiskTier:
         manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries)
         self._check_sizes(manifest)
         whole = Checkpoint(self._storage, manifest)
-        tails = {entry.rank: whole.tail(entry.rank) for entry in entries}
+        tails = whole.all_tails()
         if differences := replicas.compare({rank: (described, tail.digests) for rank, (tail, described) in tails.items()}):
             raise ReplicasDiffer(f"step {step}: {'; '.join(map(str, differences))}", frozenset(r for d in differences for r in d.ranks))
         index = catalogue((entry.file, *tails[entry.rank]) for entry in entries)
@@ -342,15 +355,13 @@ class DiskTier:
         return True
 
     def _check_sizes(self, manifest: Manifest) -> None:
+        there = self._storage.sizes(directory_of(manifest.step))
         for entry in manifest.ranks:
-            path = f"{directory_of(manifest.step)}/{entry.file}"
-            where = self._storage.where(path)
-            try:
-                found = self._storage.size(path)
-            except FileNotFoundError:
-                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({where})") from None
-            if found != entry.bytes:
-                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {found} found ({where})")
+            where = self._storage.where(f"{directory_of(manifest.step)}/{entry.file}")
+            if entry.file not in there:
+                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({where})")
+            if there[entry.file] != entry.bytes:
+                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {there[entry.file]} found ({where})")
 
     def _fill(self, whole: Checkpoint, key: SnapshotKey, target: Landing) -> int:
         try:
@@ -383,16 +394,6 @@ def _file_name(rank: int) -> str:
 
 def _marker(step: int) -> str:
     return f"{directory_of(step)}/{MARKER}"
-
-
-def _persisted(entry: File, step: int) -> Persisted:
-    return Persisted(
-        rank=entry.rank,
-        step=step,
-        num_bytes=entry.bytes,
-        tail_at=entry.tail_at,
-        digest=entry.xxh3_128,
-    )
 
 
 def _digest(manifest: Manifest) -> str:

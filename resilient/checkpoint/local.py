@@ -33,6 +33,7 @@ class LocalInput:
     def __init__(self, path: str) -> None:
         """Raises FileNotFoundError, OSError."""
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.num_bytes = os.fstat(self._fd).st_size
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def fill(self, view: memoryview, offset: int) -> None:

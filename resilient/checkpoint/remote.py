@@ -168,14 +168,14 @@ class RemoteInput:
     def __init__(self, fs: Any, path: str) -> None:
         """Nothing is read yet. Raises FileNotFoundError."""
         self._fs, self._path = fs, path
-        self._size = int(fs.size(path))
+        self.num_bytes = int(fs.size(path))
         self._ahead, self._ahead_at = memoryview(b""), 0
         self._next = -1  # where the last read ended
 
     def fill(self, view: memoryview, offset: int) -> None:
         """As `Input.fill`."""
-        if offset + len(view) > self._size:
-            raise SnapshotCorrupt(f"at least {offset + len(view)} bytes expected, {self._size} found")
+        if offset + len(view) > self.num_bytes:
+            raise SnapshotCorrupt(f"at least {offset + len(view)} bytes expected, {self.num_bytes} found")
         in_order, self._next = 0 <= offset - self._next < _GAP_MAX, offset + len(view)
         while view:
             at = offset - self._ahead_at
@@ -190,7 +190,7 @@ class RemoteInput:
         """Nothing is open."""
 
     def _fetch(self, offset: int, wanted: int) -> None:
-        end = min(self._size, offset + min(wanted, PARTS * PART_BYTES))
+        end = min(self.num_bytes, offset + min(wanted, PARTS * PART_BYTES))
         starts = list(range(offset, end, PART_BYTES))
         ends = [min(end, start + PART_BYTES) for start in starts]
         self._ahead = memoryview(b"")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import fsspec
@@ -51,6 +51,8 @@ class Output(Protocol):
 
 class Input(Protocol):
     """A file that is there."""
+
+    num_bytes: int
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` on. Raises SnapshotCorrupt if the file is too short."""
@@ -115,11 +117,22 @@ class Storage:
 
     # ------------------------------------------------------------------ reading
 
-    def read(self, path: str) -> bytes:
-        """A small file."""
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes start .. end of a file; fewer if it is shorter."""
+        where, data = self.where(path), b""
         with self._answering():
-            data: bytes = self._fs.cat_file(self.where(path))
+            if start == 0 and end is None:
+                data = self._fs.cat_file(where)
+            elif start < (stop := min(end or 1 << 62, int(self._fs.size(where)))):  # object stores refuse what begins behind the end
+                data = self._fs.cat_file(where, start=start, end=stop)
         return data
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """(path, start, end), at least one byte of each there: as many at a time as the driver can."""
+        paths, starts, ends = (list(column) for column in zip(*ranges, strict=True))
+        with self._answering():
+            found: list[bytes] = self._fs.cat_ranges([self.where(path) for path in paths], starts, ends, on_error="raise")
+        return found
 
     @contextlib.contextmanager
     def reading(self, path: str) -> Iterator[Input]:
@@ -143,12 +156,16 @@ class Storage:
 
     def names(self, path: str = "") -> tuple[str, ...]:
         """What lies directly below `path`, none if that is not there."""
+        return tuple(sorted(self.sizes(path)))
+
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """Bytes of each file directly below `path`, by name, in one request for many; of a directory something."""
         with self._answering():
             try:
-                found = self._fs.ls(self.where(path).rstrip("/"), detail=False)
+                found = self._fs.ls(self.where(path).rstrip("/"), detail=True)
             except FileNotFoundError:
-                return ()
-        return tuple(sorted(str(name).rstrip("/").rpartition("/")[2] for name in found))
+                return {}
+        return {str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"] or 0) for entry in found}
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
