@@ -60,12 +60,12 @@ class Drain:
         """
         self.available: tuple[int, ...] | None = None  # committed steps that were there at the start; None = not listed yet
         self.committed = NONE  # the newest one since
-        self.tier = DiskTier(url, level=level)
+        self._writing = Lane("checkpoint storage (writing)", niceness=10)
+        self.tier = DiskTier(url, level=level, wanted=self._writing.wanted)
         self._keep = keep
         self._every = every
         self._run = run
         self._copying = lane
-        self._writing = Lane("checkpoint storage (writing)", niceness=10)
         self._reading = Lane("checkpoint storage (reading)", threads=4, niceness=0)  # somebody waits for it
         self._changed, self._differ = changed, differ
         self._persisted: dict[SnapshotKey, Persisted] = {}

@@ -167,15 +167,15 @@ class DiskTier:
 
     name = "persistent"
 
-    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0) -> None:
+    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0, wanted: Callable[[], bool] = lambda: True) -> None:
         """`world_size`: `get` refuses checkpoints of another size (None: any). level: of zstandard, 0 = not compressed.
 
-        Raises TierUnavailable if nothing can open such a URL.
+        `wanted`, raises: as Storage.
         """
         self.url = url
         self.world_size = world_size
         self._level = level
-        self._storage = Storage(url)
+        self._storage = Storage(url, wanted)
 
     # ------------------------------------------------------------------ the four verbs
 

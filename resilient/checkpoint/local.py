@@ -52,14 +52,13 @@ class LocalInput:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[LocalOutput]:
-    """A new file, in place when the block ends without an exception."""
+    """A new file, in place when the block ends without an exception; that ends with `finish`."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
     spare = f"{path}.{secrets.token_hex(4)}.part"  # a write that was given up, and hangs, may still be at its own
     output = LocalOutput(spare)
     try:
         yield output
-        output.finish()
         os.replace(spare, path)
     finally:
         output.close()

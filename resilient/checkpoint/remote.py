@@ -32,12 +32,12 @@ _PARTS_MAX: Final = 9_000  # s3 takes 10,000; the announced size need not be exa
 
 @contextlib.contextmanager
 def writing(fs: Any, path: str, about_bytes: int, failures: tuple[type[Exception], ...]) -> Iterator[Parts | Whole]:
-    """A new file, in place when the block ends without an exception. failures: what the driver raises when it cannot do its work."""
+    """A new file, in place when the block ends without an exception; that ends with `finish`. failures: what the driver raises."""
     part_bytes = max(PART_BYTES, about_bytes // _PARTS_MAX)
     output: Parts | Whole = Parts(fs, path, part_bytes) if hasattr(fs, "call_s3") else Whole(fs, path, part_bytes)
     try:
         yield output
-        output.finish()
+        output.place()
     except BaseException:
         with contextlib.suppress(*failures):  # the first error is the one to be told
             output.discard()
@@ -52,7 +52,7 @@ class Parts:
         self.position = 0
         self._fs, self._part_bytes = fs, part_bytes
         bucket, key, _ = fs.split_path(path)
-        self._path, self._where = path, {"Bucket": bucket, "Key": key}
+        self._where = {"Bucket": bucket, "Key": key}
         self._upload = ""
         self._buffer = bytearray(part_bytes)
         self._used = 0
@@ -73,17 +73,18 @@ class Parts:
             self._buffer = self._spare.pop() if self._spare else bytearray(self._part_bytes)
 
     def finish(self) -> None:
-        """Send what is left, and complete the file."""
-        last = bytes(memoryview(self._buffer)[: self._used])
-        if not self._upload:
-            self._fs.call_s3("put_object", **self._where, Body=last)
-        else:
-            if last:
-                self._send(last)
-            while self._under_way:
-                self._land()
+        """As `Output.finish`."""
+        if self._upload and self._used:
+            self._send(bytes(memoryview(self._buffer)[: self._used]))
+        while self._under_way:
+            self._land()
+
+    def place(self) -> None:
+        """Complete the file."""
+        if self._upload:
             self._fs.call_s3("complete_multipart_upload", **self._where, UploadId=self._upload, MultipartUpload={"Parts": self._sent})
-        self._fs.invalidate_cache(self._path)
+        else:
+            self._fs.call_s3("put_object", **self._where, Body=bytes(memoryview(self._buffer)[: self._used]))
 
     def discard(self) -> None:
         """Take back what was sent."""
@@ -121,7 +122,6 @@ class Whole:
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:
         """Opened at once."""
         self.position = 0
-        self._fs, self._path = fs, path
         try:
             self._file = fs.open(path, "wb", block_size=part_bytes)
         except FileNotFoundError:  # a place with real directories
@@ -142,20 +142,20 @@ class Whole:
             self._flush()
 
     def finish(self) -> None:
-        """Write what is left, and complete the file."""
+        """As `Output.finish`."""
         self._flush()
+
+    def place(self) -> None:
+        """Complete the file."""
         self._file.close()
 
     def discard(self) -> None:
-        """Do not complete it; where half of it is there already, remove it."""
+        """Do not complete it. Where half of it has a name already, it stays: removing it could hit a successor's."""
         if isinstance(self._file, AbstractBufferedFile):
             self._file.closed = True  # else the garbage collector would complete the upload
             self._file.discard()
-            return
-        try:
+        else:
             self._file.close()
-        finally:
-            self._fs.rm_file(self._path)
 
     def _flush(self) -> None:
         self._file.write(bytes(self._buffer[: self._used]))

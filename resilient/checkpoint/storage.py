@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import fsspec
@@ -48,6 +48,10 @@ class Output(Protocol):
         """So many bytes of the last `room` are the next ones of the file."""
         ...
 
+    def finish(self) -> None:
+        """Nothing comes any more: bring all of it to where it will be."""
+        ...
+
 
 class Input(Protocol):
     """A file that is there."""
@@ -72,9 +76,13 @@ def put(output: Output, data: bytes | memoryview) -> None:
 class Storage:
     """What lies under one URL."""
 
-    def __init__(self, url: str) -> None:
-        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL."""
+    def __init__(self, url: str, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL.
+
+        wanted: whether somebody still waits for what this thread does. What hung and was given up must not change anything afterwards.
+        """
         self.url = url
+        self._wanted = wanted
         try:
             fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other nodes write there too
         except (ImportError, ValueError) as error:
@@ -95,10 +103,19 @@ class Storage:
         where = self.where(path)
         with self._answering():
             try:
-                with local.writing(where) if self._local else remote.writing(self._fs, where, about_bytes, _failures()) as output:
+                with self._file(where, about_bytes) as output:
                     yield output
+                    output.finish()
+                    self._still_wanted()
             except FileNotFoundError as error:  # no such bucket, or somebody has removed the directory
                 raise TierUnavailable(f"checkpoint URL {self.url!r}: {error}") from error
+
+    def _file(self, where: str, about_bytes: int) -> contextlib.AbstractContextManager[Output]:
+        return local.writing(where) if self._local else remote.writing(self._fs, where, about_bytes, _failures())
+
+    def _still_wanted(self) -> None:
+        if not self._wanted():
+            raise TierUnavailable(f"checkpoint URL {self.url!r}: it took so long that it was given up")
 
     def write(self, path: str, data: bytes) -> None:
         """A small file."""
@@ -108,11 +125,13 @@ class Storage:
     def remove(self, path: str) -> None:
         """Nothing happens if it is not there."""
         with self._answering(), contextlib.suppress(FileNotFoundError):
+            self._still_wanted()
             self._fs.rm_file(self.where(path))
 
     def remove_tree(self, path: str) -> None:
         """All below `path`."""
         with self._answering(), contextlib.suppress(FileNotFoundError):
+            self._still_wanted()
             self._fs.rm(self.where(path), recursive=True)
 
     # ------------------------------------------------------------------ reading

@@ -180,6 +180,34 @@ async def test_hanging(tmp_path, caplog, monkeypatch, what):
     assert any("no end after" in line for line in warnings(caplog))
 
 
+async def test_what_was_given_up_changes_nothing_later(tmp_path, monkeypatch):
+    """A write hangs just before its end; the step is written again and committed; then the first one goes on."""
+    monkeypatch.setattr(drain, "ANSWER_S", 0.3)
+    kept, release, hung, real = tmp_path / "kept", threading.Event(), threading.Event(), os.fsync
+
+    def hang(fd: int) -> None:
+        if not hung.is_set():
+            hung.set()
+            release.wait(20)
+        real(fd)
+
+    async with vault(tmp_path / "shm", url=str(kept)) as keeper:
+        workers = [Worker(keeper, layout(rank)) for rank in RANKS]
+        assert await commit(keeper, workers, 10)
+        monkeypatch.setattr(os, "fsync", hang)
+        assert not await commit(keeper, workers, 20, 1.0)
+        assert await commit(keeper, workers, 30)
+        for worker in workers:
+            worker.snapshot(15, len(RANKS))  # the run goes back
+        assert await commit(keeper, workers, 20)
+        before = {path: path.stat().st_ino for path in files(kept)}
+        release.set()
+        await until(lambda: not parts(kept))  # its own file is gone, one way or the other
+        await asyncio.sleep(0.1)
+        assert {path: path.stat().st_ino for path in files(kept)} == before
+    assert sound(kept) == (10, 20, 30)
+
+
 async def test_slow(tmp_path, caplog):
     Faulty.before = lambda *_: time.sleep(0.02)
     async with vault(tmp_path / "shm", url=f"faulty://{tmp_path}/kept") as keeper:
@@ -206,6 +234,10 @@ def small(tmp_path):
         pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
     yield directory
     subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def files(kept: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in kept.rglob("*") if path.is_file() and path.suffix != ".part")
 
 
 def parts(kept: pathlib.Path) -> list[pathlib.Path]:
