@@ -32,6 +32,8 @@ NOT_OURS: Final = frozenset(
 )
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=22)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 BytesPerS = Annotated[int, msgspec.Meta(ge=0, description="text may end in KB, MB, GB, KiB, MiB, GiB")]
 _UNITS: Final = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -46,9 +48,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     shadows: Literal["none", "all"] = "none"
     run_dir: str = ""
     checkpoint: str = ""
-    checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0010-cadence.md
+    checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0011-cadence.md
     checkpoint_budget: Share = 0.01  # what nobody notices; ten times less often than the step time of most runs changes by itself
     grace_s: SecondsOrNone = 25.0  # Kubernetes and Slurm give 30; five are for ending what is left
+    checkpoint_keep: Positive = 3  # why: checkpoint/disk.py, Keep
+    checkpoint_keep_every: NonNegative = 0
+    checkpoint_zstd: ZstdLevel = 0  # a disk is faster than zstd, and training state shrinks by a tenth only
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
     copies: NonNegative = 1
     failure_domain: str = ""
@@ -68,6 +73,9 @@ HELP: Final[dict[str, str]] = {
     "checkpoint_every": "Steps between two persistent checkpoints, or 'auto': as often as is worth it.",
     "checkpoint_budget": "With 'auto': the share of the time that checkpoints may cost.",
     "grace_s": "With --checkpoint: seconds from SIGTERM to the end; the newest state in memory is checkpointed first (0: not).",
+    "checkpoint_keep": "Persistent checkpoints that are kept: the newest so many.",
+    "checkpoint_keep_every": "Also kept, for good: those whose step is a multiple of this (0: none).",
+    "checkpoint_zstd": "Level of zstandard by which checkpoints are compressed, 1 to 22 (0: not at all).",
     "memory_dir": "Directory of the shared-memory segments.",
     "copies": "On how many other nodes the copies of each node's ranks are kept (that of the node with the coordinator counts).",
     "failure_domain": "What this node shares with others that would be lost with it (a rack, a switch): copies go to other domains.",

@@ -96,7 +96,7 @@ class Watched(Storage):
 
 class _Counted:
     def __init__(self, file: Input, bar: Bar) -> None:
-        self._file, self._bar = file, bar
+        self._file, self._bar, self.num_bytes = file, bar, file.num_bytes
 
     def fill(self, view: memoryview, offset: int) -> None:
         self._file.fill(view, offset)

@@ -33,6 +33,7 @@ from resilient_agents.lane import Errands, Lane
 
 QUAY_MAX: Final = 2  # per rank: one being written, one waiting
 ANSWER_S: Final = 60.0  # for listing, a manifest, a marker, a removal
+RANKS_S: Final = 20  # ranks whose files a commit looks at in a second, at least
 PACE_BYTES_S: Final = 5 << 20  # slower than this, storage counts as hung
 RETRY_S: Final = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)  # the last one again and again
 STEPS_KEPT: Final = 4  # newest steps of a rank in `persisted`: some rank may lag behind
@@ -60,12 +61,12 @@ class Drain:
         """
         self.available: tuple[int, ...] | None = None  # committed steps that were there at the start; None = not listed yet
         self.committed = NONE  # the newest one since
-        self.tier = DiskTier(url, level=level)
+        self._writing = Lane("checkpoint storage (writing)", niceness=10)
+        self.tier = DiskTier(url, level=level, wanted=self._writing.wanted)
         self._keep = keep
         self._due = due
         self._run = run
         self._copying = lane
-        self._writing = Lane("checkpoint storage (writing)", niceness=10)
         self._reading = Lane("checkpoint storage (reading)", threads=4, niceness=0)  # somebody waits for it
         self._changed, self._differ = changed, differ
         self._persisted: dict[SnapshotKey, Persisted] = {}
@@ -151,7 +152,7 @@ class Drain:
             if self._wish != (step, manifest):
                 return
             try:
-                await self._writing.run(work, deadline_s=ANSWER_S)
+                await self._writing.run(work, deadline_s=ANSWER_S + len(manifest) / RANKS_S)
                 break
             except TierUnavailable as error:
                 log.warning("checkpoint of step %d is not committed yet: %s", step, error)

@@ -73,6 +73,10 @@ class Lane:
             self._lost.add(thread)
             raise TierUnavailable(f"{self.name}: no end after {deadline_s:.0f} s") from None
 
+    def wanted(self) -> bool:
+        """Whether this thread's work has not been given up. Asked by the work itself, before it does what cannot be undone."""
+        return threading.current_thread() not in self._lost
+
     def close(self) -> None:
         """Let the threads end when their present work does. What waits is not done."""
         with contextlib.suppress(queue.Empty):

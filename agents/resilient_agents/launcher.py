@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from resilient import config
 from resilient.checkpoint import memory, room
 from resilient.checkpoint.haul import RATE_MIN
+from resilient.checkpoint.retention import Keep
 from resilient.core.machine import AgentSettings, CoordinatorSettings
 from resilient.core.messages import NONE
 from resilient.errors import ConfigError, ResilientError, TierUnavailable
@@ -36,6 +37,7 @@ from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
+from resilient_agents.tenancy import Tenancy
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
 
@@ -156,12 +158,17 @@ class _Node:
         for warning in launch.warnings:
             console.say(warning)
         try:
-            return await self._run(journal, archive, console)
+            tenancy = await self._claim(console)
+            try:
+                return await self._run(journal, archive, console, tenancy)
+            finally:
+                if tenancy is not None:
+                    await tenancy.release()
         finally:
             journal.close()
             await asyncio.to_thread(console.close, CONSOLE_S)
 
-    async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console) -> int:
+    async def _run(self, journal: Journal, archive: logs.Archive, console: logs.Console, tenancy: Tenancy | None) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
         node = self._name()
         data_host = address_on(options.data_interface, present()) if options.data_interface else ""
@@ -187,12 +194,26 @@ class _Node:
             checkpoint_every=options.checkpoint_every if options.checkpoint else 0,
         )
         self._listen_to_signals()
+        if tenancy is not None:
+            tenancy.hold(lambda reason: host.abort(1, reason))
         try:
             return await self._both(host, service, console)
         finally:
             await host.close()
             if service is not None:
                 await service.close()
+
+    async def _claim(self, console: logs.Console) -> Tenancy | None:
+        """The checkpoint URL for this run alone; None where another node does it, or there is no URL."""
+        options, meeting = self._options, self._meeting
+        if not options.checkpoint or meeting.listener is None:
+            return None
+        try:
+            tenancy = Tenancy(options.checkpoint, meeting.run_id)
+        except TierUnavailable as error:
+            raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
+        await tenancy.claim(console.say)
+        return tenancy
 
     async def _vault(self, key: str, node: str, data_host: str) -> tuple[Vault, int]:
         """The keeper of copies, and the port where it serves peers."""
@@ -204,6 +225,8 @@ class _Node:
                 key=key,
                 checkpoint_url=options.checkpoint,
                 checkpoint_every=0 if options.checkpoint_every == "auto" else options.checkpoint_every,
+                keep=Keep(options.checkpoint_keep, options.checkpoint_keep_every),
+                level=options.checkpoint_zstd,
                 token=meeting.token,
                 node=node,
                 host=data_host or address(self._launch, meeting),

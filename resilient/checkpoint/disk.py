@@ -41,8 +41,8 @@ FORMAT: Final = 2
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
 Room = Callable[[int], Ring]
+_TAILS: Final = 64  # read at a time: a thousand ranks are not asked one after the other
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
-_MANIFEST_BYTES_MAX: Final = 64 << 20  # 100,000 ranks are 20 MB
 
 
 class File(msgspec.Struct, frozen=True):
@@ -85,19 +85,37 @@ class Checkpoint:
         if rank not in self._tails:
             with self.reading(rank) as file:
                 entry = self.manifest.ranks[rank]
-                if (there := self.storage.size(self.path(rank))) != entry.bytes:
-                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {there} found")
+                if file.num_bytes != entry.bytes:
+                    raise SnapshotCorrupt(f"{entry.bytes} bytes expected, {file.num_bytes} found")
                 found = rankfile.read_tail(file, entry.bytes, entry.tail_at, entry.xxh3_128)
                 self._tails[rank] = found, layout.decode(layout_of(found.head))
         return self._tails[rank]
 
+    def all_tails(self) -> dict[int, tuple[Tail, Layout]]:
+        """Those of all ranks, many at a time. The sizes of the files have been checked. Raises as `tail`."""
+        for begin in range(0, len(self.manifest.ranks), _TAILS):
+            batch = self.manifest.ranks[begin : begin + _TAILS]
+            try:
+                found = self.storage.read_ranges([(self.path(entry.rank), entry.tail_at, entry.bytes) for entry in batch])
+            except FileNotFoundError as error:
+                raise SnapshotMissing(f"checkpoint step={self.manifest.step}: no such file ({error})") from None
+            for entry, data in zip(batch, found, strict=True):
+                with self._naming(entry.rank):
+                    tail = rankfile.parse_tail(data, entry.xxh3_128)
+                    self._tails[entry.rank] = tail, layout.decode(layout_of(tail.head))
+        return self._tails
+
     @contextlib.contextmanager
     def reading(self, rank: int) -> Iterator[Input]:
         """That rank's file; what is wrong with it is told with its name."""
+        with self._naming(rank), self.storage.reading(self.path(rank)) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _naming(self, rank: int) -> Iterator[None]:
         path = self.path(rank)
         try:
-            with self.storage.reading(path) as file:
-                yield file
+            yield
         except FileNotFoundError:
             raise SnapshotMissing(f"checkpoint step={self.manifest.step}: no such file ({self.storage.where(path)})") from None
         except SnapshotCorrupt as error:
@@ -142,15 +160,23 @@ class DiskTier:
 
     name = "persistent"
 
-    def __init__(self, url: str, *, world_size: int | None = None, level: int = 0, storage: Storage | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        world_size: int | None = None,
+        level: int = 0,
+        storage: Storage | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """`world_size`: `get` refuses checkpoints of another size (None: any). level: of zstandard, 0 = not compressed.
 
-        storage: that of the URL, if it is there already. Raises TierUnavailable if nothing can open such a URL.
+        storage: that of the URL, if it is there already; else `wanted` and what is raised: as Storage.
         """
         self.url = url
         self.world_size = world_size
         self._level = level
-        self._storage = Storage(url) if storage is None else storage
+        self._storage = Storage(url, wanted) if storage is None else storage
 
     # ------------------------------------------------------------------ the four verbs
 
@@ -212,12 +238,12 @@ class DiskTier:
         if not again and self._is_whole(key.step):
             manifest = self.manifest(key.step)
             if manifest.world_size != found.world_size:
-                raise SnapshotMismatch(
-                    f"{key}: that step is committed already, by {manifest.world_size} ranks ({self._storage.where(_marker(key.step))})"
-                )
-            return _persisted(manifest.ranks[key.rank], key.step)
+                where = self._storage.where(_marker(key.step))
+                raise SnapshotMismatch(f"{key}: that step is committed already, by {manifest.world_size} ranks ({where})")
+            entry = manifest.ranks[key.rank]
+            return Persisted(rank=key.rank, step=key.step, num_bytes=entry.bytes, tail_at=entry.tail_at, digest=entry.xxh3_128)
         self._storage.remove(_marker(key.step))
-        with self._storage.writing(self.path(key)) as output:
+        with self._storage.writing(self.path(key), found.num_bytes) as output:
             written = rankfile.write(output, source, level=self._level)
         return Persisted(
             rank=key.rank,
@@ -242,7 +268,7 @@ class DiskTier:
         manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries, origin=origin)
         self._check_sizes(manifest)
         whole = Checkpoint(self._storage, manifest)
-        tails = {entry.rank: whole.tail(entry.rank) for entry in entries}
+        tails = whole.all_tails()
         if differences := replicas.compare({rank: (described, tail.digests) for rank, (tail, described) in tails.items()}):
             raise ReplicasDiffer(f"step {step}: {'; '.join(map(str, differences))}", frozenset(r for d in differences for r in d.ranks))
         index = catalogue((entry.file, *tails[entry.rank]) for entry in entries)
@@ -281,7 +307,7 @@ class DiskTier:
         """The commit marker of `step`. Raises SnapshotMissing, SnapshotCorrupt naming the file."""
         where = self._storage.where(_marker(step))
         try:
-            data = self._storage.read(_marker(step), 0, _MANIFEST_BYTES_MAX)
+            data = self._storage.read(_marker(step))
         except FileNotFoundError:
             raise SnapshotMissing(f"checkpoint step={step}: no commit marker, so it is not complete ({where})") from None
         try:
@@ -343,15 +369,13 @@ class DiskTier:
         return True
 
     def _check_sizes(self, manifest: Manifest) -> None:
+        there = self._storage.sizes(directory_of(manifest.step))
         for entry in manifest.ranks:
-            path = f"{directory_of(manifest.step)}/{entry.file}"
-            where = self._storage.where(path)
-            try:
-                found = self._storage.size(path)
-            except FileNotFoundError:
-                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({where})") from None
-            if found != entry.bytes:
-                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {found} found ({where})")
+            where = self._storage.where(f"{directory_of(manifest.step)}/{entry.file}")
+            if entry.file not in there:
+                raise SnapshotMissing(f"checkpoint step={manifest.step}: no such file ({where})")
+            if there[entry.file] != entry.bytes:
+                raise SnapshotCorrupt(f"checkpoint step={manifest.step}: {entry.bytes} bytes expected, {there[entry.file]} found ({where})")
 
     def _fill(self, whole: Checkpoint, key: SnapshotKey, target: Landing) -> int:
         try:
@@ -384,16 +408,6 @@ def _file_name(rank: int) -> str:
 
 def _marker(step: int) -> str:
     return f"{directory_of(step)}/{MARKER}"
-
-
-def _persisted(entry: File, step: int) -> Persisted:
-    return Persisted(
-        rank=entry.rank,
-        step=step,
-        num_bytes=entry.bytes,
-        tail_at=entry.tail_at,
-        digest=entry.xxh3_128,
-    )
 
 
 def _digest(manifest: Manifest) -> str:

@@ -177,6 +177,11 @@ def read_tail(file: Input, num_bytes: int, tail_at: int, digest: str) -> Tail:
         raise SnapshotCorrupt(f"a tail of {num_bytes - tail_at} bytes announced")
     data = bytearray(num_bytes - tail_at)
     file.fill(memoryview(data), tail_at)
+    return parse_tail(data, digest)
+
+
+def parse_tail(data: bytes | bytearray, digest: str) -> Tail:
+    """The bytes of one. Raises SnapshotCorrupt."""
     if (found := xxhash.xxh3_128_hexdigest(data)) != digest:
         raise SnapshotCorrupt(f"its tail: digest {digest} expected, {found} found")
     try:

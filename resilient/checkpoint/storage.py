@@ -5,31 +5,34 @@ Think of a goods lift: it knows nothing of what is in the crates, only how to br
 Contract: paths are relative to the URL. A file is there whole or not at all: a local one is written under another name, fsynced, renamed,
 and its directory fsynced; an object store shows an object when its upload is complete. Errors of storage are TierUnavailable with the URL;
 what is not there is FileNotFoundError. Blocks: whoever must not wait calls it from a thread. Any number of threads at once.
-Numbers: local files are written past the page cache (O_DIRECT) from two buffers in turn, so that nothing of training's memory is pushed
-out and reading the source overlaps with the disk: twice the speed of a buffered write with fsync. Where that cannot be, as usual.
+How files are written and read: local.py, remote.py.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import errno
-import mmap
-import os
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractBufferedFile
 
-from resilient.errors import SnapshotCorrupt, TierUnavailable
+from resilient.checkpoint import local, remote
+from resilient.errors import TierUnavailable
 
-BUFFER_BYTES: Final = 8 << 20
-_BLOCK: Final = 4096  # what O_DIRECT wants lengths and addresses to be multiples of
+# what drivers raise that is no OSError, as far as they are loaded
+_FAILURES: Final = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("botocore.parsers", "ResponseParserError"),
+    ("aiohttp", "ClientError"),
+    ("urllib3.exceptions", "HTTPError"),
+    ("http.client", "HTTPException"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
 
 
 class Output(Protocol):
@@ -43,6 +46,20 @@ class Output(Protocol):
 
     def filled(self, count: int) -> None:
         """So many bytes of the last `room` are the next ones of the file."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing comes any more: bring all of it to where it will be."""
+        ...
+
+
+class Input(Protocol):
+    """A file that is there."""
+
+    num_bytes: int
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` on. Raises SnapshotCorrupt if the file is too short."""
         ...
 
 
@@ -59,11 +76,15 @@ def put(output: Output, data: bytes | memoryview) -> None:
 class Storage:
     """What lies under one URL."""
 
-    def __init__(self, url: str) -> None:
-        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL."""
+    def __init__(self, url: str, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL.
+
+        wanted: whether somebody still waits for what this thread does. What hung and was given up must not change anything afterwards.
+        """
         self.url = url
+        self._wanted = wanted
         try:
-            fs, root = fsspec.core.url_to_fs(url)
+            fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other nodes write there too
         except (ImportError, ValueError) as error:
             raise TierUnavailable(f"checkpoint URL {url!r}: {error}") from error
         self._fs: Any = fs
@@ -77,65 +98,70 @@ class Storage:
     # ------------------------------------------------------------------ writing
 
     @contextlib.contextmanager
-    def writing(self, path: str) -> Iterator[Output]:
-        """A new file, in place when the block ends without an exception."""
+    def writing(self, path: str, about_bytes: int = 0) -> Iterator[Output]:
+        """A new file, in place when the block ends without an exception. about_bytes: how large it will be, roughly."""
+        where = self.where(path)
         with self._answering():
-            if self._local:
-                with _local(self.where(path)) as output:
+            try:
+                with self._file(where, about_bytes) as output:
                     yield output
-            else:
-                with self._remote(self.where(path)) as output:
-                    yield output
+                    output.finish()
+                    self._still_wanted()
+            except FileNotFoundError as error:  # no such bucket, or somebody has removed the directory
+                raise TierUnavailable(f"checkpoint URL {self.url!r}: {error}") from error
+
+    def _file(self, where: str, about_bytes: int) -> contextlib.AbstractContextManager[Output]:
+        return local.writing(where) if self._local else remote.writing(self._fs, where, about_bytes, _failures())
+
+    def _still_wanted(self) -> None:
+        if not self._wanted():
+            raise TierUnavailable(f"checkpoint URL {self.url!r}: it took so long that it was given up")
 
     def write(self, path: str, data: bytes) -> None:
         """A small file."""
         with self.writing(path) as output:
             put(output, data)
 
-    @contextlib.contextmanager
-    def _remote(self, path: str) -> Iterator[Output]:
-        file = self._fs.open(path, "wb", block_size=BUFFER_BYTES)
-        try:
-            output = _Remote(file)
-            yield output
-            output.flush()
-        except BaseException:
-            if isinstance(file, AbstractBufferedFile):
-                file.discard()
-                file.closed = True  # else the garbage collector would complete the upload
-            raise
-        file.close()
-
     def remove(self, path: str) -> None:
         """Nothing happens if it is not there."""
         with self._answering(), contextlib.suppress(FileNotFoundError):
+            self._still_wanted()
             self._fs.rm_file(self.where(path))
 
     def remove_tree(self, path: str) -> None:
         """All below `path`."""
         with self._answering(), contextlib.suppress(FileNotFoundError):
+            self._still_wanted()
             self._fs.rm(self.where(path), recursive=True)
 
     # ------------------------------------------------------------------ reading
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes start .. end of a file; fewer if it is shorter."""
+        where, data = self.where(path), b""
         with self._answering():
-            data: bytes = self._fs.cat_file(self.where(path), start=start, end=end)
+            if start == 0 and end is None:
+                data = self._fs.cat_file(where)
+            elif start < (stop := min(end or 1 << 62, int(self._fs.size(where)))):  # object stores refuse what begins behind the end
+                data = self._fs.cat_file(where, start=start, end=stop)
         return data
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """(path, start, end), at least one byte of each there: as many at a time as the driver can."""
+        paths, starts, ends = (list(column) for column in zip(*ranges, strict=True))
+        with self._answering():
+            found: list[bytes] = self._fs.cat_ranges([self.where(path) for path in paths], starts, ends, on_error="raise")
+        return found
 
     @contextlib.contextmanager
     def reading(self, path: str) -> Iterator[Input]:
         """A file, for many reads."""
         with self._answering():
-            if self._local:
-                fd = os.open(self.where(path), os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    yield _LocalInput(fd)
-                finally:
-                    os.close(fd)
-            else:
-                yield _RemoteInput(self._fs, self.where(path))
+            file = local.LocalInput(self.where(path)) if self._local else remote.RemoteInput(self._fs, self.where(path))
+            try:
+                yield file
+            finally:
+                file.close()
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
@@ -149,13 +175,16 @@ class Storage:
 
     def names(self, path: str = "") -> tuple[str, ...]:
         """What lies directly below `path`, none if that is not there."""
+        return tuple(sorted(self.sizes(path)))
+
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """Bytes of each file directly below `path`, by name, in one request for many; of a directory something."""
         with self._answering():
-            self._fs.invalidate_cache()
             try:
-                found = self._fs.ls(self.where(path).rstrip("/"), detail=False)
+                found = self._fs.ls(self.where(path).rstrip("/"), detail=True)
             except FileNotFoundError:
-                return ()
-        return tuple(sorted(str(name).rstrip("/").rpartition("/")[2] for name in found))
+                return {}
+        return {str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"] or 0) for entry in found}
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -168,165 +197,6 @@ class Storage:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a storage that does not answer as it should raises: OSError, and what drivers have of their own, as far as they are loaded."""
-    names = (("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"), ("aiohttp", "ClientError"))
-    found = [getattr(sys.modules.get(module), name, None) for module, name in names]
+    """What a storage that does not answer as it should raises."""
+    found = [getattr(sys.modules.get(module), name, None) for module, name in _FAILURES]
     return OSError, *(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
-
-
-# --------------------------------------------------------------------------- reading
-
-
-class Input(Protocol):
-    """A file that is there."""
-
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset` on. Raises SnapshotCorrupt if the file is too short."""
-        ...
-
-
-class _LocalInput:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def fill(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done : done + BUFFER_BYTES]], offset + done)
-            if not count:
-                raise _short(offset + len(view), offset + done)
-            done += count
-
-
-class _RemoteInput:
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs, self._path = fs, path
-
-    def fill(self, view: memoryview, offset: int) -> None:
-        for start in range(0, len(view), BUFFER_BYTES):
-            piece = view[start : start + BUFFER_BYTES]
-            data = self._fs.cat_file(self._path, start=offset + start, end=offset + start + len(piece))
-            if len(data) != len(piece):
-                raise _short(offset + len(view), offset + start + len(data))
-            piece[:] = data
-
-
-def _short(wanted: int, found: int) -> SnapshotCorrupt:
-    return SnapshotCorrupt(f"at least {wanted} bytes expected, {found} found")
-
-
-# --------------------------------------------------------------------------- writing
-
-
-class _Remote:
-    def __init__(self, file: Any) -> None:
-        self.position = 0
-        self._file = file
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self._used = 0
-
-    def room(self, wanted: int) -> memoryview:
-        return self._buffer[self._used : self._used + wanted]
-
-    def filled(self, count: int) -> None:
-        self.position += count
-        self._used += count
-        if self._used == BUFFER_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self._file.write(bytes(self._buffer[: self._used]))
-        self._used = 0
-
-
-@contextlib.contextmanager
-def _local(path: str) -> Iterator[Output]:
-    directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
-    spare = f"{path}.{os.getpid()}.part"
-    output = _Local(spare)
-    try:
-        yield output
-        output.finish()
-        os.replace(spare, path)
-    finally:
-        output.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(spare)
-    for changed in (directory, os.path.dirname(directory)):
-        _sync_directory(changed)
-
-
-class _Local:
-    """Two buffers: one is filled while a thread writes the other."""
-
-    def __init__(self, path: str) -> None:
-        self.position = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        try:
-            self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that has no O_DIRECT (tmpfs)
-                raise
-            self._fd = os.open(path, flags, 0o666)
-        self._memory = mmap.mmap(-1, 2 * BUFFER_BYTES)
-        self._halves = [memoryview(self._memory)[i * BUFFER_BYTES : (i + 1) * BUFFER_BYTES] for i in range(2)]
-        self._used = 0
-        self._under_way: Future[None] | None = None
-
-    def room(self, wanted: int) -> memoryview:
-        return self._halves[0][self._used : self._used + wanted]
-
-    def filled(self, count: int) -> None:
-        self.position += count
-        self._used += count
-        if self._used == BUFFER_BYTES:
-            self._flush(BUFFER_BYTES)
-
-    def finish(self) -> None:
-        """Write what is left, cut to the true length, make it durable."""
-        whole = -(-self._used // _BLOCK) * _BLOCK
-        self._halves[0][self._used : whole] = bytes(whole - self._used)
-        if whole:
-            self._flush(whole)
-        self._wait()
-        os.ftruncate(self._fd, self.position)
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        if self._under_way is not None:
-            concurrent.futures.wait([self._under_way])
-        os.close(self._fd)
-
-    def _flush(self, count: int) -> None:
-        self._wait()
-        start = self.position - self._used
-        self._under_way = Future()
-        work = (self._under_way, self._fd, self._halves[0][:count], start)
-        threading.Thread(target=_write_all, args=work, daemon=True).start()  # an executor's would be joined at exit
-        self._halves.reverse()
-        self._used = 0
-
-    def _wait(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()  # the lane that runs all this has the deadline (agents/resilient_agents/lane.py)
-
-
-def _write_all(end: Future[None], fd: int, view: memoryview, offset: int) -> None:
-    done = 0
-    try:
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
-    except OSError as error:
-        end.set_exception(error)
-    else:
-        end.set_result(None)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,46 +11,21 @@ import uuid
 import fsspec
 import msgspec
 import pytest
+import s3server
+from sealing import sealed
 
-from resilient.checkpoint import codec, memory
+from resilient.checkpoint import memory, remote
 from resilient.checkpoint.chest import MemoryTier
 from resilient.checkpoint.disk import DiskTier, Keep
 from resilient.checkpoint.holder import PeerServer
-from resilient.checkpoint.layout import Layout, Row, Twins, padded
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer, PeerTier
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
+from resilient.checkpoint.snapshot import HEADER_BYTES, parse, slot_bytes
 from resilient.checkpoint.source import Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import Recorded
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing, TierUnavailable
-
-OWN = codec.encode({"model": {}, "counter": {"seen": 7}})
-
-
-def described(payload_bytes: int, twins: Twins) -> bytes:
-    """A layout of so many bytes."""
-    rows = (Row("model.w", "uint8", (payload_bytes,), (0,), (payload_bytes,)),)
-    return Layout(rows if payload_bytes else (), twins).encode()
-
-
-def sealed(directory, rank: int, step: int, payload: bytes = b"payload", *, stamp: bool = True) -> bytes:
-    """The bytes of a sound snapshot."""
-    path = directory / f"made-{uuid.uuid4()}"
-    layout, room = described(len(payload), Twins(rank)), padded(len(payload))
-    path.write_bytes(bytes(slot_bytes(len(layout), len(OWN), room)))
-    slot = Slot(str(path))
-    view = slot.begin(run="run", rank=rank, world_size=2, round=1, layout=layout, own=OWN, payload_bytes=room)
-    view[: len(payload)] = payload
-    slot.seal(step)
-    if not stamp:
-        return path.read_bytes()
-    copy = memoryview(bytearray(slot.num_bytes))
-    slot.stage(copy)
-    slot.close()
-    path.unlink()
-    return bytes(copy)
 
 
 class TierContract:
@@ -243,6 +218,8 @@ class TestPeer(TierContract):
 
 
 class DiskContract(TierContract):
+    stride = 1  # of the bytes that are damaged, one after the other
+
     def publish(self, tier, *keys):
         for step in sorted({key.step for key in keys}):
             parts = [tier.write(key, Whole(tier.test_data[key])) for key in keys if key.step == step]
@@ -299,7 +276,7 @@ class DiskContract(TierContract):
 
     def test_a_damaged_file_is_named(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
-        for position in (*range(0, len(fs.cat_file(path)), 97), 5000, -1):
+        for position in (*range(0, len(fs.cat_file(path)), 97 * self.stride), 5000, -1):
             self.damage(fs, path, position)
             with pytest.raises(SnapshotCorrupt, match=r"step=2 .*rank-00000\.distcp"):
                 tier.get(SnapshotKey(0, 2), bytearray(20_000))
@@ -332,13 +309,13 @@ class DiskContract(TierContract):
         fs, path = self.file(tier, SnapshotKey(0, 2))
         marker = path.replace("rank-00000.distcp", "COMMIT.json")
         good = fs.cat_file(marker)
-        for position, byte in enumerate(good):
+        for position, byte in list(enumerate(good))[:: self.stride]:
             if chr(byte).isspace():
                 continue
             fs.pipe_file(marker, good[:position] + bytes([byte ^ 1]) + good[position + 1 :])
             with pytest.raises(SnapshotCorrupt, match=r"COMMIT\.json"):
                 tier.manifest(2)
-        for length in range(0, len(good), 7):
+        for length in range(0, len(good), 7 * self.stride):
             fs.pipe_file(marker, good[:length])
             with pytest.raises(SnapshotCorrupt):
                 tier.manifest(2)
@@ -420,6 +397,46 @@ class TestMemoryUrl(DiskContract):
         yield name
         fs = fsspec.filesystem("memory")
         fs.rm(name, recursive=True) if fs.exists(name) else None
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3server.Server() as found:
+        yield found
+
+
+class TestS3(DiskContract):
+    """Against a real server, in a process of its own."""
+
+    stride = 23
+
+    @pytest.fixture
+    def url(self, server):
+        with s3server.options(server.port):
+            yield f"s3://bucket/{uuid.uuid4()}"
+
+    def test_a_file_of_many_parts(self, tier, tmp_path):
+        payload = os.urandom(5 * remote.PART_BYTES + 12_345)
+        copy, key = sealed(tmp_path, 0, 5, payload), SnapshotKey(0, 5)
+        tier.commit(5, [tier.write(key, Whole(copy))], run="run")
+        into = bytearray(len(copy))
+        assert tier.get(key, into) == len(copy)
+        assert into == copy
+        tier.verify(5)
+
+    def test_a_write_that_fails_leaves_nothing(self, tier, tmp_path):
+        copy = bytearray(sealed(tmp_path, 0, 5, os.urandom(3 * remote.PART_BYTES)))
+        source = Whole(copy)
+        copy[-100] ^= 1
+        with pytest.raises(SnapshotCorrupt):
+            tier.write(SnapshotKey(0, 5), source)
+        fs, path = self.file(tier, SnapshotKey(0, 5))
+        assert not fs.exists(path)
+        assert fs.list_multipart_uploads("bucket") == []
+
+    def test_a_bucket_that_is_not_there(self, server, tmp_path):
+        with s3server.options(server.port), pytest.raises(TierUnavailable, match=r"checkpoint URL 's3://nowhere/x'.*bucket"):
+            DiskTier("s3://nowhere/x").write(SnapshotKey(0, 5), Whole(sealed(tmp_path, 0, 5)))
 
 
 def test_a_url_of_an_unknown_kind():
