@@ -28,7 +28,8 @@ from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import Slot, Snapshot
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.core.messages import NONE, Recorded
 from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable

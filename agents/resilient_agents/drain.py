@@ -23,7 +23,7 @@ from resilient.checkpoint.chest import Berth, Chest
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import Slot
+from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import NONE, Layout, Persisted

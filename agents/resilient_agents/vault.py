@@ -28,7 +28,7 @@ from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
-from resilient.checkpoint.snapshot import Slot
+from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments

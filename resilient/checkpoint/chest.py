@@ -24,7 +24,8 @@ from typing import Final, Self
 
 from resilient.checkpoint.memory import create, remove, segment_path
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, Slot, announced_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes
 from resilient.checkpoint.tier import KINDS, Kind, Landing, SnapshotKey, check, landing
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import msgspec
 
 from resilient.checkpoint import safetensors
-from resilient.checkpoint.disk import METADATA, DiskTier, directory_of
+from resilient.checkpoint.committed import directory_of
+from resilient.checkpoint.disk import METADATA, DiskTier
 from resilient.checkpoint.rankfile import PIECE
 from resilient.checkpoint.storage import Input, Output, Storage, put
 from resilient.checkpoint.tensors import Entry, Tensors

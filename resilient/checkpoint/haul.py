@@ -28,7 +28,8 @@ from typing import Final
 
 import xxhash
 
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, Slot, parse
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, parse
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import ProtocolError, SnapshotMissing
 

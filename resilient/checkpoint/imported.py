@@ -24,7 +24,7 @@ from resilient.checkpoint.reshape import param_of
 from resilient.errors import SnapshotMismatch
 
 if TYPE_CHECKING:
-    from resilient.checkpoint.disk import Checkpoint
+    from resilient.checkpoint.committed import Checkpoint
 
 _HINT = " (`resilient ckpt import --dtype` converts)"
 

@@ -24,7 +24,8 @@ from resilient.checkpoint import codec, numbers, safetensors
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import ITEMSIZES, Layout, Row, padded
 from resilient.checkpoint.safetensors import Place
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.source import Live
 from resilient.checkpoint.storage import Storage
 from resilient.checkpoint.tier import SnapshotKey

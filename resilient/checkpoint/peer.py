@@ -52,7 +52,8 @@ from resilient.checkpoint.pipe import (
     Recollect,
     allowed_s,
 )
-from resilient.checkpoint.snapshot import Buffer, Slot, announced_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import Buffer, announced_bytes
 from resilient.checkpoint.tier import Landing, SnapshotKey, landing
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import (

@@ -22,7 +22,7 @@ from resilient.checkpoint.layout import ITEMSIZES, Layout, Row, padded
 from resilient.errors import SnapshotMismatch, SnapshotMissing
 
 if TYPE_CHECKING:
-    from resilient.checkpoint.disk import Checkpoint
+    from resilient.checkpoint.committed import Checkpoint
 
 Box = tuple[tuple[int, int], ...]  # begin and end in each dimension
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, Snapshot
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import HEADER_BYTES, Snapshot
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotMissing
 

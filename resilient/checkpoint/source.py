@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from resilient.checkpoint.snapshot import Buffer, Slot, Snapshot, parse, stamped_digest
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import Buffer, Snapshot, parse, stamped_digest
 from resilient.errors import SnapshotCorrupt
 
 

@@ -17,7 +17,7 @@ import xxhash
 
 from resilient.checkpoint import rankfile
 from resilient.checkpoint.catalogue import own_path, torch_path
-from resilient.checkpoint.disk import Checkpoint
+from resilient.checkpoint.committed import Checkpoint
 from resilient.checkpoint.extras import plain_name
 from resilient.checkpoint.layout import ITEMSIZES, Layout, Row
 from resilient.checkpoint.rankfile import Extra, Item

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from resilient.checkpoint import capture
 from resilient.checkpoint.ring import OwnSegment, Ring
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.core.messages import NONE, Layout
 from resilient.errors import SnapshotMismatch, SnapshotMissing
 

@@ -21,7 +21,8 @@ from told import told
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Layout, Row, Twins
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.source import Live
 from resilient.checkpoint.tier import SnapshotKey
 

@@ -30,7 +30,8 @@ from resilient.checkpoint.chest import Chest
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import STREAMS, Peer
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -6,7 +6,8 @@ import uuid
 
 from resilient.checkpoint import codec
 from resilient.checkpoint.layout import Layout, Row, Twins, padded
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 
 OWN = codec.encode({"model": {}, "counter": {"seen": 7}})
 

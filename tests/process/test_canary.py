@@ -11,7 +11,8 @@ from test_resized import losses
 
 from resilient.checkpoint import layout
 from resilient.checkpoint.disk import DiskTier
-from resilient.checkpoint.snapshot import Slot, parse
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import parse
 from resilient.checkpoint.source import Live
 from resilient.checkpoint.tier import SnapshotKey
 

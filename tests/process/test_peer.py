@@ -29,7 +29,8 @@ from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch, Layout

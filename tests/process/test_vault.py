@@ -32,7 +32,8 @@ from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Row, Twins
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import NONE, Fetch, Layout, Recorded

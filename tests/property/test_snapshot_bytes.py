@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
-from resilient.checkpoint.snapshot import Slot, parse, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import parse, slot_bytes
 from resilient.core.messages import NONE
 from resilient.errors import CheckpointError, SnapshotMissing
 

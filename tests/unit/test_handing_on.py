@@ -19,7 +19,8 @@ from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.export import export_safetensors
 from resilient.checkpoint.imported import fit, own_state, rest
 from resilient.checkpoint.layout import Layout, Row, Twins
-from resilient.checkpoint.snapshot import Slot, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.source import Live
 from resilient.checkpoint.storage import Storage
 from resilient.checkpoint.tensors import Tensors

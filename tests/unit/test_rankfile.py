@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dist_checkpoint
 from resilient.checkpoint import codec
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Layout, Row, Twins, decode
-from resilient.checkpoint.snapshot import Slot, parse, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import parse, slot_bytes
 from resilient.checkpoint.source import Live, Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import ReplicasDiffer, SnapshotCorrupt

@@ -10,7 +10,8 @@ import pytest
 
 from resilient.checkpoint import hold
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
-from resilient.checkpoint.snapshot import HEADER_BYTES, Slot, parse, slot_bytes
+from resilient.checkpoint.slot import Slot
+from resilient.checkpoint.snapshot import HEADER_BYTES, parse, slot_bytes
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
