@@ -32,6 +32,9 @@ sim: install  ## the whole fleet on a virtual clock: many seeds, loss, partition
 chaos: install  ## many kills at random moments; prints its seed
 	$(PYTHON) -m pytest -q -s -m chaos tests
 
+long: install  ## further cases of what the tests show
+	$(PYTHON) -m pytest -q -m long tests
+
 bench: install  ## the numbers: a table and JSON
 	$(PYTHON) -m pytest -q -s -m bench tests/bench
 

@@ -22,7 +22,6 @@ from resilient.checkpoint import layout
 from resilient.checkpoint.chest import Berth, Chest
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.retention import KEEP, Keep
-from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
@@ -203,13 +202,21 @@ class Drain:
         work = functools.partial(self.tier.get, key, berth)
         await self._reading.run(work, deadline_s=ANSWER_S + entry.bytes / PACE_BYTES_S)
 
-    async def reshape(self, wanted: Layout, room: Callable[[int], Ring]) -> int:
-        """As DiskTier.reshape, for the rank and step that `wanted` names."""
+    async def reshape(self, wanted: Layout, chest: Chest) -> int:
+        """As DiskTier.reshape, for the rank and step that `wanted` names, into its chest."""
         self._brought.add((wanted.rank, wanted.reshape))
         key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
-        work = functools.partial(self.tier.reshape, key, rows, room, run=self._run, world_size=wanted.world_size, begun=wanted.own)
+
+        def work() -> int:
+            if not chest.filling.acquire(timeout=ANSWER_S):
+                raise TierUnavailable(f"{key}: another copy of that rank is just coming in")
+            try:
+                return self.tier.reshape(key, rows, chest.grow_snapshots, run=self._run, world_size=wanted.world_size, begun=wanted.own)
+            finally:
+                chest.filling.release()
+
         try:
-            return await self._reading.run(work, deadline_s=ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
+            return await self._reading.run(work, deadline_s=2 * ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
         except CheckpointError as error:
             log.warning("checkpoint of step %d refused for rank %d: %s", wanted.reshape, wanted.rank, error)
             raise

@@ -22,13 +22,14 @@ class Commits:
         self.committed: set[int] = set()
         self.commit = NONE  # the step whose marker the leader is to write
         self.manifest: tuple[Persisted, ...] = ()
+        self.refused = NONE  # the step whose marker will not be written: its replicas differ
         self._pending: dict[int, dict[int, Persisted]] = {}  # step -> rank -> file
         self._begun: list[tuple[int, int]] = []  # (round, step at which it began), both ascending
 
     @property
     def asked(self) -> bool:
         """Whether a marker is being written."""
-        return self.commit != NONE and self.commit not in self.committed
+        return self.commit not in (NONE, self.refused, *self.committed)
 
     def files(self, step: int) -> int:
         """How many ranks' files of an uncommitted step are there."""
@@ -50,6 +51,7 @@ class Commits:
         if not leads and before is not None and report.persisted == before.persisted:
             return news
         if leads:
+            self.refused = max([self.refused, *(r.step for r in report.refused if r.kind == "replicas_differ")])
             self.committed.update(report.available or ())
             if report.committed not in (NONE, *self.committed):
                 news = report.committed

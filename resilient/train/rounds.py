@@ -188,7 +188,7 @@ class Rounds:
         try:
             self.canary.listen(self.tracked.canary, exact=not self.reshaped, where=f"{plan.tier} copy of step {plan.step}")
         except SnapshotCorrupt as error:
-            for tier in {plan.tier, "memory"}:  # what was brought from elsewhere lies in memory now
+            for tier in dict.fromkeys(("memory", plan.tier)):  # what was brought from elsewhere lies in memory now: that must not be next
                 self.desk.send(Refused(tier=tier, step=plan.step, rank=self.comm.rank, reason=str(error)))
             self._ask_again(seated, str(error))
 

@@ -51,7 +51,7 @@ def test_the_run_chooses_its_interval_and_keeps_its_end(tmp_path):
     assert len(kept(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_asked_for_from_outside_all_ranks_seal_one_step(tmp_path, kind):
     with launched(tmp_path, "--steps", "100000", "--pause", "0.05", "--kind", kind, every="0") as run:
         run.until_step(5)
@@ -69,8 +69,8 @@ def snapshot(run: Launched) -> None:
     assert done.returncode == 0, f"{done.stderr}\n{run.text()}\n{run.events()[-20:]}"
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("how", ["is not told", "dies"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", [pytest.param("is not told", marks=pytest.mark.long), "dies"])
 def test_who_does_not_hear_of_it_or_dies_at_it_seals_the_same_step(tmp_path, how, kind):
     with launched(tmp_path, "--how", how, "--kind", kind, "--steps", "100000", every="0", flags=("--standbys", "1"), job="deaf.py") as run:
         run.until_standbys(1)
@@ -93,7 +93,7 @@ def stopped(run: Launched) -> str:
     return str(run.events("run_finished")[-1]["message"])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_sigterm_then_it_goes_on_from_nearly_the_last_step(tmp_path, kind):
     arguments = ["--steps", "120", "--pause", "0.03", "--kind", kind]
     with launched(tmp_path, *arguments) as run:
@@ -113,7 +113,9 @@ def test_sigterm_then_it_goes_on_from_nearly_the_last_step(tmp_path, kind):
     assert digests(tmp_path, WORLD) == digests(tmp_path / "undisturbed", WORLD)
 
 
-@pytest.mark.parametrize("how", ["hangs", "is stopped", "ignores it"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("hangs", marks=pytest.mark.long), "is stopped", pytest.param("ignores it", marks=pytest.mark.long)]
+)
 def test_sigterm_and_a_worker_that_does_not_care(tmp_path, how):
     with launched(tmp_path, "--kind", "fsdp", "--how", how, "--steps", "100000", flags=("--grace-s", "9"), job="deaf.py") as run:
         if how == "ignores it":
@@ -131,6 +133,7 @@ def test_sigterm_and_a_worker_that_does_not_care(tmp_path, how):
     assert took < 9 + 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
 def test_sigterm_to_one_of_two_nodes_or_both(tmp_path, told):
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -159,6 +162,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.long
 def test_a_scheduler_that_signals_the_workers_too(tmp_path):
     with launched(tmp_path, "--steps", "100000", "--pause", "0.03", "--kind", "fsdp") as run:
         run.until_step(20)
@@ -181,6 +185,7 @@ def test_sigterm_with_too_little_time_commits_nothing(tmp_path):
     assert not list((tmp_path / "kept").rglob("COMMIT.json"))
 
 
+@pytest.mark.long
 def test_no_grace_no_rescue(tmp_path):
     with launched(tmp_path, "--steps", "100000", "--pause", "0.03", flags=("--grace-s", "0")) as run:
         run.until_step(5)

@@ -48,7 +48,7 @@ def forge(tmp_path: pathlib.Path, step: int) -> None:
     tier.commit(step, parts, run=run)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_state_that_computes_something_else_is_refused(tmp_path: pathlib.Path, kind: str) -> None:
     def run(name: str, steps: int, *flags: str) -> Launched:
         (tmp_path / name).mkdir()

@@ -25,7 +25,7 @@ STRIKE = ["--strike"]
 DECORATED = ["--form", "decorated"]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp", "tp"])
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.long), "fsdp", pytest.param("tp", marks=pytest.mark.long)])
 def trained(request, tmp_path_factory):
     """(kind, directory of the checkpoints, the run's final tensors)."""
     where = tmp_path_factory.mktemp(request.param)
@@ -53,7 +53,7 @@ def plain_torch(kinds: str, world: int, checkpoint: pathlib.Path, out: pathlib.P
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize(("world", "more"), [(2, []), (3, ["--flat"])])
+@pytest.mark.parametrize(("world", "more"), [pytest.param(2, [], marks=pytest.mark.long), (3, ["--flat"])])
 def test_unmodified_torch_programs_read_a_committed_step(trained, world, more, tmp_path):
     """In the same and in another world size, in the same and in other kinds of parallelism."""
     _, kept, expected = trained
@@ -102,11 +102,11 @@ def expected_losses(model: torch.nn.Module, begin: int, end: int) -> dict[int, f
 @pytest.mark.parametrize(
     ("kind", "world", "standbys", "more"),
     [
-        ("ddp", 1, 0, []),
-        ("ddp", 2, 0, [*STRIKE, *DECORATED]),
+        pytest.param("ddp", 1, 0, [], marks=pytest.mark.long),
+        pytest.param("ddp", 2, 0, [*STRIKE, *DECORATED], marks=pytest.mark.long),
         ("fsdp", 2, 1, STRIKE),
-        ("fsdp", 3, 0, STRIKE),
-        ("tp", 2, 0, DECORATED),
+        pytest.param("fsdp", 3, 0, STRIKE, marks=pytest.mark.long),
+        pytest.param("tp", 2, 0, DECORATED, marks=pytest.mark.long),
     ],
 )
 def test_a_run_of_any_size_starts_from_imported_weights(kind, world, standbys, more, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import tempfile
+from typing import Any
 
 import pytest
 from launched import Launched, digests
@@ -81,14 +82,19 @@ def committed_once(where: pathlib.Path, world: int = WORLD) -> None:
         assert len(lines) == len(set(lines)), f"rank {rank}: {lines}"
 
 
-@pytest.mark.parametrize(("moment", "rank"), [(moment, 2 * (i % 2)) for i, moment in enumerate(MOMENTS)])
+def some(cases: list[tuple[Any, ...]], *shown: int) -> list[Any]:
+    """CI tries those at these places, `make long` and the kill matrix of tests/bench the others as well."""
+    return [pytest.param(*case, marks=() if place in shown else (pytest.mark.long,)) for place, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("moment", "rank"), some([(moment, 2 * (i % 2)) for i, moment in enumerate(MOMENTS)], 1, 3, 5))
 def test_ddp_killed_at_every_moment(tmp_path: pathlib.Path, moment: str, rank: int) -> None:
     run = struck(tmp_path, "ddp", CARELESS, f"{rank}:6:{moment}")
     check_incident(run, [rank])
     committed_once(tmp_path)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", some([(moment,) for moment in MOMENTS], 1, 4))
 def test_fsdp_with_uneven_shards_killed_at_every_moment(tmp_path: pathlib.Path, moment: str) -> None:
     run = struck(tmp_path, "fsdp", "dropout,sched,clip,stream", f"1:6:{moment}")
     check_incident(run, [1])
@@ -165,10 +171,15 @@ def test_a_loop_that_owns_its_counter_follows_a_rollback(tmp_path: pathlib.Path)
 
 @pytest.mark.parametrize(
     ("kind", "rank", "moment"),
-    [
-        *[("ddp", 1, moment) for moment in ("setup", "talk1", "talk2", "talk3", "talk4", "built", "tracked")],
-        *[("fsdp", 0, moment) for moment in ("talk2", "talk4", "tracked")],
-    ],
+    some(
+        [
+            *[("ddp", 1, moment) for moment in ("setup", "talk1", "talk2", "talk3", "talk4", "built", "tracked")],
+            *[("fsdp", 0, moment) for moment in ("talk2", "talk4", "tracked")],
+        ],
+        2,
+        5,
+        8,
+    ),
 )
 def test_killed_during_start_up(tmp_path: pathlib.Path, moment: str, kind: str, rank: int) -> None:
     """What the others had agreed upon stands; the newcomer comes into the middle of their set-up."""

@@ -13,7 +13,7 @@ from resilient.checkpoint.disk import DiskTier
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 3), pytest.param("hsdp", 4, marks=pytest.mark.long)])
 def test_a_flipped_bit_is_a_finding_and_never_a_checkpoint(tmp_path: pathlib.Path, kind: str, world: int) -> None:
     keep = ["--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "4"]
     arguments = ["--out", str(tmp_path), "--kind", kind, "--steps", "9", "--flip", "1:6"]
@@ -30,7 +30,7 @@ def test_a_flipped_bit_is_a_finding_and_never_a_checkpoint(tmp_path: pathlib.Pat
     assert (tmp_path / "kept" / "step-00000008" / "COMMIT.json").exists() is False
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 3), pytest.param("hsdp", 4, marks=pytest.mark.long)])
 def test_what_replicas_hold_alike_is_written_once(tmp_path: pathlib.Path, kind: str, world: int) -> None:
     keep = ["--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "4"]
     arguments = ["--out", str(tmp_path), "--kind", kind, "--steps", "4"]

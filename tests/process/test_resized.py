@@ -40,7 +40,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[flo
 
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
-    [("ddp", 4, 2), ("fsdp", 4, 2), ("fsdp", 2, 4), ("fsdp", 3, 4), ("tp", 2, 1), ("hsdp", 4, 2)],
+    [
+        ("ddp", 4, 2),
+        ("fsdp", 3, 4),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("fsdp", 4, 2), ("fsdp", 2, 4), ("tp", 2, 1), ("hsdp", 4, 2))),
+    ],
 )
 def test_the_losses_go_on_as_if_nothing_had_happened(
     tmp_path: pathlib.Path, undisturbed: dict[int, tuple[float, float]], kind: str, before: int, after: int

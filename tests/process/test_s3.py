@@ -53,7 +53,9 @@ def check(port: int, url: str, sealed: dict[int, bytes], *, committed: bool) -> 
                 assert into == copy
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [fault if fault in ("500", "reset", "late") else pytest.param(fault, marks=pytest.mark.long) for fault in FAULTS]
+)
 def test_every_request_may_fail(server, proxy, sealed, fault):
     """The k-th request and the next one fail, for many k: writing and committing are tried again until they are done."""
     for k in range(1 + FAULTS.index(fault) % 3, 16, 3):

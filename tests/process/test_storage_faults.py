@@ -129,6 +129,7 @@ def test_killed_at_random_moments(tmp_path):
 # --------------------------------------------------------------------------- errors, slowness, hanging
 
 
+@pytest.mark.long
 async def test_errors_at_random(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(drain, "RETRY_S", (0.01, 0.05))
     number = random.SystemRandom().randrange(1 << 30)
@@ -153,7 +154,7 @@ async def test_errors_at_random(tmp_path, caplog, monkeypatch):
     assert any("is missing in a checkpoint" in line for line in warnings(caplog))
 
 
-@pytest.mark.parametrize("what", ["ls", "open", "write", "close", "info", "rm"])
+@pytest.mark.parametrize("what", ["write", "rm", *(pytest.param(what, marks=pytest.mark.long) for what in ("ls", "open", "close", "info"))])
 async def test_hanging(tmp_path, caplog, monkeypatch, what):
     """Every operation of one kind hangs for a while; it is given up, and what was given up does no harm when it goes on."""
     monkeypatch.setattr(drain, "ANSWER_S", 0.3)

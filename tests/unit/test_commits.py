@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resilient.core.commits import Commits
-from resilient.core.messages import NONE, Persisted, Report
+from resilient.core.messages import NONE, Persisted, Refused, Report
 
 
 def report(*files, node="n0", **more):
@@ -66,3 +66,12 @@ def test_a_file_that_was_written_anew_makes_another_manifest():
     again = Report(run="r", node="n0", boot=1, seq=2, persisted=(Persisted(rank=0, step=10, num_bytes=2, digest="anew"),))
     commits.take(again, None, leads=True, world_size=2)
     assert [item.digest for item in commits.manifest] == ["anew", ""]
+
+
+def test_nobody_waits_for_a_marker_that_will_not_be_written():
+    commits = Commits()
+    commits.take(report((0, 10), (1, 10)), None, leads=True, world_size=2)
+    assert commits.asked
+    differs = Refused(tier="persistent", step=10, rank=1, reason="", kind="replicas_differ")
+    commits.take(report((0, 10), (1, 10), refused=(differs,)), None, leads=True, world_size=2)
+    assert not commits.asked
