@@ -109,7 +109,7 @@ class Host:
         put = self._driver.put
         await self._doors.start()
         self._vault.watch(
-            changed=lambda: put(self._vault.known()),
+            changed=self._vault_changed,
             note=lambda recorded: put(m.Said(worker="", message=recorded)),
             copied=self._copied,
         )
@@ -209,6 +209,12 @@ class Host:
                 strays_at = now + 1.0
                 orphans.reap(self._known())
             await asyncio.sleep(self._agent.look_every_s())
+
+    def _vault_changed(self) -> None:
+        """What it has brought is looked at first: whoever is then seated is told where it lies."""
+        known = self._vault.known()
+        self._driver.put(self._looked())
+        self._driver.put(known)
 
     def _looked(self, fence: int = 0) -> m.Looked:
         now_ns = time.monotonic_ns()
