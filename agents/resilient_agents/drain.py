@@ -203,7 +203,9 @@ class Drain:
         await self._reading.run(work, deadline_s=ANSWER_S + entry.bytes / PACE_BYTES_S)
 
     async def reshape(self, wanted: Layout, chest: Chest) -> int:
-        """As DiskTier.reshape, for the rank and step that `wanted` names, into its chest."""
+        """As DiskTier.reshape, for the rank and step that `wanted` names, into its chest. SnapshotMissing if that step fits as it is."""
+        if not await self.foreign(wanted.reshape):
+            raise SnapshotMissing(f"rank {wanted.rank} step {wanted.reshape}: what was fetched of it is not here any more")
         self._brought.add((wanted.rank, wanted.reshape))
         key, rows = SnapshotKey(wanted.rank, wanted.reshape), layout.decode(wanted.rows)
 

@@ -184,8 +184,6 @@ class Vault:
         try:
             if self._drain is None:
                 raise SnapshotMissing("no checkpoint URL was given")
-            if not await self._drain.foreign(layout.reshape):
-                raise SnapshotMissing(f"rank {layout.rank} step {layout.reshape}: what was fetched of it is not here any more")
             own_of = await self._drain.reshape(layout, self._memory.chest(layout.rank))
         except CheckpointError as error:
             if isinstance(error, SnapshotCorrupt) and self._drain is not None:

@@ -78,7 +78,8 @@ def test_a_newcomer_takes_only_what_lay_in_its_owners_domain(nodes, copies, news
     for owner in nodes:
         for old, new in zip(before[owner], after[owner], strict=False):
             assert old == new or (grown[old] == grown[owner] != grown[new] and new.startswith("new"))
-    assert max(loads(after).values(), default=0) <= copies + 1
+    # what stands stays, so a newcomer may have to ask a node that holds one too many already; each asks it for one copy at most
+    assert max(loads(after).values(), default=0) <= copies + 1 + len(news)
 
 
 def test_without_names_it_is_a_ring():
