@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from resilient.core.messages import Fenced, Leave, Recorded, Seated, Segments, Suspect, Unrecorded
+from resilient.core.messages import NONE, Fenced, Leave, Recorded, Seated, Segments, Suspect, Unrecorded
 from resilient.errors import ProtocolError, TierUnavailable
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from resilient.wire.link import AgentLine
 
 SEGMENTS_TIMEOUT_S = 120.0  # pre-faulting 100 GB takes 30 s
+RESHAPE_S, RESHAPE_BYTES_S = 300.0, 4 << 20  # more patience than the agent has with storage: its refusal says why, ours could not
 
 
 class Desk:
@@ -82,12 +83,15 @@ class Desk:
         with self._news:
             self._segments = None
         self.send(layout)
-        until = time.monotonic() + SEGMENTS_TIMEOUT_S
+        patience_s = SEGMENTS_TIMEOUT_S
+        if layout.reshape != NONE:
+            patience_s += RESHAPE_S + layout.snapshot_bytes / RESHAPE_BYTES_S
+        until = time.monotonic() + patience_s
         with self._news:
             while self._segments is None:
                 self._check_open()
                 if not self._news.wait(min(1.0, max(0.0, until - time.monotonic()))) and time.monotonic() >= until:
-                    msg = f"segments of rank {layout.rank}: no answer of the agent in {SEGMENTS_TIMEOUT_S:.0f} s"
+                    msg = f"segments of rank {layout.rank}: no answer of the agent in {patience_s:.0f} s"
                     raise TierUnavailable(msg)
             segments = self._segments
         if segments.error:
