@@ -264,6 +264,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         on_suspect=desk.suspect,
     )
     desk.recorder = recorder
+    apart = None if (given := env.get("RESILIENT_SNAPSHOT_EVERY", "auto")) == "auto" else int(given)
     loop = Loop(
         comm=comm,
         scope=scope,
@@ -271,8 +272,9 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(desk, tracked, run_id, Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))),
+        tier0=Tier0(desk, tracked, run_id, Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1")))), often=apart is not None),
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
+        snapshot_every=apart,
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))
     desk.listen()

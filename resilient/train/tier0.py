@@ -36,9 +36,9 @@ _BEGUN_BYTES_MAX = 8 << 20  # it travels in one message
 class Tier0:
     """The segments of this rank's chair."""
 
-    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers) -> None:
-        """Nothing is mapped before `open`."""
-        self._desk, self._tracked, self._run_id, self._movers = desk, tracked, run_id, movers
+    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, often: bool = False) -> None:
+        """Nothing is mapped before `open`. often: a snapshot is taken whether or not `being_read`."""
+        self._desk, self._tracked, self._run_id, self._movers, self._often = desk, tracked, run_id, movers, often
         self._packing: capture.Packing | None = None
         self._registered: list[capture.Registered] = []
         self._own: OwnSegment | None = None
@@ -47,7 +47,6 @@ class Tier0:
         self._world_size = 0
         self._growth = 1  # state that outgrew its room is given twice as much
         self.cost_s = 0.0  # of the last snapshot
-        self.taken_s = time.monotonic()  # when it ended
 
     def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, begun: bytes = b"") -> int:
         """Get this chair's segments. adopt: keep what is sealed there (a newcomer); otherwise an earlier group's seals are void.
@@ -70,7 +69,7 @@ class Tier0:
             replicated=self._tracked.replicated,
             own_bytes=_pages(own_bytes),
             snapshot_bytes=_pages(room),
-            often=self._tracked.undo_needed,
+            often=self._often and not self._tracked.replicated,
             reshape=reshape,
             rows=rows if reshape != NONE else b"",
             world_size=world_size,
@@ -161,8 +160,7 @@ class Tier0:
         packing.save(payload)
         del payload
         self._ring.seal(step)
-        self.taken_s = time.monotonic()
-        self.cost_s = self.taken_s - begin
+        self.cost_s = time.monotonic() - begin
 
     def unpack(self, found: Snapshot, where: str) -> None:
         """Shared state from a verified snapshot. Raises SnapshotMismatch if it cannot be brought into its shape."""
@@ -191,6 +189,15 @@ class Tier0:
             yield slot
         finally:
             slot.close()
+
+    def being_read(self) -> bool:
+        """Whether the agent is reading one of the slots for the persistent tier."""
+        return self._ring is not None and any(slot.is_marked() for slot in self._ring.slots)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of the newest snapshot, about; 0 = none can be taken."""
+        return self._ring.slots[0].num_bytes if self._ring is not None else 0
 
     def sealed(self, step: int) -> bool:
         """Whether a snapshot of `step` is there."""
