@@ -73,7 +73,7 @@ HELP: Final[dict[str, str]] = {
     "checkpoint": "URL or directory of the persistent checkpoints (anything fsspec opens); without it none are written.",
     "checkpoint_every": "Steps between two persistent checkpoints, or 'auto': as often as is worth it.",
     "checkpoint_budget": "With 'auto': the share of the time that checkpoints may cost.",
-    "snapshot_every": "Steps between two snapshots in memory of sharded state, or 'auto': as often as takes 1 % of the time.",
+    "snapshot_every": "Steps between two snapshots in memory of sharded state, or 'auto': as often as takes a hundredth of the time.",
     "grace_s": "With --checkpoint: seconds from SIGTERM to the end; the newest state in memory is checkpointed first (0: not).",
     "checkpoint_keep": "Persistent checkpoints that are kept: the newest so many.",
     "checkpoint_keep_every": "Also kept, for good: those whose step is a multiple of this (0: none).",

@@ -124,7 +124,9 @@ def two_nodes(where: pathlib.Path, arguments: list[str]) -> tuple[Launched, Laun
     return first, second
 
 
-@pytest.mark.parametrize(("kind", "every"), [("ddp", "1"), ("fsdp", "1"), ("fsdp", "auto"), pytest.param("fsdp", "6", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kind", "every"), [("ddp", "1"), ("fsdp", "1"), ("fsdp", "auto"), pytest.param("fsdp", "6", marks=pytest.mark.long)]
+)
 def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str, every: str) -> None:
     """Of sharded state nothing but what was sealed last, and what is on its way to the other node, is lost."""
     monkeypatch.setenv("RESILIENT_SNAPSHOT_EVERY", every)
