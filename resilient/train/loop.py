@@ -348,6 +348,7 @@ class Loop:
 
     def _settled(self) -> None:
         """A vote passed: the step before is behind every rank."""
+        self.sealing.passed()
         late, self._late = self._late, []
         _run(late)
 

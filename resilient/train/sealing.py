@@ -4,10 +4,11 @@ Think of climbers who drive bolts into the rock: with one at every arm's length 
 
 Contract: `wish` is what this rank puts into the vote at a step's gate; the greatest of all counts, so all ranks seal the same steps.
 Rank 0 asks as often as the copying takes SHARE of the time (at every step, where it takes no more), or at each multiple of `every`;
-with sharded state any rank asks whose newest snapshot others may not have (`alike`). There is always a step that all ranks have: while
-somebody needs what was sealed last (it is on its way to another node, where it is the only copy of a shard; the agent reads it for the
-persistent tier) the wish is NOT_YET, which outweighs the others. Where it is certain that a step will be sealed, its gate waits for the
-copies instead. Both have an end: a peer or storage that hangs holds nobody up for ever.
+with sharded state any rank asks whose newest snapshot others may not have (`alike`). There is always a step that all ranks have: the
+newest one of which a vote has shown that is overwritten last (`Tier0.keep`). While somebody needs what was sealed last (it is on its way
+to another node, where it is the only copy of a shard; the agent reads it for the persistent tier) the wish is NOT_YET, which outweighs
+the others. Where it is certain that a step will be sealed, its gate waits for the copies instead. Both have an end: a peer or storage
+that hangs holds nobody up for ever.
 Rejected: a seal at every step (with sharded state a pass of memory per step: 28 % of a step of 0.2 s with 1.1 GB of state, for one step
 less to be done again after a fault that comes every few hours); a word of the coordinator's (the vote is there already, and exact).
 """
@@ -49,6 +50,11 @@ class Sealing:
         """`step` was sealed here just now; alike: on every rank."""
         self._newest, self.alike, self._sealed_s = step, alike, time.monotonic()
         self._costs.append(self._tier0.cost_s)
+
+    def passed(self) -> None:
+        """A vote passed: whatever every rank was to seal before it is sealed."""
+        if self.alike:
+            self._tier0.keep(self._newest)
 
     def placed(self, step: int) -> None:
         """A round begins at `step`: what later ones sealed is gone, and somebody may be new."""

@@ -46,6 +46,7 @@ class Tier0:
         self._rank = NONE
         self._world_size = 0
         self._growth = 1  # state that outgrew its room is given twice as much
+        self._kept = NONE
         self.cost_s = 0.0  # of the last snapshot
 
     def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, begun: bytes = b"") -> int:
@@ -79,6 +80,7 @@ class Tier0:
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
         self._own.world_size = world_size
         self._ring = Ring.open(segments.slots, populate=True) if segments.slots else None
+        self.keep(self._kept)
         if self._ring is not None and any(item.local.is_cuda for item in self._tracked.shared()):
             self._registered = [capture.Registered(slot.memory) for slot in self._ring.slots]
         if not adopt:
@@ -137,6 +139,12 @@ class Tier0:
         for slot in self._ring.slots if self._ring is not None else ():
             if slot.sealed_step() > step:
                 slot.unseal()
+
+    def keep(self, step: int) -> None:
+        """Every rank has sealed this step: of the snapshots here it is overwritten last."""
+        self._kept = step
+        if self._ring is not None:
+            self._ring.keep = step
 
     def snapshot(self, step: int, round_: int, own: bytes) -> None:
         """Seal everything this rank holds at `step`."""

@@ -25,6 +25,10 @@ class Tier0:
 
     def __init__(self, path: str) -> None:
         self.slot = Slot(path)
+        self.kept: list[int] = []
+
+    def keep(self, step: int) -> None:
+        self.kept.append(step)
 
     def being_read(self) -> bool:
         return self.slot.is_marked()
@@ -118,9 +122,13 @@ def test_after_a_new_round_all_ranks_are_made_alike(page, tier0):
     ours.placed(5)
     assert wish(ours, 6, rank=2) == SNAPSHOT  # what was sealed at 8 is of a future that will not be: nobody waits for it
     ours.sealed(6, alike=False)
+    ours.passed()
+    assert tier0.kept == []  # that vote says nothing of what was sealed here alone
     page.set_copied(6)
     assert wish(ours, 7, rank=2) == SNAPSHOT
     ours.sealed(7, alike=True)
+    ours.passed()
+    assert tier0.kept == [7]
     page.set_copied(7)
     assert wish(ours, 8) == NOTHING
 
