@@ -29,7 +29,7 @@ from resilient.train import wrappers
 from resilient.train.canary import Canary
 from resilient.train.gates import Gates
 from resilient.train.rounds import Rounds
-from resilient.train.sealing import CHECKPOINT, NOT_YET, NOTHING, Sealing
+from resilient.train.sealing import CHECKPOINT, Sealing
 from resilient.wire.page import UNCOPIED
 
 if TYPE_CHECKING:
@@ -252,7 +252,8 @@ class Loop:
         self.ledger.write("committing")
         if self.ledger.fenced():
             return self._decided(step, round_)
-        self.scope.snapshot, self.scope.checkpoint = wish.item() not in (NOTHING, NOT_YET), wish.item() == CHECKPOINT
+        heard = int(wish.item())
+        self.scope.snapshot, self.scope.checkpoint = self.sealing.passed(heard), heard == CHECKPOINT
         self._settled()
         return True
 
@@ -348,7 +349,6 @@ class Loop:
 
     def _settled(self) -> None:
         """A vote passed: the step before is behind every rank."""
-        self.sealing.passed()
         late, self._late = self._late, []
         _run(late)
 

@@ -11,7 +11,7 @@ from resilient.checkpoint.memory import create
 from resilient.checkpoint.slot import Slot
 from resilient.core.messages import NONE
 from resilient.train import sealing
-from resilient.train.sealing import CHECKPOINT, NOT_YET, NOTHING, SNAPSHOT, Sealing
+from resilient.train.sealing import AGAIN, CHECKPOINT, NOT_YET, NOTHING, SNAPSHOT, Sealing
 from resilient.wire.page import UNCOPIED, Page
 
 BYTES = 1 << 20
@@ -26,6 +26,10 @@ class Tier0:
     def __init__(self, path: str) -> None:
         self.slot = Slot(path)
         self.kept: list[int] = []
+        self.void: set[int] = set()
+
+    def sealed(self, step: int) -> bool:
+        return step not in self.void
 
     def keep(self, step: int) -> None:
         self.kept.append(step)
@@ -50,7 +54,7 @@ def wish(sealing: Sealing, step: int, *, rank: int = 0, sharded: bool = True, as
 
 def test_the_first_step_is_sealed_and_then_as_often_as_it_is_worth_it(page, tier0):
     ours = Sealing(page, tier0, every=None, checkpoint_every=0)
-    assert wish(ours, 1) == wish(ours, 1, rank=3) == SNAPSHOT  # nobody knows what the others have
+    assert wish(ours, 1) == wish(ours, 1, rank=3) == AGAIN  # nobody knows what the others have
     ours.sealed(1, alike=True)
     time.sleep(1e-4)
     assert wish(ours, 2) == SNAPSHOT  # it costs next to nothing
@@ -58,6 +62,7 @@ def test_the_first_step_is_sealed_and_then_as_often_as_it_is_worth_it(page, tier
     tier0.cost_s = 3600.0
     for step in range(2, 2 + sealing.COSTS):
         ours.sealed(step, alike=True)
+        wish(ours, step)
     assert wish(ours, 9) == NOTHING
     assert wish(ours, 9, asked=True) == CHECKPOINT
 
@@ -65,6 +70,7 @@ def test_the_first_step_is_sealed_and_then_as_often_as_it_is_worth_it(page, tier
 def test_one_slow_snapshot_is_not_the_price_of_all(page, tier0):
     ours = Sealing(page, tier0, every=None, checkpoint_every=0)
     ours.sealed(1, alike=True)
+    wish(ours, 2)
     tier0.cost_s = 3600.0
     ours.sealed(2, alike=True)
     time.sleep(1e-4)
@@ -82,7 +88,7 @@ def test_replicated_state_is_rank_0s_affair(page, tier0):
 
 def test_fixed_steps(page, tier0):
     ours = Sealing(page, tier0, every=3, checkpoint_every=5)
-    assert wish(ours, 1) == SNAPSHOT  # others may not have what this rank has
+    assert wish(ours, 1) == AGAIN  # others may not have what this rank has
     ours.sealed(1, alike=True)
     assert [wish(ours, step, rank=2) for step in range(2, 8)] == [NOTHING, SNAPSHOT, NOTHING, SNAPSHOT, SNAPSHOT, NOTHING]
 
@@ -120,17 +126,39 @@ def test_after_a_new_round_all_ranks_are_made_alike(page, tier0):
     ours.sealed(8, alike=True)
     page.set_copied(NONE)
     ours.placed(5)
-    assert wish(ours, 6, rank=2) == SNAPSHOT  # what was sealed at 8 is of a future that will not be: nobody waits for it
-    ours.sealed(6, alike=False)
-    ours.passed()
-    assert tier0.kept == []  # that vote says nothing of what was sealed here alone
+    assert wish(ours, 6, rank=2, asked=True) == AGAIN  # what was sealed at 8 is of a future that will not be: nobody waits for it
+    assert ours.passed(AGAIN)
+    ours.sealed(6, alike=True)
     page.set_copied(6)
-    assert wish(ours, 7, rank=2) == SNAPSHOT
-    ours.sealed(7, alike=True)
-    ours.passed()
-    assert tier0.kept == [7]
-    page.set_copied(7)
-    assert wish(ours, 8) == NOTHING
+    assert wish(ours, 7, rank=2) == NOTHING
+    assert not ours.passed(NOTHING)
+    assert tier0.kept == [6]
+
+
+def test_what_one_rank_sealed_alone_is_no_common_step(page, tier0):
+    ours, other = (Sealing(page, tier0, every=None, checkpoint_every=0) for _ in range(2))
+    tier0.cost_s = 3600.0
+    for one, alike in ((ours, False), (other, True)):
+        one.sealed(6, alike=alike)
+    vote = max(wish(ours, 7, rank=1), wish(other, 7, rank=2))
+    assert vote == AGAIN
+    assert ours.passed(vote)
+    assert other.passed(vote)
+    assert tier0.kept == []
+
+
+def test_a_snapshot_that_came_to_nothing_is_made_again(page, tier0):
+    ours = Sealing(page, tier0, every=None, checkpoint_every=0)
+    tier0.cost_s = 3600.0
+    ours.sealed(6, alike=True)
+    tier0.void = {6}
+    assert wish(ours, 7, rank=2) == AGAIN
+    assert wish(ours, 7, rank=2, sharded=False) == NOTHING
+
+
+@pytest.mark.parametrize(("vote", "seals"), [(NOTHING, False), (SNAPSHOT, True), (CHECKPOINT, True), (NOT_YET, False), (AGAIN, True)])
+def test_what_a_vote_means(page, tier0, vote, seals):
+    assert Sealing(page, tier0, every=None, checkpoint_every=0).passed(vote) is seals
 
 
 def test_the_gate_waits_for_copies_but_not_for_ever(page, tier0, monkeypatch):
