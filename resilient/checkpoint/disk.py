@@ -37,7 +37,7 @@ from resilient.checkpoint.tier import Landing, SnapshotKey, check, landing
 from resilient.core.messages import Persisted
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
 Room = Callable[[int], Ring]

@@ -6,13 +6,13 @@ takes fewer sacks and holds up none of the others; when the road was cut, only t
 Contract: the body is cut into pieces of PIECE_BYTES at fixed places. On every connection goes, for each piece that it takes, the piece's
 number (4 bytes, big-endian) and then its bytes; END ends it. `carry` blocks and belongs into a thread, one per connection: bytes go by
 `send` and `recv_into` from and to mapped memory, without the GIL and without a buffer of ours. A wait in which no byte moves ends
-after STALL_S. The receiver hashes the payload while it comes: whichever thread has set down a piece goes on with the hash as far as the
-pieces lie without a gap, unless another thread is at it.
+after STALL_S. The receiver hashes the payload while it comes: whichever thread has set down a piece hashes the parts of the payload
+(tally.py) that are whole since then, as soon as the layout is there, which says what they are.
 Numbers: tests/bench/test_peer_wire.py.
 Rejected: `sendfile` from the segment (over loopback a quarter slower than `send`, and it gives out pages that may change before they
 leave); the event loop's `sock_sendall` (a wake-up of the loop for each socket buffer, in the thread that has to look at the workers);
-one fixed share per connection (the hash could not follow, and the slowest connection would decide); a digest for each piece (the
-payload's own is checked before anything is sealed, whatever was broken off and gone on with).
+one fixed share per connection (the slowest connection would decide); a digest for each piece on the wire (the payload's own is checked
+before anything is sealed, whatever was broken off and gone on with).
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
-import xxhash
-
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, parse
+from resilient.checkpoint.snapshot import HEADER_BYTES, PAYLOAD_AT, Buffer, layout_at, parse
+from resilient.checkpoint.tally import Part, Tally
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.errors import ProtocolError, SnapshotMissing
+from resilient.errors import ProtocolError, SnapshotCorrupt, SnapshotMissing
 
 PIECE_BYTES: Final = 4 << 20  # a millisecond of a fast wire: small beside a transfer, large beside a system call
 STALL_S: Final = 10.0  # without a byte
@@ -116,17 +115,19 @@ class Outgoing:
 class Incoming:
     """The receiving side: memory that fills, and the digest of what has come."""
 
-    def __init__(self, body: memoryview, payload_at: int) -> None:
-        """`body`: writable, what follows the header; the payload begins at `payload_at` in it."""
+    def __init__(self, body: memoryview, header: bytes) -> None:
+        """`body`: writable, what follows this header; one that `announced_bytes` has taken."""
         self.body = body
-        self._payload_at = payload_at
+        self._header = header
+        self._payload_at = memoryview(header).cast("q")[PAYLOAD_AT] - HEADER_BYTES
         self._count = piece_count(len(body))
         self._claimed: set[int] = set()
         self._there: set[int] = set()
         self._lock = threading.Lock()
-        self._digest = xxhash.xxh3_128()
-        self._hashed = 0  # pieces, from the first one
-        self._hashing = False
+        self._tally: Tally | None = None  # as soon as the layout is there
+        self._spoilt = False  # or never
+        self._lacking: dict[int, list[tuple[Part, set[int]]]] = {}  # piece -> parts of the payload that it belongs to, and what they lack
+        self._unhashed = 0  # parts
 
     def carry(self, raw: socket.socket) -> None:
         """Take what comes over this connection until its end. Raises OSError, EOFError, TimeoutError, ProtocolError."""
@@ -161,9 +162,9 @@ class Incoming:
             return self._count - len(self._there)
 
     def digest(self) -> bytes | None:
-        """Of the payload as it lies in memory, None while a piece is missing."""
+        """Of the payload as it lies in memory; None if it is not known: a piece is missing, or layout or own state are damaged."""
         with self._lock:
-            return self._digest.digest() if self._hashed == self._count else None
+            return self._tally.digest() if self._tally is not None and not self._unhashed else None
 
     def _claim(self, number: int) -> None:
         with self._lock:
@@ -176,23 +177,42 @@ class Incoming:
     def _set_down(self, number: int) -> None:
         with self._lock:
             self._there.add(number)
-            if self._hashing:
-                return  # whoever is at it will see this piece
-            self._hashing = True
-        while self._hash_next():
-            pass
+            due = self._due(number)
+        for tally, part in due:
+            tally.add(part, self.body[self._payload_at + part.begin : self._payload_at + part.end])
+            with self._lock:
+                self._unhashed -= 1
 
-    def _hash_next(self) -> bool:
-        with self._lock:
-            number = self._hashed
-            self._hashing = number in self._there
-            if not self._hashing:
-                return False
-        skipped = max(0, self._payload_at - number * PIECE_BYTES)
-        self._digest.update(piece_of(self.body, number)[skipped:])
-        with self._lock:
-            self._hashed += 1
-        return True
+    def _due(self, number: int) -> list[tuple[Tally, Part]]:
+        """The parts of the payload that are whole since this piece is there."""
+        if self._tally is None:
+            return self._begin()
+        due = []
+        for part, lacking in self._lacking.pop(number, ()):
+            lacking.discard(number)
+            if not lacking:
+                due.append((self._tally, part))
+        return due
+
+    def _begin(self) -> list[tuple[Tally, Part]]:
+        """As soon as the layout is there."""
+        if self._spoilt or not self._there.issuperset(range(piece_count(self._payload_at))):
+            return []
+        try:
+            self._tally = Tally(layout_at(self._header, self.body), len(self.body) - self._payload_at)
+        except SnapshotCorrupt:
+            self._spoilt = True  # whoever checks all of it will say what is wrong
+            return []
+        due = []
+        self._unhashed = len(self._tally.parts)
+        for part in self._tally.parts:
+            begin, end = self._payload_at + part.begin, self._payload_at + part.end
+            lacking = set(range(begin // PIECE_BYTES, piece_count(end))) - self._there
+            for piece in lacking:
+                self._lacking.setdefault(piece, []).append((part, lacking))
+            if not lacking:
+                due.append((self._tally, part))
+        return due
 
 
 @dataclass(frozen=True)
@@ -217,11 +237,6 @@ class Source:
         found = parse(sealed, rank=key.rank, step=key.step, verify=False, stamped=True, where=f"{key} to be sent")
         data = memoryview(sealed).cast("B")[: found.num_bytes]
         return cls(bytes(data[:HEADER_BYTES]), data[HEADER_BYTES:], lambda: True)
-
-
-def payload_place(header: bytes) -> int:
-    """Where the payload begins in the body (word 14 of checkpoint/snapshot.py). `header`: one that `announced_bytes` has taken."""
-    return memoryview(header).cast("q")[14] - HEADER_BYTES
 
 
 def piece_count(num_bytes: int) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
@@ -158,13 +158,13 @@ class PeerServer:
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, broken))
             else:
                 view = await asyncio.to_thread(berth.receive, request.header)
-                fresh = _Broken(berth, request.header, Incoming(view, payload_place(request.header)))
+                fresh = _Broken(berth, request.header, Incoming(view, request.header))
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, fresh))
         self.changed()
         await pipe.send(Done())
 
-    async def _take_haul(self, pipe: Pipe, request: Put, what: _Broken) -> bytes:
-        """Bring in what is missing; the payload's digest."""
+    async def _take_haul(self, pipe: Pipe, request: Put, what: _Broken) -> bytes | None:
+        """Bring in what is missing; the payload's digest, None where only looking at all of it will tell."""
         try:
             async with self._haul(pipe, what.incoming, request.streams) as haul:
                 await pipe.send(Ready(haul=haul.name, have=what.incoming.have()))
@@ -174,10 +174,9 @@ class PeerServer:
             for oldest in list(self._broken)[:-BROKEN_MAX]:
                 del self._broken[oldest]
             raise
-        digest = what.incoming.digest()
-        if digest is None:
+        if what.incoming.missing():
             raise ProtocolError("the haul has come to its end, and pieces are missing")
-        return digest
+        return what.incoming.digest()
 
     async def _give(self, pipe: Pipe, request: Get) -> None:
         key = SnapshotKey(request.rank, request.step, request.kind)

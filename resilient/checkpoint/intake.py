@@ -131,8 +131,13 @@ class _Files(Live):
         self._storage, self._rows, self._where = weights.storage, layout.rows, list(weights.places.values())
         self._begins = [begin for begin, _ in layout.places()]
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """As `Source.fill`."""
+    def view(self, begin: int, end: int) -> memoryview:
+        """As `Source.view`."""
+        found = memoryview(bytearray(end - begin))
+        self._fill(found, begin)
+        return found
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         while view:
             number = bisect.bisect_right(self._begins, offset) - 1
             done, length = offset - self._begins[number], self._rows[number].num_bytes

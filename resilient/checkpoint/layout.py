@@ -42,9 +42,11 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def num_bytes(self) -> int:
-        """Of the box. Raises SnapshotCorrupt for a dtype that is not known here."""
+        """Of the box. Raises SnapshotCorrupt for a dtype that is not known here, and a shape that cannot be."""
         if self.dtype not in ITEMSIZES:
             raise SnapshotCorrupt(f"layout: {self.key} is of dtype {self.dtype!r}, one of {', '.join(ITEMSIZES)} expected")
+        if min(self.local, default=0) < 0:
+            raise SnapshotCorrupt(f"layout: {self.key} has the shape {list(self.local)}, no negative sizes expected")
         return math.prod(self.local) * ITEMSIZES[self.dtype]
 
 

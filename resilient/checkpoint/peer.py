@@ -32,7 +32,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
@@ -136,7 +136,7 @@ class Peer:
             if broken is not None and found.header == broken[1]:
                 incoming = broken[2]
             else:
-                incoming = Incoming(await asyncio.to_thread(target.receive, found.header), payload_place(found.header))
+                incoming = Incoming(await asyncio.to_thread(target.receive, found.header), found.header)
             if found.haul:
                 try:
                     await self._carry(pipe, found.haul, incoming, num_bytes)

@@ -13,7 +13,7 @@ payload together again, from the files of all twins, straight into its memory; w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -24,10 +24,12 @@ from resilient.checkpoint import extras, layout
 from resilient.checkpoint.layout import Layout, Row
 from resilient.checkpoint.source import Source
 from resilient.checkpoint.storage import Input, Output, put
-from resilient.checkpoint.torchfile import Cover, cover
+from resilient.checkpoint.tally import PIECE, Tally, tensor_digest
+from resilient.checkpoint.torchfile import cover
 from resilient.errors import SnapshotCorrupt
 
-PIECE: Final = 4 << 20
+PAGE: Final = 4096
+_PAGED_MIN: Final = 1 << 20  # of smaller ones a copy costs less than half a page in the file
 TAIL_BYTES_MAX: Final = 1 << 30
 ZSTD: Final = "stream.zstd/1"  # as torch.distributed.checkpoint names it
 
@@ -59,7 +61,7 @@ class Tail(msgspec.Struct, frozen=True, array_like=True):
     """The end of a rank file."""
 
     head: bytes
-    digests: tuple[bytes, ...]  # xxh3_128 of each of the rank's tensors, whoever wrote it
+    digests: tuple[bytes, ...]  # of each of the rank's tensors (tally.py), whoever wrote it
     items: tuple[Item, ...]
     extras: tuple[Extra, ...]
 
@@ -75,80 +77,79 @@ class Written(NamedTuple):
 def write(output: Output, source: Source, *, level: int = 0) -> Written:
     """The whole file. level: of zstandard, 0 = as it is. Raises as `Source`, SnapshotCorrupt for a layout that is none."""
     found = source.found
-    described = layout.decode(found.layout)
-    whole, items, digests = xxhash.xxh3_128(), [], []
-    owners, places = described.owners(), described.places()
-    _check_length(places, len(found.payload))
-    for number, (row, (begin, length)) in enumerate(zip(described.rows, places, strict=True)):
-        own = xxhash.xxh3_128()
-        reading = _Reading(source, begin, (whole, own))
-        if owners[number] == found.rank:
-            items.append(_write_item(output, reading, number, row, level))
-        else:
-            reading.skip(length)
-        digests.append(own.digest())
-        _Reading(source, begin + length, (whole,)).skip(layout.padded(length) - length)
-    head = source.finish(whole.digest())
+    if not found.layout:
+        raise SnapshotCorrupt(f"snapshot rank={found.rank} step={found.step}: a layout expected, none found")
+    tally = Tally(found.layout, len(found.payload))
+    described, owners, items = tally.layout, tally.layout.owners(), list[Item]()
+    item: _Plain | _Frame | None = None
+    for part in tally.parts:
+        view = source.view(part.begin, part.end)
+        tally.add(part, view)
+        for number in part.rows:
+            if owners[number] != found.rank:
+                continue
+            begin, length = tally.places[number]
+            if item is None:
+                _align(output)
+                row = described.rows[number]
+                item = _Frame(output, number, row, level) if level else _Plain(output, number, row, begin)
+            item.add(view[max(begin - part.begin, 0) : begin + length - part.begin])
+            if begin + length <= part.end:
+                items.append(item.end())
+                item = None
+    head = source.finish(tally.digest())
     others = tuple(_write_extra(output, extra) for extra in extras.of(found.own, described)) if found.rank == described.twins.first else ()
     _align(output)
     tail_at = output.position
-    tail = msgspec.msgpack.encode(Tail(head, tuple(digests), tuple(items), others))
+    tail = msgspec.msgpack.encode(Tail(head, tally.rows(), tuple(items), others))
     put(output, tail)
     return Written(output.position, tail_at, xxhash.xxh3_128_hexdigest(tail))
 
 
-class _Reading:
-    """Payload from one place on; what is read goes into digests as well."""
+class _Plain:
+    """An item as it is. A large tensor's memory begins where in a page it does in the payload, too: so it can be written from there."""
 
-    def __init__(self, source: Source, at: int, digests: Sequence[Any]) -> None:
-        self._source, self._at, self._digests = source, at, digests
+    def __init__(self, output: Output, number: int, row: Row, begin: int) -> None:
+        self._output, self._number, self._offset = output, number, output.position
+        self._covers = cover(row.dtype, row.local)
+        if self._covers.num_bytes >= _PAGED_MIN:
+            shortest = len(self._covers.front)
+            self._covers = cover(row.dtype, row.local, at=shortest + (begin - self._offset - shortest) % PAGE)
+        put(output, self._covers.front)
 
-    def fill(self, view: memoryview) -> None:
-        self._source.fill(view, self._at)
-        self._at += len(view)
-        for digest in self._digests:
-            digest.update(view)
+    def add(self, view: memoryview) -> None:
+        """The next bytes of the tensor's memory."""
+        self._output.lend(view)
 
-    def skip(self, count: int) -> None:
-        spare = memoryview(bytearray(min(PIECE, count)))
-        for start in range(0, count, PIECE):
-            self.fill(spare[: min(PIECE, count - start)])
-
-
-def _write_item(output: Output, reading: _Reading, number: int, row: Row, level: int) -> Item:
-    _align(output)
-    offset, covers = output.position, cover(row.dtype, row.local)
-    if level:
-        stored = _write_frame(output, reading, covers, level)
-        return Item(number, offset, output.position - offset, len(covers.front), ZSTD, stored)
-    put(output, covers.front)
-    done = 0
-    while done < covers.num_bytes:
-        room = output.room(min(PIECE, covers.num_bytes - done))
-        reading.fill(room)
-        output.filled(len(room))
-        done += len(room)
-    put(output, covers.back)
-    return Item(number, offset, output.position - offset, len(covers.front))
+    def end(self) -> Item:
+        """That was all of it."""
+        put(self._output, self._covers.back)
+        return Item(self._number, self._offset, self._output.position - self._offset, len(self._covers.front))
 
 
-def _write_frame(output: Output, reading: _Reading, covers: Cover, level: int) -> bytes:
-    """Compressed; gives the digest of the frame."""
-    frame, compressor = xxhash.xxh3_128(), zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+class _Frame:
+    """An item as one zstd frame."""
 
-    def pack(data: bytes) -> None:
-        frame.update(data)
-        put(output, data)
+    def __init__(self, output: Output, number: int, row: Row, level: int) -> None:
+        self._output, self._number, self._offset = output, number, output.position
+        self._covers, self._digest = cover(row.dtype, row.local), xxhash.xxh3_128()
+        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+        self.add(self._covers.front)
 
-    pack(compressor.compress(covers.front))
-    spare = memoryview(bytearray(min(PIECE, covers.num_bytes)))
-    for start in range(0, covers.num_bytes, PIECE):
-        piece = spare[: min(PIECE, covers.num_bytes - start)]
-        reading.fill(piece)
-        pack(compressor.compress(piece))
-    pack(compressor.compress(covers.back))
-    pack(compressor.flush())
-    return frame.digest()
+    def add(self, data: bytes | memoryview) -> None:
+        """The next bytes of the torch file."""
+        self._put(self._compressor.compress(data))
+
+    def end(self) -> Item:
+        """As _Plain.end."""
+        self.add(self._covers.back)
+        self._put(self._compressor.flush())
+        length = self._output.position - self._offset
+        return Item(self._number, self._offset, length, len(self._covers.front), ZSTD, self._digest.digest())
+
+    def _put(self, data: bytes) -> None:
+        self._digest.update(data)
+        put(self._output, data)
 
 
 def _write_extra(output: Output, extra: extras.Value) -> Extra:
@@ -160,12 +161,6 @@ def _write_extra(output: Output, extra: extras.Value) -> Extra:
 
 def _align(output: Output) -> None:
     put(output, bytes(-output.position % layout.ALIGN))
-
-
-def _check_length(places: list[tuple[int, int]], payload_bytes: int) -> None:
-    end = max((begin + layout.padded(length) for begin, length in places), default=0)
-    if end != payload_bytes:
-        raise SnapshotCorrupt(f"layout: a payload of {end} bytes expected, {payload_bytes} found")
 
 
 # --------------------------------------------------------------------------- reading
@@ -200,7 +195,7 @@ def fill_row(file: Input, item: Item, row: Row, view: memoryview, digest: bytes 
         _decompress(file, item, view)
     else:
         raise SnapshotCorrupt(f"{row.key}: stored as {item.codec!r}, {ZSTD!r} or nothing expected")
-    if digest and xxhash.xxh3_128_digest(view) != digest:
+    if digest and tensor_digest(view) != digest:
         raise SnapshotCorrupt(f"{row.key} is not what was written")
 
 
@@ -220,7 +215,8 @@ def check_rest(file: Input, tail: Tail, described: Layout, tail_at: int) -> None
         _check_gap(file, end, entry.offset)
         end = entry.offset + entry.length
         if isinstance(entry, Item):
-            _check_frame(file, entry, described.rows[entry.row])
+            if not _frame_is_sound(file, entry, row := described.rows[entry.row]):
+                raise SnapshotCorrupt(f"{row.key}: the frame of its torch file is not what was written")
         elif _digest(file, entry.offset, entry.length) != entry.digest:
             raise SnapshotCorrupt(f"{entry.key} is not what was written")
     _check_gap(file, end, tail_at)
@@ -233,20 +229,23 @@ def _check_gap(file: Input, begin: int, end: int) -> None:
         raise SnapshotCorrupt(f"zeros expected from byte {begin} to {end}, something else found")
 
 
-def _check_frame(file: Input, item: Item, row: Row) -> None:
+def _frame_is_sound(file: Input, item: Item, row: Row) -> bool:
     """What stands around the memory: other readers need it."""
     if item.codec:
-        sound = _digest(file, item.offset, item.length) == item.stored
-    else:
-        covers: Cover = cover(row.dtype, row.local)
-        back_at = item.memory_at + covers.num_bytes
-        sound = (item.memory_at, item.length) == (len(covers.front), back_at + len(covers.back))
-        for offset, expected in ((0, covers.front), (back_at, covers.back)) if sound else ():
-            found = bytearray(len(expected))
-            file.fill(memoryview(found), item.offset + offset)
-            sound = sound and found == expected
-    if not sound:
-        raise SnapshotCorrupt(f"{row.key}: the frame of its torch file is not what was written")
+        return _digest(file, item.offset, item.length) == item.stored
+    try:
+        covers = cover(row.dtype, row.local, at=item.memory_at)
+    except ValueError:
+        return False
+    back_at = item.memory_at + covers.num_bytes
+    if (item.memory_at, item.length) != (len(covers.front), back_at + len(covers.back)):
+        return False
+    for offset, expected in ((0, covers.front), (back_at, covers.back)):
+        found = bytearray(len(expected))
+        file.fill(memoryview(found), item.offset + offset)
+        if found != expected:
+            return False
+    return True
 
 
 def _digest(file: Input, offset: int, length: int) -> bytes:

@@ -44,7 +44,27 @@ def writing(fs: Any, path: str, about_bytes: int, failures: tuple[type[Exception
         raise
 
 
-class Parts:
+class _Copying:
+    """What goes over a wire is copied first: a part that fails is sent again."""
+
+    def lend(self, view: memoryview) -> None:
+        """As `Output.lend`."""
+        while view:
+            room = self.room(len(view))
+            room[:] = view[: len(room)]
+            self.filled(len(room))
+            view = view[len(room) :]
+
+    def room(self, wanted: int) -> memoryview:
+        """As `Output.room`."""
+        raise NotImplementedError
+
+    def filled(self, count: int) -> None:
+        """As `Output.filled`."""
+        raise NotImplementedError
+
+
+class Parts(_Copying):
     """A multi-part upload to s3."""
 
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:
@@ -116,7 +136,7 @@ def _word(answer: dict[str, Any], name: str) -> str:
     return str(answer[name])
 
 
-class Whole:
+class Whole(_Copying):
     """A file as the driver writes it, one part after the other."""
 
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:

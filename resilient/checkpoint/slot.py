@@ -10,6 +10,7 @@ which check after reading that the seal has not moved.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import threading
@@ -32,7 +33,6 @@ from resilient.checkpoint.snapshot import (
     PAYLOAD_AT,
     PAYLOAD_BYTES,
     PAYLOAD_DIGEST,
-    PIECE,
     SEAL,
     SEALED,
     STAMP,
@@ -41,9 +41,9 @@ from resilient.checkpoint.snapshot import (
     Snapshot,
     announced_bytes,
     parse,
-    payload_hash,
     payload_offset,
 )
+from resilient.checkpoint.tally import PIECE, Tally, payload_digest
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
@@ -86,6 +86,7 @@ class Slot:
         self._words = self._memory[:HEADER_BYTES].cast("q")
         self._barrier = threading.Lock()  # taking and releasing it is a full barrier on every CPU that torch runs on
         self._received = b""
+        self._gaps: tuple[bytes, list[tuple[int, int]]] = (b"", [])  # of a layout: what lies behind its tensors
 
     def renamed(self, path: str) -> None:
         """The file has this name now; the mapping stays."""
@@ -116,7 +117,8 @@ class Slot:
     ) -> memoryview:
         """Break the seal, write all but the payload, give the payload's memory to be filled: (payload_bytes,) uint8.
 
-        `after`: a generation this write must follow (see Ring). Raises SnapshotMismatch if it does not fit; what was there stays.
+        `after`: a generation this write must follow (see Ring). Raises SnapshotMismatch if it does not fit, SnapshotCorrupt if the layout
+        is not the payload's; what was there stays.
         """
         payload_at = payload_offset(len(layout), len(own), payload_bytes)
         if payload_at + payload_bytes > self.num_bytes:
@@ -125,6 +127,8 @@ class Slot:
                 f"{payload_bytes} payload), {self.num_bytes} there ({self.where})"
             )
         assert payload_bytes == 0 or self._offset % ALIGN == 0, "a slot with a payload begins at a multiple of 4096"
+        if payload_bytes and layout != self._gaps[0]:
+            self._gaps = layout, Tally(layout, payload_bytes).gaps()
         hold.wait(self._fd, self._words[PAYLOAD_BYTES])
         self.unseal(after)
         m, own_at = self._memory, HEADER_BYTES + len(layout)
@@ -137,7 +141,10 @@ class Slot:
         m[HEADER_BYTES:own_at] = layout
         m[own_at:head_end] = own
         m[head_end:payload_at] = bytes(payload_at - head_end)
-        return m[payload_at : payload_at + payload_bytes]
+        payload = m[payload_at : payload_at + payload_bytes]
+        for begin, end in self._gaps[1] if payload_bytes else ():
+            payload[begin:end] = bytes(end - begin)
+        return payload
 
     def seal(self, step: int) -> None:
         """The payload is complete: digest header, layout and own state, then store the seal."""
@@ -207,12 +214,14 @@ class Slot:
         step: int | None = None,
         verify: bool = True,
         stamped: bool = False,
+        threads: int = 1,
     ) -> Snapshot:
         """The snapshot sealed here, checked as `parse` does. `payload` stays a view of the slot: no copy."""
+        look = functools.partial(parse, run=run, rank=rank, step=step, verify=verify, stamped=stamped, threads=threads, where=self.where)
         for _ in range(_READ_TRIES):
             seal = self._words[SEAL]
             try:
-                found = parse(self._memory, run=run, rank=rank, step=step, verify=verify, stamped=stamped, where=self.where)
+                found = look(self._memory)
             except (SnapshotCorrupt, SnapshotMismatch):
                 if self._words[SEAL] == seal:
                     raise  # nobody wrote meanwhile: it is what it is
@@ -231,12 +240,12 @@ class Slot:
     def stamp_payload(self) -> bytes:
         """Hash the payload where it lies, store the digest with the seal it belongs to, return it.
 
-        Raises SnapshotMissing if nothing is sealed or the seal moved meanwhile.
+        Raises SnapshotMissing if nothing is sealed or the seal moved meanwhile, SnapshotCorrupt if the layout is not the payload's.
         """
         seal = self._words[SEAL]
-        payload = self.read(verify=False).payload
-        digest = payload_hash(payload)
-        self._stamp(seal, digest, payload)
+        found = self.read(verify=False)
+        digest = payload_digest(found.layout, found.payload) if found.payload else b""
+        self._stamp(seal, digest, found.payload)
         return digest
 
     def stage(self, into: memoryview) -> Snapshot:
@@ -248,9 +257,13 @@ class Slot:
             generation, found = self.generation(), self.read(verify=False)
             if found.num_bytes > len(into):
                 raise SnapshotMissing(f"snapshot step={found.step}: it has grown to {found.num_bytes} bytes meanwhile ({self.where})")
-            self.fill(into[: found.num_bytes], 0)
             payload_at = found.num_bytes - len(found.payload)
-            into[:payload_at] = self.stamped_head(generation, payload_hash(into[payload_at : found.num_bytes]))
+            tally = Tally(found.layout if found.payload else b"", len(found.payload))
+            for part in tally.parts:
+                copy = into[payload_at + part.begin : payload_at + part.end]
+                self.fill(copy, payload_at + part.begin)
+                tally.add(part, copy)  # as long as it is in the cache
+            into[:payload_at] = self.stamped_head(generation, tally.digest())
         return parse(into[: found.num_bytes], verify=False, stamped=True, where=self.where)
 
     def held(self) -> contextlib.AbstractContextManager[None]:

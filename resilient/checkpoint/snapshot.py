@@ -9,11 +9,11 @@ afterwards ("stamped") and names the seal it belongs to. Nothing leaves this nod
 any number of readers, which check after reading that the seal has not moved. Who copies asks the writer to wait (hold.py).
 
 Bytes: 256 of header (32 little-endian int64 words), layout, own, zeros up to a multiple of 4096, payload.
-    word 0      magic and format version
+    word 0      magic and format version: "RSSNAP", two digits
     word 1      seal: generation << 32 | step + 1; lower half zero = not sealed. The generation counts writes; it is local to
                 this memory and zero in bytes that travel
     word 2      echo: ~seal, stored just before it, so that a flipped bit in either is seen
-    word 3..5   stamp: the seal it belongs to, xxh3_128 of the payload; written by the agent
+    word 3..5   stamp: the seal it belongs to, the payload's digest (tally.py); written by the agent
     word 6..7   xxh3_128 over words 8..31, layout and own
     word 8..    step, rank, world_size, round, layout bytes, own bytes, payload offset, payload bytes, xxh3_128 of the run id
 
@@ -31,11 +31,12 @@ from typing import Final
 
 import xxhash
 
+from resilient.checkpoint.tally import payload_digest
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
 ALIGN: Final = 4096
 HEADER_BYTES: Final = 256
-MAGIC: Final = 0x3130_5041_4E53_5352  # "RSSNAP01"
+MAGIC: Final = 0x3230_5041_4E53_5352  # "RSSNAP02"
 SEAL, ECHO, STAMP, STEP = 1, 2, 3, 8  # words
 LAYOUT_BYTES, OWN_BYTES, PAYLOAD_AT, PAYLOAD_BYTES = 12, 13, 14, 15
 STAMP_ALL: Final = slice(24, 48)
@@ -44,7 +45,6 @@ HEAD_DIGEST: Final = slice(48, 64)
 BODY: Final = slice(64, HEADER_BYTES)  # words 8..31
 FIELDS: Final = struct.Struct("<8q16s112x")  # exactly the body: step ... payload bytes, digest of the run id, zeros
 SEALED: Final = 0xFFFF_FFFF  # lower half of the seal word: step + 1
-PIECE: Final = 4 << 20  # hash and copy in pieces of this size, so that other threads get their turn
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -79,12 +79,14 @@ def parse(
     verify: bool = True,
     stamped: bool = False,
     hashed: bytes | None = None,
+    threads: int = 1,
     where: str = "memory",
 ) -> Snapshot:
     """Read a snapshot out of any bytes and check all that can be checked.
 
     `run`, `rank`, `step`: what is expected, None = anything. `header`: stands in for the first 256 bytes of `memory`.
     `verify=False` skips the payload's digest. `hashed`: it is known already. `stamped=True` refuses a payload that nobody has hashed.
+    `threads`: how many may hash it.
     Raises SnapshotMissing (no seal), SnapshotCorrupt, SnapshotMismatch (sound, but another one).
     """
     view = memoryview(memory).cast("B").toreadonly()
@@ -99,7 +101,7 @@ def parse(
         raise SnapshotCorrupt(f"{subject}: {num_bytes} bytes expected, {len(view)} found ({where})")
     head_end = HEADER_BYTES + layout_len + own_len
     head = bytes(view[HEADER_BYTES:head_end])
-    if xxhash.xxh3_128_digest(header[BODY] + head) != header[HEAD_DIGEST] or any(view[head_end:payload_at]):
+    if not _is_sound(header, head) or any(view[head_end:payload_at]):
         raise SnapshotCorrupt(f"{subject}: header, layout or own state are not what was sealed ({where})")
     if words[ECHO] != ~words[SEAL] or (words[SEAL] & SEALED) - 1 != found_step:
         raise SnapshotCorrupt(f"{subject}: the seal {words[SEAL]:#x} is not that of its header ({where})")
@@ -115,9 +117,28 @@ def parse(
     is_stamped = words[STAMP] == words[SEAL] or not payload
     if stamped and not is_stamped:
         raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
-    if verify and is_stamped and payload and (hashed or payload_hash(payload)) != header[PAYLOAD_DIGEST]:
-        raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
-    return Snapshot(found_step, found_rank, world_size, round_, head[:layout_len], head[layout_len:], payload, num_bytes, is_stamped)
+    layout, own = head[:layout_len], head[layout_len:]
+    if verify and is_stamped and payload:
+        try:
+            found = hashed or payload_digest(layout, payload, threads=threads)
+        except SnapshotCorrupt as error:
+            raise SnapshotCorrupt(f"{subject}: {error} ({where})") from error
+        if found != header[PAYLOAD_DIGEST]:
+            raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
+    return Snapshot(found_step, found_rank, world_size, round_, layout, own, payload, num_bytes, is_stamped)
+
+
+def layout_at(header: bytes, body: memoryview) -> bytes:
+    """The layout with which the bytes behind this header begin. Raises SnapshotCorrupt if these, or own state, are not what was sealed."""
+    words = memoryview(header).cast("q")
+    head = bytes(body[: words[LAYOUT_BYTES] + words[OWN_BYTES]])
+    if not _is_sound(header, head):
+        raise SnapshotCorrupt("header, layout or own state are not what was sealed")
+    return head[: words[LAYOUT_BYTES]]
+
+
+def _is_sound(header: bytes, head: bytes) -> bool:
+    return xxhash.xxh3_128_digest(header[BODY] + head) == header[HEAD_DIGEST]
 
 
 def layout_of(head: bytes) -> bytes:
@@ -145,7 +166,7 @@ def announced_bytes(header: bytes, where: str = "header") -> int:
     if words[SEAL] & SEALED == 0:
         raise SnapshotMissing(f"snapshot: not sealed, so there is none here ({where})")
     if words[0] != MAGIC:
-        raise SnapshotCorrupt(f"snapshot: format mark {MAGIC:#x} expected, {words[0]:#x} found ({where})")
+        raise SnapshotCorrupt(f"snapshot: format mark {_mark(MAGIC)} expected, {_mark(words[0])} found ({where})")
     layout, own, payload_at, payload = words[LAYOUT_BYTES : PAYLOAD_BYTES + 1]
     if min(layout, own, payload) < 0 or payload_at != payload_offset(layout, own, payload):
         raise SnapshotCorrupt(f"snapshot: sizes {layout}, {own}, {payload_at}, {payload} cannot be ({where})")
@@ -158,9 +179,5 @@ def payload_offset(layout_bytes: int, own_bytes: int, payload_bytes: int) -> int
     return -(-head_end // ALIGN) * ALIGN if payload_bytes else head_end
 
 
-def payload_hash(payload: memoryview) -> bytes:
-    """xxh3_128, in pieces."""
-    digest = xxhash.xxh3_128()
-    for start in range(0, len(payload), PIECE):
-        digest.update(payload[start : start + PIECE])
-    return digest.digest()
+def _mark(word: int) -> str:
+    return repr(word.to_bytes(8, "little", signed=True).decode("latin-1"))

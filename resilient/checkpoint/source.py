@@ -3,9 +3,9 @@
 Think of a scribe who copies from a slate: the owner of the slate may come back for it. Then what was copied is worth nothing, and the
 scribe knows.
 
-Contract: `head` is all before the payload, as it stands (unstamped); `fill` reads payload; `finish(digest)` says what the payload's digest
-is, checks that nothing has changed meanwhile, and gives the stamped head. Raises SnapshotMissing (overwritten meanwhile), SnapshotCorrupt
-(the payload is not what was hashed before).
+Contract: `view` gives payload where it lies, without a copy; `finish(digest)` says what the payload's digest is, checks that nothing has
+changed meanwhile, and gives the stamped head. Raises SnapshotMissing (overwritten meanwhile), SnapshotCorrupt (the payload is not what was
+hashed before).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Source(Protocol):
 
     found: Snapshot  # its `payload` is not to be read
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Payload from `offset` on."""
+    def view(self, begin: int, end: int) -> memoryview:
+        """That part of the payload. Nobody else will use this memory for anything, unless `finish` raises."""
         ...
 
     def finish(self, digest: bytes) -> bytes:
@@ -39,9 +39,9 @@ class Whole:
         self._sealed = memoryview(sealed).cast("B")
         self.found = parse(self._sealed, verify=False, stamped=True, where="sealed bytes to be written")
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """As `Source.fill`."""
-        view[:] = self.found.payload[offset : offset + len(view)]
+    def view(self, begin: int, end: int) -> memoryview:
+        """As `Source.view`."""
+        return self.found.payload[begin:end]
 
     def finish(self, digest: bytes) -> bytes:
         """As `Source.finish`."""
@@ -60,9 +60,9 @@ class Live:
         self._generation = slot.generation()
         self.found = slot.read(verify=False)
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """As `Source.fill`."""
-        self._slot.fill(view, self.found.num_bytes - len(self.found.payload) + offset)
+    def view(self, begin: int, end: int) -> memoryview:
+        """As `Source.view`."""
+        return self.found.payload[begin:end]
 
     def finish(self, digest: bytes) -> bytes:
         """As `Source.finish`."""

@@ -48,6 +48,10 @@ class Output(Protocol):
         """So many bytes of the last `room` are the next ones of the file."""
         ...
 
+    def lend(self, view: memoryview) -> None:
+        """The next bytes, from memory that nobody uses for anything else before `finish`."""
+        ...
+
     def finish(self) -> None:
         """Nothing comes any more: bring all of it to where it will be."""
         ...

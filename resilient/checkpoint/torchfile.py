@@ -7,13 +7,14 @@ its storage. Only the memory is large, and it is one piece; so `cover` gives wha
 checkpoint writes front, memory, back, without a copy. `torch.distributed.checkpoint` reads each tensor of a checkpoint in this form.
 
 Contract: pure functions. `cover(dtype, shape)` fits `math.prod(shape) * itemsize` bytes of contiguous little-endian memory, which begin
-at a multiple of 64 from the front's first byte. The entry's CRC-32 is optional: torch does not look at it; other zip tools do. Zip64
-beyond 4 GiB. Format: APPNOTE 6.3.10 of the zip format, sections 4.3 and 4.5.3; torch/serialization.py and
+at a multiple of 64 from the front's first byte, or where the caller says. The entry's CRC-32 is optional: torch does not look at it;
+other zip tools do. Zip64 beyond 4 GiB. Format: APPNOTE 6.3.10 of the zip format, sections 4.3 and 4.5.3; torch/serialization.py and
 caffe2/serialize/inline_container.cc for the entries.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
@@ -50,6 +51,7 @@ _ROOT: Final = "archive"
 _LIMIT: Final = 0xFFFFFFFF  # sizes and offsets from here on need zip64
 _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = 0x04034B50, 0x02014B50, 0x06054B50, 0x06064B50, 0x07064B50
 _PADDING_ID, _ZIP64_ID = 0x4246, 0x0001  # extra fields: torch's own padding; APPNOTE 4.5.3
+_PADDING_MAX: Final = 0xFF00  # all extra fields together have 16 bits for their length
 
 
 class Cover(NamedTuple):
@@ -60,8 +62,16 @@ class Cover(NamedTuple):
     num_bytes: int  # of the memory in between
 
 
-def cover(dtype: str, shape: Sequence[int], *, crc32: int = 0) -> Cover:
-    """Front and back for a contiguous tensor. Raises ValueError for a dtype that torch cannot save in this form."""
+def cover(dtype: str, shape: Sequence[int], *, crc32: int = 0, at: int = 0) -> Cover:
+    """Front and back for a contiguous tensor. at: how long the front is to be; 0 = as short as can be.
+
+    Raises ValueError for a dtype that torch cannot save in this form, and for an `at` that cannot be.
+    """
+    return _cover(dtype, tuple(shape), crc32, at)
+
+
+@functools.lru_cache(512)  # layers are alike; an entry has a kilobyte or five
+def _cover(dtype: str, shape: tuple[int, ...], crc32: int, at: int) -> Cover:
     if dtype not in STORAGES:
         msg = f"a torch file of dtype {dtype!r}: one of {', '.join(STORAGES)} expected"
         raise ValueError(msg)
@@ -69,7 +79,7 @@ def cover(dtype: str, shape: Sequence[int], *, crc32: int = 0) -> Cover:
     archive = _Archive()
     archive.small("data.pkl", _pickle(dtype, shape))
     archive.small("byteorder", b"little")
-    archive.large("data/0", num_bytes, crc32)
+    archive.large("data/0", num_bytes, crc32, at)
     front = archive.taken()
     archive.small("version", b"3\n")
     archive.finish()
@@ -103,9 +113,9 @@ class _Archive:
         self._entry(name, len(data), zlib.crc32(data))
         self._put(data)
 
-    def large(self, name: str, num_bytes: int, crc32: int) -> None:
+    def large(self, name: str, num_bytes: int, crc32: int, at: int) -> None:
         """Its bytes are written by somebody else, between what is taken before and after."""
-        self._entry(name, num_bytes, crc32)
+        self._entry(name, num_bytes, crc32, at)
         self._offset += num_bytes
 
     def finish(self) -> None:
@@ -121,12 +131,16 @@ class _Archive:
         self._bytes += data
         self._offset += len(data)
 
-    def _entry(self, name: str, size: int, crc32: int) -> None:
+    def _entry(self, name: str, size: int, crc32: int, at: int = 0) -> None:
         path, begin = f"{_ROOT}/{name}".encode(), self._offset
         big = size >= _LIMIT or begin >= _LIMIT
         sizes = struct.pack("<HHQQ", _ZIP64_ID, 16, size, size) if big else b""
         room = begin + 30 + len(path) + len(sizes) + 4  # where data would begin with an empty padding
-        padding = struct.pack("<HH", _PADDING_ID, -room % ALIGN) + b"Z" * (-room % ALIGN)
+        spare = at - room if at else -room % ALIGN
+        if not 0 <= spare < _PADDING_MAX:
+            msg = f"a torch file whose memory begins at {at}: {room} to {room + _PADDING_MAX} expected"
+            raise ValueError(msg)
+        padding = struct.pack("<HH", _PADDING_ID, spare) + b"Z" * spare
         shown, version = _LIMIT if big else size, 45 if big else 0
         fixed = struct.pack("<HHHHHIII", version, 0, 0, 0, 0, crc32, shown, shown)
         self._put(struct.pack("<I", _LOCAL) + fixed + struct.pack("<HH", len(path), len(sizes) + len(padding)) + path + sizes + padding)

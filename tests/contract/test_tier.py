@@ -270,7 +270,7 @@ class DiskContract(TierContract):
     def test_the_manifest_is_readable(self, tier, kept):
         fs, path = self.file(tier, SnapshotKey(0, 2))
         found = json.loads(fs.cat_file(path.replace("rank-00000.distcp", "COMMIT.json")))
-        assert (found["format"], found["step"], found["world_size"], found["run"]) == (2, 2, 2, "run")
+        assert (found["format"], found["step"], found["world_size"], found["run"]) == (3, 2, 2, "run")
         assert found["ranks"][1]["file"] == "rank-00001.distcp"
         assert found["ranks"][1]["bytes"] == len(fs.cat_file(path.replace("rank-00000", "rank-00001")))
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import uvloop
-import xxhash
 from resilient_agents.copies import Copies
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
@@ -26,11 +25,13 @@ from resilient.checkpoint import haul, memory
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.haul import PIECE_BYTES, Incoming, Limit
 from resilient.checkpoint.holder import PeerServer
+from resilient.checkpoint.layout import Layout as Shared
+from resilient.checkpoint.layout import Row, decode, padded
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import slot_bytes
+from resilient.checkpoint.snapshot import HEADER_BYTES, slot_bytes, stamped_digest
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch, Layout
@@ -39,7 +40,7 @@ from resilient.errors import ProtocolError, SnapshotCorrupt, SnapshotMissing, Ti
 pytestmark = pytest.mark.process
 
 PAYLOAD = 10 * PIECE_BYTES + 12_345
-SIZE = slot_bytes(6, 3, PAYLOAD)
+SIZE = slot_bytes(0, 3, PAYLOAD)
 
 
 @functools.cache
@@ -48,7 +49,7 @@ def content(step: int) -> bytes:
 
 
 def seal(ring: Ring, step: int, rank: int = 0) -> Slot:
-    ring.begin(run="run", rank=rank, world_size=2, round=1, layout=b"layout", own=b"own", payload_bytes=PAYLOAD)[:] = content(step)
+    ring.begin(run="run", rank=rank, world_size=2, round=1, layout=b"", own=b"own", payload_bytes=PAYLOAD)[:] = content(step)
     ring.seal(step)
     slot = ring.get(step)
     slot.stamp_payload()
@@ -294,7 +295,7 @@ async def test_a_slot_that_is_overwritten_while_it_is_sent(tmp_path):
         sending = asyncio.create_task(peer.put(SnapshotKey(0, 2), slot))
         before = proxy.carried
         await until(lambda: proxy.carried > before + PIECE_BYTES)
-        slot.begin(run="run", rank=0, world_size=2, round=1, layout=b"layout", own=b"own", payload_bytes=PAYLOAD)[:] = content(4)
+        slot.begin(run="run", rank=0, world_size=2, round=1, layout=b"", own=b"own", payload_bytes=PAYLOAD)[:] = content(4)
         with pytest.raises(SnapshotMissing, match="overwritten while it was being sent"):
             await sending
         assert held(server, 1)
@@ -352,21 +353,51 @@ def carried(incoming: Incoming, *words: bytes) -> None:
             speaker.join()
 
 
-def test_pieces_in_any_order_give_the_digest_of_the_whole():
-    data, end = content(1), struct.pack(">I", haul.END)
-    for payload_at in (0, 100, PIECE_BYTES, PIECE_BYTES + 7):
-        body = bytearray(len(data))
-        incoming = Incoming(memoryview(body), payload_at)
-        for number in random.Random(payload_at).sample(range(haul.piece_count(len(data))), haul.piece_count(len(data))):
-            assert incoming.digest() is None
-            carried(incoming, struct.pack(">I", number), data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES], end)
-        assert body == data
-        assert incoming.digest() == xxhash.xxh3_128_digest(data[payload_at:])
+def several_tensors(path: Path, own: bytes) -> bytes:
+    """A snapshot of large and small tensors, stamped."""
+    sizes = (7, PIECE_BYTES + 1, 0, 130, 5 * PIECE_BYTES, 64, PIECE_BYTES, 0)
+    described = Shared(tuple(Row(str(number), "uint8", (size,), (0,), (size,)) for number, size in enumerate(sizes))).encode()
+    room = sum(padded(size) for size in sizes)
+    slot = Slot(memory.create(str(path), slot_bytes(len(described), len(own), room)))
+    view = slot.begin(run="run", rank=0, world_size=1, round=1, layout=described, own=own, payload_bytes=room)
+    for (at, _), size in zip(decode(described).places(), sizes, strict=True):
+        view[at : at + size] = content(1)[:size]
+    slot.seal(1)
+    spare = memoryview(bytearray(slot.num_bytes))
+    return bytes(spare[: slot.stage(spare).num_bytes])
+
+
+def test_pieces_in_any_order_give_the_digest_of_the_whole(tmp_path):
+    end = struct.pack(">I", haul.END)
+    for number, own in enumerate((b"own", bytes(PIECE_BYTES), bytes(3 * PIECE_BYTES + 7))):  # where the payload begins
+        sealed = several_tensors(tmp_path / str(number), own)
+        header, data = sealed[:HEADER_BYTES], sealed[HEADER_BYTES:]
+        for seed in range(3):
+            body = bytearray(len(data))
+            incoming = Incoming(memoryview(body), header)
+            for piece in random.Random(seed).sample(range(haul.piece_count(len(data))), haul.piece_count(len(data))):
+                assert incoming.digest() is None
+                carried(incoming, struct.pack(">I", piece), data[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES], end)
+            assert body == data
+            assert incoming.digest() == stamped_digest(header)
+
+
+def test_a_damaged_layout_is_not_followed(tmp_path):
+    """Whoever looks at all of it, afterwards, says what is wrong."""
+    sealed = several_tensors(tmp_path / "slot", b"own")
+    body = bytearray(len(sealed) - HEADER_BYTES)
+    incoming = Incoming(memoryview(body), sealed[:HEADER_BYTES])
+    for piece in range(haul.piece_count(len(body))):
+        data = bytearray(sealed[HEADER_BYTES:][piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES])
+        data[3] ^= 1
+        carried(incoming, struct.pack(">I", piece), bytes(data), struct.pack(">I", haul.END))
+    assert incoming.missing() == 0
+    assert incoming.digest() is None
 
 
 def test_a_piece_that_is_there_or_cannot_be_is_refused_and_half_of_one_does_not_count():
     data, end = content(1), struct.pack(">I", haul.END)
-    incoming = Incoming(memoryview(bytearray(len(data))), 0)
+    incoming = Incoming(memoryview(bytearray(len(data))), bytes(HEADER_BYTES))
     first = struct.pack(">I", 0) + data[:PIECE_BYTES]
     with pytest.raises(EOFError):
         carried(incoming, first[:-1])

@@ -55,7 +55,7 @@ while True:
     seed = hashlib.sha256(b"%d" % step).digest()
     own.write_start(step, seed * 500)
     own.write_gate(step + 1, seed * 500)
-    view = ring.begin(run="run", rank=0, world_size=1, round=1, layout=b"layout", own=seed, payload_bytes=int(payload))
+    view = ring.begin(run="run", rank=0, world_size=1, round=1, layout=b"", own=seed, payload_bytes=int(payload))
     for start in range(0, len(view), 50_000):
         view[start:start + 50_000] = (seed * 1563)[:len(view[start:start + 50_000])]
     ring.seal(step)

@@ -8,17 +8,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilient.checkpoint import tally
+from resilient.checkpoint.layout import Layout, Row, padded
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import parse, slot_bytes
 from resilient.core.messages import NONE
 from resilient.errors import CheckpointError, SnapshotMissing
 
-LAYOUT, OWN, PAYLOAD = b"layout" * 5, b"own" * 9, bytes(range(256)) * 2
+SIZES, OWN = (100, 0, 65, 1, 64, 0), b"own" * 9
 REFUSED = CheckpointError
 
 
-def sealed(payload: bytes, *, layout: bytes = LAYOUT, own: bytes = OWN, step: int = 7, path: str = "/dev/shm") -> bytes:
+def layout_of(sizes) -> bytes:
+    """Of tensors of so many bytes."""
+    return Layout(tuple(Row(str(number), "uint8", (size,), (0,), (size,)) for number, size in enumerate(sizes))).encode() if sizes else b""
+
+
+def payload_of(sizes) -> bytes:
+    """Something in each tensor, and zeros between them."""
+    return b"".join(bytes(1 + (size + at) % 255 for at in range(size)).ljust(padded(size), b"\0") for size in sizes)
+
+
+def sealed(payload: bytes, *, layout: bytes = b"", own: bytes = OWN, step: int = 7, path: str = "/dev/shm") -> bytes:
     """The bytes of a sound, stamped snapshot."""
     name = f"{path}/resilient-test-{os.getpid()}"
     try:
@@ -36,9 +48,15 @@ def sealed(payload: bytes, *, layout: bytes = LAYOUT, own: bytes = OWN, step: in
         os.unlink(name)
 
 
-@pytest.mark.parametrize("payload", [PAYLOAD, b""], ids=["snapshot", "own state"])
-def test_every_flipped_bit_is_seen(payload):
-    good = sealed(payload)
+@pytest.fixture(params=["tensors", "large tensors", "no layout", "own state"])
+def good(request, monkeypatch):
+    """The bytes of a sound snapshot."""
+    monkeypatch.setattr(tally, "PIECE", 64 if request.param == "large tensors" else tally.PIECE)
+    sizes = SIZES if "tensors" in request.param else ()
+    return sealed(payload_of(SIZES) if request.param != "own state" else b"", layout=layout_of(sizes))
+
+
+def test_every_flipped_bit_is_seen(good):
     assert parse(good, run="run", rank=3, step=7, stamped=True).own == OWN
     missed = []
     for bit in range(8 * len(good)):
@@ -52,9 +70,7 @@ def test_every_flipped_bit_is_seen(payload):
     assert not missed
 
 
-@pytest.mark.parametrize("payload", [PAYLOAD, b""], ids=["snapshot", "own state"])
-def test_every_truncation_is_seen(payload):
-    good = sealed(payload)
+def test_every_truncation_is_seen(good):
     for length in range(len(good)):
         with pytest.raises(REFUSED):
             parse(good[:length], stamped=True)
@@ -88,8 +104,9 @@ def test_garbage_is_refused(garbage):
 
 
 @settings(max_examples=60, deadline=None)
-@given(layout=st.binary(max_size=5000), own=st.binary(max_size=5000), payload=st.binary(max_size=5000), step=st.integers(0, 2**32 - 3))
-def test_any_contents_come_back(layout, own, payload, step):
+@given(sizes=st.lists(st.integers(0, 500), max_size=20), own=st.binary(max_size=5000), step=st.integers(0, 2**32 - 3), data=st.data())
+def test_any_contents_come_back(sizes, own, step, data):
+    layout, payload = layout_of(sizes), payload_of(sizes) if sizes else data.draw(st.binary(max_size=5000))
     found = parse(sealed(payload, layout=layout, own=own, step=step), run="run", rank=3, step=step, stamped=True)
     assert (found.layout, found.own, bytes(found.payload)) == (layout, own, payload)
 

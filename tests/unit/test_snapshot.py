@@ -15,7 +15,7 @@ from resilient.checkpoint.snapshot import HEADER_BYTES, parse, slot_bytes
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
-LAYOUT, OWN = b"names and shapes", b"rng and position"
+LAYOUT, OWN = b"", b"rng and position"
 
 
 def segment(path: Path, num_bytes: int) -> str:
