@@ -222,8 +222,8 @@ class Coordinator:
         leads = node.name == self.settings.leader
         manifest = self._commits.manifest
         step = self._commits.take(node.report, before, leads=leads, world_size=len(self.round.seating.places))
-        if leads and self._commits.committed:
-            self._cadence.marked(max(self._commits.committed), now)
+        if leads and self._commits.sound:
+            self._cadence.marked(max(self._commits.sound), now)
         if step != NONE:
             self._tell(lines.CheckpointCommitted(step=step))
         if self._commits.manifest != manifest and self.settings.leader in self.nodes:
@@ -481,7 +481,7 @@ class Coordinator:
         self._send_all(now)
 
     def _bring_to_safety(self, now: float) -> None:
-        rescue, committed, places = self._rescue, self._commits.committed, self.round.seating.places
+        rescue, committed, places = self._rescue, self._commits.sound, self.round.seating.places
         assert rescue is not None, "parting begins with one"
         if rescue.ready(now):
             homes = {rank: self.nodes[place.node] for rank, place in places.items()}
@@ -553,6 +553,7 @@ class Coordinator:
             checkpoint=self._named,
             rescue=self._rescue.step if self._rescue is not None and self.stage == "parting" else NONE,
             wait=self.stage == "parting",
+            distrusted=tuple(sorted(self._commits.wrong)),
         )
 
 

@@ -320,6 +320,7 @@ class VaultDo(Msg):
     ranks: tuple[int, ...] = ()  # chairs of this node: segments of others may be dropped
     checkpoint: int = NONE  # the pages ask their workers to seal this step (or the first after it) for the persistent tier
     rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
+    distrusted: tuple[int, ...] = ()  # committed steps that are damaged: not counted when old ones are removed, and written anew
 
 
 class Log(Msg):

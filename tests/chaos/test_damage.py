@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import tally
 from launched import Launched
-from test_vault import PAYLOAD, Worker, layout, right, seed, until, vault
+from test_vault import PAYLOAD, Worker, layout, right, until, vault
 
 from resilient.checkpoint.disk import DiskTier
+from resilient.checkpoint.layout import decode as described
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.slot import Slot
@@ -154,7 +155,9 @@ def foreign(where: pathlib.Path, copy: bytes) -> bytes:
     slot = Slot(str(path))
     sizes = {"rank": found.rank, "world_size": found.world_size, "round": found.round, "payload_bytes": len(found.payload)}
     view = slot.begin(run="another", layout=found.layout, own=found.own, **sizes)
-    view[:] = bytes(255 - byte for byte in found.payload)
+    view[:] = found.payload
+    for begin, length in described(found.layout).places():
+        view[begin : begin + length] = bytes(255 - byte for byte in view[begin : begin + length])
     slot.seal(found.step)
     other = memoryview(bytearray(len(copy)))
     slot.stage(other)
@@ -219,8 +222,9 @@ def test_files_that_were_exchanged(kept: tuple[str, Kept], tmp_path: pathlib.Pat
         place = f"{kind}{'rank-*.distcp' if name.startswith('rank') else name}"
         expected = "verify" if name == ".metadata" else "found"
         for what, source in (("of another step", there.file(before, name)), ("of another run", other.file(newest, name))):
+            same = source.read_bytes() == there.file(newest, name).read_bytes()  # an index of the same shapes may be
             with replaced(there.file(newest, name), source.read_bytes()):
-                assert there.tried(place, what) == expected, (name, what)
+                assert there.tried(place, what) == ("harmless" if same else expected), (name, what)
     one, two = (there.file(newest, name) for name in names[:2])
     with replaced(one, two.read_bytes()), replaced(two, one.read_bytes()):
         assert there.tried(f"{kind}rank-*.distcp", "of another rank") == "found"
@@ -339,22 +343,12 @@ async def test_a_segment_of_another_rank_or_run(tmp_path: pathlib.Path) -> None:
             worker.step(5)
         paths = [origin.snapshot_path(rank, 5) for rank in range(2)]
         mine = Segment("memory: slot", paths[0], slots(0, 5))
-        assert mine.tried(tmp_path, "of another rank", pathlib.Path(paths[1]).read_bytes()) == "found"
+        assert mine.tried(tmp_path, "of another rank", read(paths[1])) == "found"
         path, own_bytes = origin.own_segment(0)
         own = Segment("memory: own", path, owns(0, own_bytes, (5,), 6))
-        assert own.tried(tmp_path, "of another rank", pathlib.Path(origin.own_segment(1)[0]).read_bytes()) == "found"
-        data = bytearray(mine.path.read_bytes())
-        slot = Slot(str(mine.path))
-        slot.stamp_payload()
-        (tmp_path / "another").mkdir()
-        (tmp_path / "another/memory").write_bytes(foreign(tmp_path / "another", bytes(parsed(data))))
-        assert mine.tried(tmp_path, "of another run", (tmp_path / "another/memory").read_bytes()) == "found"
-        slot.close()
-
-
-def parsed(data: bytearray) -> bytearray:
-    """Only what is announced: a segment is larger."""
-    return data[: parse(data).num_bytes]
+        assert own.tried(tmp_path, "of another rank", read(origin.own_segment(1)[0])) == "found"
+        data = read(mine.path)
+        assert mine.tried(tmp_path, "of another run", foreign(tmp_path, data[: parse(data).num_bytes])) == "found"
 
 
 @pytest.mark.parametrize("trials", TRIALS)
@@ -368,7 +362,7 @@ async def test_a_peer_gives_out_nothing_damaged(tmp_path: pathlib.Path, dice: ra
             await until(lambda step=step: step in holder.seals(0)[2], poke=origin.poke)
         peer, into = Peer(holder.address, token="secret", run="run", name="test"), bytearray(2 * PAYLOAD)
         path = pathlib.Path(holder.snapshot_path(0, 5))
-        data = path.read_bytes()
+        data = read(path)
         for deed, damage in (("a byte flipped", flipped), ("zeros", blanked)):
             for number in range(trials):
                 spoilt = damage(data, dice, number)
@@ -378,7 +372,7 @@ async def test_a_peer_gives_out_nothing_damaged(tmp_path: pathlib.Path, dice: ra
                 try:
                     count = await peer.get(SnapshotKey(0, 5), into)
                     found = parse(memoryview(into)[:count], rank=0, step=5, stamped=True)
-                    sound = right(found.payload[:PAYLOAD], 5) and found.own == origin_own(data)
+                    sound = right(found.payload[:PAYLOAD], 5) and found.own == parse(data).own
                     outcome = "harmless" if sound else "WRONG"
                 except CheckpointError as error:
                     assert "\n" not in str(error)
@@ -388,15 +382,14 @@ async def test_a_peer_gives_out_nothing_damaged(tmp_path: pathlib.Path, dice: ra
                     in_place(path, data)
                 tally.count("memory: peer's slot, served", deed, outcome)
                 assert outcome != "WRONG", (deed, number)
-        assert seed(5)
         peer.close()
+
+
+def read(path: str | pathlib.Path) -> bytes:
+    return pathlib.Path(path).read_bytes()
 
 
 def in_place(path: pathlib.Path, data: bytes) -> None:
     """The same pages that are mapped."""
     with path.open("r+b") as file:
         file.write(data)
-
-
-def origin_own(data: bytes) -> bytes:
-    return parse(data).own
