@@ -56,7 +56,7 @@ class AgentSettings(Msg):
 
     run: str
     node: str  # name, unique in the run, such as "n0"
-    boot: int = 1  # counts starts of this agent on this node
+    boot: int = 1  # which start of this agent on this node
     slots: int = 1  # --nproc-per-node
     standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
     host: str = "127.0.0.1"  # address at which other nodes reach this one

@@ -157,7 +157,7 @@ class Report(Msg):
 
     run: str
     node: str
-    boot: int  # counts starts of this agent
+    boot: int  # which start of this agent; what comes later need not be larger, for clocks are set back
     seq: int  # counts reports of this boot; an older one is ignored
     host: str = ""  # address at which other nodes reach this one
     data_port: int = 0  # vault's port for peers

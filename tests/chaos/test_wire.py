@@ -21,10 +21,9 @@ from test_vault import vault
 
 from resilient.checkpoint import haul, pipe
 from resilient.checkpoint.peer import Peer
-from resilient.checkpoint.snapshot import parse
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import Recorded
-from resilient.errors import CheckpointError, TierUnavailable
+from resilient.errors import CheckpointError, SnapshotCorrupt, TierUnavailable
 
 pytestmark = [pytest.mark.process, pytest.mark.chaos]
 BODY = 1_300_000  # more than what goes over one connection
@@ -154,12 +153,13 @@ async def calling(address: str) -> AsyncIterator[Peer]:
 
 
 async def patiently(work: Callable[[], Awaitable[None]]) -> None:
-    """As whoever sends copies does: tried again while the other side still waits for the rest of what was damaged."""
+    """As whoever sends copies does: tried again while the other side still waits for the rest of what was damaged, and all of it anew where
+    one that was broken off had damaged pieces."""
     until = time.monotonic() + 30
     while True:
         try:
             return await work()
-        except TierUnavailable:
+        except (TierUnavailable, SnapshotCorrupt):
             assert time.monotonic() < until
         await asyncio.sleep(0.1)
 
