@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export VENV
 
-.PHONY: help install demo test check dev sim chaos bench clean
+.PHONY: help install demo test check dev sim chaos faults long bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1	/p' $(MAKEFILE_LIST)
@@ -31,6 +31,11 @@ sim: install  ## the whole fleet on a virtual clock: many seeds, loss, partition
 
 chaos: install  ## many kills at random moments; prints its seed
 	$(PYTHON) -m pytest -q -s -m chaos tests
+
+faults: install  ## everything that may happen to a checkpoint, many times; prints the fault matrix
+	$(PYTHON) -m pytest -q -m "" --timeout=900 tests/chaos/test_damage.py tests/chaos/test_wire.py tests/chaos/test_resumed.py tests/chaos/test_killed.py \
+		tests/chaos/test_surroundings.py tests/property/test_snapshot_bytes.py tests/process/test_storage_faults.py tests/process/test_storage.py \
+		tests/process/test_s3.py tests/process/test_tenancy.py tests/process/test_replicas.py
 
 long: install  ## further cases of what the tests show
 	$(PYTHON) -m pytest -q -m long tests

@@ -76,7 +76,7 @@ def _status(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     status = json.loads(text)
-    age = time.time() - status["updated_at"]
+    age = abs(time.time() - status["updated_at"])  # a clock may have been set back since
     note = f", not written for {age:.0f} s: is resilient-run alive?" if status["state"] in {"forming", "running"} and age > STALE_S else ""
     print(f"run {status['run_id']}: {status['state']}, round {status['round']}, {status['world_size']} ranks{note}")
     for rank in status["ranks"]:
@@ -105,7 +105,7 @@ def _cadence(it: dict[str, Any]) -> str:
 
 def _snapshot(args: argparse.Namespace) -> int:
     status = json.loads((args.run_dir / "status.json").read_text(encoding="utf-8"))
-    if status["state"] not in {"forming", "running"} or time.time() - status["updated_at"] > STALE_S:
+    if status["state"] not in {"forming", "running"} or abs(time.time() - status["updated_at"]) > STALE_S:
         sys.stderr.write(f"resilient: {args.run_dir}: a run that is under way expected, one found that is not ({status['state']})\n")
         return 1
     if not status.get("checkpoint"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from resilient.checkpoint import layout
@@ -70,6 +70,7 @@ class Drain:
         self._changed, self._differ = changed, differ
         self._persisted: dict[SnapshotKey, Persisted] = {}
         self._distrusted: set[int] = set()
+        self._heeded: frozenset[int] = frozenset()  # of these, those that the coordinator told of
         self._seen: dict[str, tuple[int, int]] = {}  # slot -> (generation, step) of its last snapshot that was looked at
         self._quay: dict[int, int] = {}  # rank -> snapshots on it
         self._outrun: set[int] = set()  # ranks that wrote into a slot before it was drained: theirs are copied first
@@ -232,6 +233,16 @@ class Drain:
     def distrust(self, step: int) -> None:
         """Its bytes were read and found wrong: if the run comes past that step again, it is written anew."""
         self._distrusted.add(step)
+        if step == self.committed:
+            self.committed, self._wish = NONE, (NONE, ())
+
+    def heed(self, steps: Collection[int]) -> None:
+        """What any node found wrong. Who read other files of such a step writes it anew as well: no two attempts are ever mixed."""
+        for step in sorted(self._heeded - set(steps)):
+            self._distrusted.discard(step)  # it has been committed anew
+        for step in sorted(set(steps) - self._heeded):
+            self.distrust(step)
+        self._heeded = frozenset(steps)
 
 
 def _pauses() -> Iterable[float]:

@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -296,7 +295,7 @@ class _Node:
         return AgentSettings(
             run=self._meeting.run_id,
             node=node,
-            boot=1 if self._meeting.alone else int(time.time()),
+            boot=1 if self._meeting.alone else 2 + secrets.randbelow(1 << 31),
             slots=launch.slots,
             standbys=_standbys(launch, options),
             host=address(launch, self._meeting),

@@ -237,8 +237,10 @@ class Vault:
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
         self._rescue = wish.rescue
-        if self._drain is not None and wish.world_size:
-            self._drain.tier.world_size = wish.world_size
+        if self._drain is not None:
+            self._drain.heed(wish.distrusted)
+            if wish.world_size:
+                self._drain.tier.world_size = wish.world_size
         self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
         for fetch in wish.fetch:
             self.fetch(fetch)
@@ -353,9 +355,10 @@ class Vault:
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
-        if self._drain is not None and wanted.tier == "persistent" and isinstance(error, SnapshotCorrupt):
+        damaged = not isinstance(error, TierUnavailable)
+        if self._drain is not None and wanted.tier == "persistent" and damaged:
             self._drain.distrust(wanted.step)
-        self._tell(Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error)))
+        self._tell(Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error), damaged=damaged))
 
     def _differ(self, step: int, error: ReplicasDiffer) -> None:
         """Replicas that should be equal are not: that step is not committed, and somebody has to look at these ranks."""

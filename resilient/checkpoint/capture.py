@@ -3,9 +3,11 @@
 Think of packing a suitcase by a fixed list: every thing has its place, known before the journey, so packing is one copy and unpacking
 another. The list itself (names, dtypes, shapes, offsets) travels in the snapshot's layout.
 
-Contract: tensors lie in the order given, each at a multiple of 64 bytes. Both directions touch every byte once: a state of n bytes costs
-n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
-what lies on an accelerator by the driver, on a stream of its own beside the host's copy. All is complete when `save` or `load` returns.
+Contract: tensors lie in the order given, each at a multiple of 64 bytes, with zeros between them: what another snapshot has left there
+would be under the payload's digest, and whoever puts a payload together from a checkpoint's files does not know it. Both directions touch
+every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads
+(movers.py); what has other strides by torch; what lies on an accelerator by the driver, on a stream of its own beside the host's copy. All
+is complete when `save` or `load` returns.
 Numbers: besides the bytes, 1 us for each tensor: where it lies is asked anew each time, so a tensor may move between two saves.
 Not run on a GPU yet: the branches for CUDA (`_Queue`, `Registered`).
 """
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from resilient.checkpoint.movers import Move
 
+_ZEROS: Final = torch.zeros(64, dtype=torch.uint8)  # longer than any gap
 _PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every context of the process
 
 
@@ -68,6 +71,7 @@ class Packing:
         self._other: list[tuple[torch.Tensor, int]] = []  # not plain bytes of this host, and their offsets
         self._small_at: list[tuple[int, int]] = []  # offset in the payload, bytes
         self._large_at: list[tuple[int, int]] = []
+        self._gaps: list[tuple[int, int]] = []
         self._sort()
 
     def save(self, payload: memoryview) -> None:
@@ -82,7 +86,7 @@ class Packing:
 
     def _sort(self) -> None:
         """Which tensors are plain bytes, which of them are large."""
-        for found in (self._small, self._large, self._small_at, self._large_at, self._other):
+        for found in (self._small, self._large, self._small_at, self._large_at, self._other, self._gaps):
             found.clear()
         offset = 0
         for part in self.parts:
@@ -95,6 +99,8 @@ class Packing:
             elif count:
                 self._small.append(part.local)
                 self._small_at.append((offset, count))
+            if gap := padded(count) - count:
+                self._gaps.append((offset + count, gap))
             offset += padded(count)
 
     def _carry(self, payload: memoryview, *, out: bool) -> None:
@@ -106,6 +112,8 @@ class Packing:
         flat = _flat(payload)
         base = flat.data_ptr()
         small, large = _moves(self._small, self._small_at, base, out=out), _moves(self._large, self._large_at, base, out=out)
+        if out:
+            small += [(base + offset, _ZEROS.data_ptr(), gap) for offset, gap in self._gaps]
         try:
             for tensor, offset in self._other:
                 packed = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)

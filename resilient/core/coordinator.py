@@ -52,6 +52,7 @@ from resilient.core.seating import Hall, Seating, seat
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
 REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
 REPORT_S_MAX = 12.0
+BOOTS_MAX = 64  # of an agent, remembered
 LEASE_REPORTS = 3  # so many reports in a row may be lost
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
@@ -170,9 +171,10 @@ class Coordinator:
             self._leases.touch(report.node, now)
             self._lack = ""  # a new node may have the room that a chair waits for
             return None
-        if (report.boot, report.seq) <= (node.report.boot, node.report.seq):
+        if report.boot in node.past or (report.boot == node.report.boot and report.seq <= node.report.seq):
             return None
-        if report.boot > node.report.boot:
+        if report.boot != node.report.boot:
+            node.past = (*node.past, node.report.boot)[-BOOTS_MAX:]
             self._lose(node.name, f"the agent of {node.name} was started again", now)
             if node.assignment is not None:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)
@@ -222,8 +224,8 @@ class Coordinator:
         leads = node.name == self.settings.leader
         manifest = self._commits.manifest
         step = self._commits.take(node.report, before, leads=leads, world_size=len(self.round.seating.places))
-        if leads and self._commits.committed:
-            self._cadence.marked(max(self._commits.committed), now)
+        if leads and self._commits.sound:
+            self._cadence.marked(max(self._commits.sound), now)
         if step != NONE:
             self._tell(lines.CheckpointCommitted(step=step))
         if self._commits.manifest != manifest and self.settings.leader in self.nodes:
@@ -481,7 +483,7 @@ class Coordinator:
         self._send_all(now)
 
     def _bring_to_safety(self, now: float) -> None:
-        rescue, committed, places = self._rescue, self._commits.committed, self.round.seating.places
+        rescue, committed, places = self._rescue, self._commits.sound, self.round.seating.places
         assert rescue is not None, "parting begins with one"
         if rescue.ready(now):
             homes = {rank: self.nodes[place.node] for rank, place in places.items()}
@@ -553,6 +555,7 @@ class Coordinator:
             checkpoint=self._named,
             rescue=self._rescue.step if self._rescue is not None and self.stage == "parting" else NONE,
             wait=self.stage == "parting",
+            distrusted=tuple(sorted(self._commits.wrong)),
         )
 
 

@@ -28,6 +28,7 @@ class Node:
     sent: float = float("-inf")
     alive: bool = True
     stale: bool = False  # it was lost: its assignment may be old
+    past: tuple[int, ...] = ()  # boots that a later one has followed, the last ones: a clock may go back, so their order says nothing
     _names: list[str] = field(default_factory=list)  # of those who sat here when this was last asked
     _standbys: tuple[Standby, ...] = ()
     _known: frozenset[str] = frozenset()  # workers told of

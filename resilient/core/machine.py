@@ -56,7 +56,7 @@ class AgentSettings(Msg):
 
     run: str
     node: str  # name, unique in the run, such as "n0"
-    boot: int = 1  # counts starts of this agent on this node
+    boot: int = 1  # which start of this agent on this node
     slots: int = 1  # --nproc-per-node
     standbys: int = 0  # --standbys K; for --shadows all: the same number as `slots`
     host: str = "127.0.0.1"  # address at which other nodes reach this one
@@ -320,6 +320,7 @@ class VaultDo(Msg):
     ranks: tuple[int, ...] = ()  # chairs of this node: segments of others may be dropped
     checkpoint: int = NONE  # the pages ask their workers to seal this step (or the first after it) for the persistent tier
     rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
+    distrusted: tuple[int, ...] = ()  # committed steps that are damaged: not counted when old ones are removed, and written anew
 
 
 class Log(Msg):

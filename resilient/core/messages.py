@@ -138,6 +138,7 @@ class Refused(Msg):
     rank: int
     reason: str
     kind: str = "refused"  # or "replicas_differ"
+    damaged: bool = False  # it was read; else its place may only not have answered
 
 
 class Pace(Msg):
@@ -156,7 +157,7 @@ class Report(Msg):
 
     run: str
     node: str
-    boot: int  # counts starts of this agent
+    boot: int  # which start of this agent; what comes later need not be larger, for clocks are set back
     seq: int  # counts reports of this boot; an older one is ignored
     host: str = ""  # address at which other nodes reach this one
     data_port: int = 0  # vault's port for peers
@@ -253,6 +254,7 @@ class Assignment(Msg):
     checkpoint: int = NONE  # besides those at a fixed interval: seal this step for the persistent tier, or the first one after it
     rescue: int = NONE  # state failed: bring what is sealed of this step to the persistent tier
     wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
+    distrusted: tuple[int, ...] = ()  # committed steps that somebody found damaged: whoever comes past one writes it anew
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)

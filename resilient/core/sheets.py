@@ -61,6 +61,7 @@ def vault_do(new: Assignment) -> VaultDo:
         ranks=tuple(sorted(seat.rank for seat in new.seats)),
         checkpoint=new.checkpoint,
         rescue=new.rescue,
+        distrusted=new.distrusted,
     )
 
 

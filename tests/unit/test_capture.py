@@ -72,8 +72,9 @@ def there_and_back(tensors, threads):
     packing.save(memoryview(payload))
     at = 0
     for want in wanted:
-        assert payload[at : at + len(want)] == want
-        at += -(-len(want) // ALIGN) * ALIGN
+        end, at = at + len(want), at + -(-len(want) // ALIGN) * ALIGN
+        assert payload[end - len(want) : end] == want
+        assert payload[end:at] == bytes(at - end), "of what was there before nothing is left"
     assert at == packing.num_bytes == len(payload)
     with torch.no_grad():
         for tensor in tensors:

@@ -210,6 +210,16 @@ def test_old_and_foreign_reports_are_ignored(house):
     assert "n9" not in house.coordinator.nodes
 
 
+def test_a_clock_that_goes_back_keeps_no_agent_out(house):
+    """An agent that is started again may have any number; the one before it, which may still be about, is not heard any more."""
+    for boot in (1_000, 7, 500):
+        house.report(boot=boot)
+        assert house.coordinator.nodes["n0"].report.boot == boot
+    for boot in (1_000, 7, 1):
+        house.report(boot=boot)
+        assert house.coordinator.nodes["n0"].report.boot == 500
+
+
 def two_nodes():
     house = House(nodes_min=2, nodes_max=2)
     house.report("n0")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -71,8 +74,23 @@ def test_a_known_frame_of_an_unwanted_type_is_refused() -> None:
 )
 def test_broken_messagepack_is_a_protocol_error(body: bytes) -> None:
     decoder: Decoder[WorkerUp] = Decoder(WorkerUp)
-    with pytest.raises(ProtocolError):
-        decoder.feed(HEADER.pack(len(body)) + body)
+    with pytest.raises(ProtocolError, match="a known message expected"):
+        decoder.feed(HEADER.pack(len(body) + 4) + body + struct.pack(">I", zlib.crc32(body)))
+
+
+@given(messages, st.data())
+def test_a_damaged_frame_is_never_taken_for_a_message(sent: WorkerUp, data: st.DataObject) -> None:
+    """Any bit of it flipped: an error, or it waits for bytes that a length too large announces. Cut anywhere: it waits."""
+    frame = bytearray(encode(sent))
+    bit = data.draw(st.integers(0, 8 * len(frame) - 1))
+    frame[bit // 8] ^= 1 << bit % 8
+    decoder: Decoder[WorkerUp] = Decoder(WorkerUp)
+    try:
+        came = decoder.feed(bytes(frame))
+    except ProtocolError:
+        return
+    assert came == []
+    assert bit < 8 * HEADER.size, "only of a length that has grown is more expected"
 
 
 def test_a_message_too_large_for_any_receiver_is_our_own_fault() -> None:

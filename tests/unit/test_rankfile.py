@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 
 from resilient.checkpoint import codec
+from resilient.checkpoint.capture import Packing
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Layout, Row, Twins, decode
+from resilient.checkpoint.movers import Movers
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import parse, slot_bytes
 from resilient.checkpoint.source import Live, Whole
@@ -20,6 +23,16 @@ from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import ReplicasDiffer, SnapshotCorrupt
 
 WORLD, STEP = 3, 7
+
+
+class Part(NamedTuple):
+    """A tensor to be packed."""
+
+    local: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.local.numel() * self.local.element_size()
 
 
 def own_state(rank: int) -> bytes:
@@ -202,3 +215,23 @@ def test_torch_reads_flattened_settings_and_tied_weights(tmp_path):
     dist_checkpoint.load({"optim": optim, "model": model}, checkpoint_id=tmp_path / "kept" / "step-00000007", no_dist=True)
     assert optim == {"param_groups.weight.lr": 0.1, "param_groups.bias.betas": (0.9, 0.99)}
     assert all(torch.equal(tensor, tensors["model.module.weight"]) for tensor in model.values())
+
+
+def test_a_place_that_held_another_snapshot_leaves_nothing_in_the_next_one(tmp_path: Path) -> None:
+    """Own state grows past a page: the payload moves, and the gaps between its tensors come to lie where tensors were."""
+    tensors = [torch.full((1000 + number,), 1.5) for number in range(3)]
+    parts = [Part(tensor) for tensor in tensors]
+    layout = Layout(tuple(Row(f"model.{n}", "float32", (len(t),), (0,), (len(t),)) for n, t in enumerate(tensors)), Twins(0)).encode()
+    packing, owns = Packing(parts, Movers(1)), [codec.encode({"losses": [0.5] * count}) for count in (10, 500)]
+    path = tmp_path / "slot"
+    path.write_bytes(bytes(slot_bytes(len(layout), len(owns[1]), packing.num_bytes)))
+    slot, tier = Slot(str(path)), DiskTier(str(tmp_path / "kept"))
+    for step, own in enumerate(owns, 1):
+        view = slot.begin(run="run", rank=0, world_size=1, round=1, layout=layout, own=own, payload_bytes=packing.num_bytes)
+        packing.save(view)
+        slot.seal(step)
+        tier.commit(step, [tier.write(SnapshotKey(0, step), Live(slot))], run="run")
+        tier.get(SnapshotKey(0, step), bytearray(1 << 20))
+        tier.verify(step)
+    del view
+    slot.close()
