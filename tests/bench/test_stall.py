@@ -19,7 +19,6 @@ BENCH_ENGINES=a,b: these of the others alone.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -27,9 +26,9 @@ import statistics
 import sys
 
 import pytest
-from launched import Launched
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import fleet
 import peers
 from limits import disk_s, memcpy_s
 from stalls import gaps, measured
@@ -49,12 +48,13 @@ ASKED = [engine for engine in os.environ.get("BENCH_ENGINES", ",".join(ENGINES))
 
 def ours(where: pathlib.Path) -> tuple[list[dict[str, object]], dict[str, float]]:
     """Under resilient-run with a directory as persistent tier; rows, and the seconds of snapshots and restores themselves."""
-    flags = ["--nproc-per-node", "1", "--checkpoint", f"file://{where / 'kept'}", "--checkpoint-every", str(EVERY)]
-    env = {"OMP_NUM_THREADS": str(peers.THREADS)}
-    with Launched(where, flags, str(peers.JOB), ["resilient", str(where), *FLAGS], env=env) as run:
-        assert run.wait(peers.DEADLINE_S) == 0, run.text()
-        safe = {event["step"]: event["t"] for event in run.events("checkpoint_committed")}
-    times = json.loads((where / "times-0.json").read_text())
+    kept = where / "kept"
+    flags = ("--checkpoint", f"file://{kept}", "--checkpoint-every", str(EVERY))
+    with fleet.started(where, 1, 1, ["resilient", str(where), *FLAGS], flags) as running:
+        running.wait()
+        safe = {event["step"]: event["t"] for event in running.jobs[0].events("checkpoint_committed")}
+    (times,) = running.times()
+    shutil.rmtree(kept)
     bodies, snapshots = times["bodies"], times["snapshots"]
     blocked = gaps(bodies[:-1])
     later = [stall for step, stall in enumerate(blocked, 1) if step % EVERY and step > 1]
@@ -100,8 +100,7 @@ def bounds(rows: list[dict[str, object]], facts: dict[str, float], memcpy: float
 
 def test_stall(tmp_path: pathlib.Path) -> None:
     one, two, disk = memcpy_s(STATE, 1), memcpy_s(STATE, 2), disk_s(STATE, tmp_path)
-    rows, facts = ours(tmp_path)
-    shutil.rmtree(tmp_path / "kept")
+    rows, facts = ours(tmp_path / "ours")
     rows += [theirs(tmp_path / engine, engine) for engine in ASKED]
     memcpy = one if len(os.sched_getaffinity(0)) == 1 else two
     for row in rows:

@@ -24,7 +24,8 @@ def told(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     WHERE.mkdir(parents=True, exist_ok=True)
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     (WHERE / f"{name}.json").write_text(json.dumps({"name": name, "machine": machine, **facts, "rows": rows}, indent=1) + "\n")
-    print("\n" + "   ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, list)))
+    if plain := [f"{key} {value}" for key, value in facts.items() if not isinstance(value, list)]:
+        print("\n" + "   ".join(plain))
     table(rows)
     for value in facts.values():
         if isinstance(value, list):
@@ -36,7 +37,12 @@ def bound(what: str, found: float, *, at_most: float | None = None, at_least: fl
     limit = at_most if at_most is not None else at_least
     assert limit is not None
     met = found <= limit if at_most is not None else found >= limit
-    return {"bound": what, "found": round(found, 2), "wanted": f"{'<=' if at_most is not None else '>='} {limit}", "met": "yes" if met else "NO"}
+    return {
+        "bound": what,
+        "found": round(found, 2),
+        "wanted": f"{'<=' if at_most is not None else '>='} {limit}",
+        "met": "yes" if met else "NO",
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> None:

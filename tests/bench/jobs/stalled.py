@@ -4,8 +4,8 @@
 
 ENGINE: `resilient` (under resilient-run, whose flags say where and how often), or one of engines.py, nvrx.py, dlrover_flash.py.
 FOLDER gets `times-RANK.json`: what training.py measures; for each save when it was safe (not for `resilient`: the run's own events tell);
-seconds of a load from the cold disk, or from where else it was; and of F loads after one bit of a data file was flipped, how many were
-refused and how many gave other tensors than were saved without a word.
+seconds of a load from the cold disk, or from where else it was; and of F loads after one bit of what is loaded was flipped, how many were
+refused and how many gave other tensors than were saved without a word (`resilient`: of its memory; test_integrity.py does the disk).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException  # a BaseException
 from training import RANK, WORLD, Training, arguments, mapped
 
 MODULES = {"nvrx": "nvrx", "dlrover": "dlrover_flash"}
@@ -35,23 +36,39 @@ def under_resilient(training, args):
         snapshots.append(run.loop.tier0.cost_s)  # of the boundary before
         training.step()
     training.over()
-    return {"snapshots": snapshots[1:], "restores": restores(run.loop, args.steps)}
+    with run.loop.tier0.reading(args.steps, "") as slot:
+        return {"snapshots": snapshots[1:], "restores": restores(run.loop.tier0, slot, args.steps), **flipped(slot, args)}
 
 
-def restores(loop, step):
+def restores(tier0, slot, step):
     """Seconds to verify and load a snapshot from memory, a few times."""
     found = []
+    if not slot.is_stamped():
+        slot.stamp_payload()  # the agent would have
     for _ in range(3):
-        with loop.tier0.reading(step, "") as slot:
-            if not slot.is_stamped():
-                slot.stamp_payload()  # the agent would have
-            begin = time.perf_counter()
-            snapshot = slot.read(step=step)
-            loop.tier0.unpack(snapshot, slot.where)
-            found.append(time.perf_counter() - begin)
-            assert snapshot.stamped
-            del snapshot
+        begin = time.perf_counter()
+        snapshot = slot.read(step=step)
+        tier0.unpack(snapshot, slot.where)
+        found.append(time.perf_counter() - begin)
+        assert snapshot.stamped
+        del snapshot
     return found
+
+
+def flipped(slot, args):
+    """What becomes of bits that are flipped in a snapshot in memory."""
+    from resilient.errors import CheckpointError
+
+    draw, refused = random.Random(7), 0
+    for _ in range(args.flips):
+        at, bit = draw.randrange(slot.sealed_bytes()), 1 << draw.randrange(8)
+        slot.memory[at] ^= bit
+        try:
+            slot.read(step=args.steps)
+        except CheckpointError:
+            refused += 1
+        slot.memory[at] ^= bit
+    return {"flips": args.flips, "refused": refused, "wrong": args.flips - refused}
 
 
 def under_a_peer(training, args):
@@ -100,7 +117,7 @@ def loads(engine, step, flips):
         flip(path, at, bit)
         try:
             wrong += not same(engine.load(step), engine.training.state())
-        except Exception as error:  # noqa: BLE001 - whatever it says of it, it has noticed
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever it says of it, it has noticed
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             refused += 1
         flip(path, at, bit)
