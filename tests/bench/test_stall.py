@@ -14,7 +14,7 @@ the same disk past the page cache.
 
 "memory" is the snapshot alone, "resilient" the checkpoint on disk. Nothing is asserted about time.
 BENCH_WIDTH=w: of the layers, the state grows with its square (2048; 3906 is 4 GB); BENCH_SAVES=n: saves of each engine (3);
-BENCH_ENGINES=a,b: these of the others alone.
+BENCH_ENGINES=a,b: these of the others alone (each takes half a minute).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 WIDTH = os.environ.get("BENCH_WIDTH", "2048")
 SAVES = int(os.environ.get("BENCH_SAVES", "3"))
 EVERY = 10
-FLAGS = ["--steps", str(SAVES * EVERY + EVERY // 2), "--every", str(EVERY), "--width", WIDTH]
+FLAGS = ["--steps", str(SAVES * EVERY + 8), "--every", str(EVERY), "--width", WIDTH]  # the last save is looked after as well
 STATE = 22 * (int(WIDTH) + 1) * int(WIDTH) * 4 * 3
 STAGED = ("dcp-staged", "dcp-staged-process")
 ENGINES = ("torch.save", "dcp-thread", "dcp-process", *STAGED, "nvrx-async", "nvrx-local", "dlrover-memory", "dlrover-disk")
@@ -101,7 +101,9 @@ def bounds(rows: list[dict[str, object]], facts: dict[str, float], memcpy: float
 def test_stall(tmp_path: pathlib.Path) -> None:
     one, two, disk = memcpy_s(STATE, 1), memcpy_s(STATE, 2), disk_s(STATE, tmp_path)
     rows, facts = ours(tmp_path / "ours")
-    rows += [theirs(tmp_path / engine, engine) for engine in ASKED]
+    for engine in ASKED:
+        rows.append(theirs(tmp_path / engine, engine))
+        print(*rows[-1].values(), flush=True)  # it takes minutes
     memcpy = one if len(os.sched_getaffinity(0)) == 1 else two
     for row in rows:
         if "stall_s" in row:
