@@ -1,52 +1,28 @@
-"""One rank trains a stack of linear layers with Adam and saves its state now and then, by one of several engines.
+"""Training that saves its state now and then, by one of several engines.
 
-    stalled.py ENGINE FOLDER [--steps N] [--every K] [--width W] [--layers L] [--batch B]
+    stalled.py ENGINE FOLDER [--steps N] [--every K] [--width W] [--layers L] [--batch B] [--flips F]
 
-ENGINE: `resilient` (under resilient-run, whose flags say where and how often), `torch.save`, `dcp-thread` or `dcp-process`.
-FOLDER gets `times.json`: for each step when its body began and ended; for each save when it was durable (not for `resilient`: the
-run's own events tell). What lies between the end of one body and the beginning of the next is the time that training was blocked.
+ENGINE: `resilient` (under resilient-run, whose flags say where and how often), or one of engines.py, nvrx.py, dlrover_flash.py.
+FOLDER gets `times-RANK.json`: what training.py measures; for each save when it was safe (not for `resilient`: the run's own events tell);
+seconds of a load from the cold disk, or from where else it was; and of F loads after one bit of what is loaded was flipped, how many were
+refused and how many gave other tensors than were saved without a word (`resilient`: of its memory; test_integrity.py does the disk).
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import os
-import threading
+import random
+import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint import CheckpointException  # a BaseException
+from training import RANK, WORLD, Training, arguments, mapped
 
-FLAGS = {"steps": 40, "every": 10, "width": 2048, "layers": 22, "batch": 16}
-
-
-class Training:
-    """The model, its optimizer, and a clock."""
-
-    def __init__(self, args):
-        """22 layers of 2048 x 2048 are 92 million parameters: 1.1 GB with Adam's two moments."""
-        torch.manual_seed(1)
-        self.model = nn.Sequential(*[nn.Linear(args.width, args.width) for _ in range(args.layers)])
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
-        self.batch = torch.randn(args.batch, args.width)
-        self.bodies = []
-
-    def step(self):
-        """One body."""
-        begin = time.time()
-        self.model(self.batch).square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        self.bodies.append((begin, time.time()))
-
-    def state(self):
-        """What the peers save."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+MODULES = {"nvrx": "nvrx", "dlrover": "dlrover_flash"}
 
 
 def under_resilient(training, args):
@@ -59,79 +35,123 @@ def under_resilient(training, args):
     for _ in run.steps(args.steps):
         snapshots.append(run.loop.tier0.cost_s)  # of the boundary before
         training.step()
-    training.bodies.append((time.time(),) * 2)
-    return {"snapshots": snapshots[1:], "restores": restores(run.loop, args.steps)}
+    training.over()
+    with run.loop.tier0.reading(args.steps, "") as slot:
+        return {"snapshots": snapshots[1:], "restores": restores(run.loop.tier0, slot, args.steps), **flipped(slot, args)}
 
 
-def restores(loop, step):
+def restores(tier0, slot, step):
     """Seconds to verify and load a snapshot from memory, a few times."""
     found = []
+    if not slot.is_stamped():
+        slot.stamp_payload()  # the agent would have
     for _ in range(3):
-        with loop.tier0.reading(step, "") as slot:
-            if not slot.is_stamped():
-                slot.stamp_payload()  # the agent would have
-            begin = time.perf_counter()
-            snapshot = slot.read(step=step)
-            loop.tier0.unpack(snapshot, slot.where)
-            found.append(time.perf_counter() - begin)
-            assert snapshot.stamped
-            del snapshot
+        begin = time.perf_counter()
+        snapshot = slot.read(step=step)
+        tier0.unpack(snapshot, slot.where)
+        found.append(time.perf_counter() - begin)
+        assert snapshot.stamped
+        del snapshot
     return found
 
 
-def under_a_peer(training, args, engine):
-    """Returns when each save was durable."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    durable, under_way = {}, None
-    for step in range(args.steps):
-        training.step()
-        if (step + 1) % args.every == 0:
-            if under_way is not None:
-                under_way()  # as their users do: one save at a time
-            under_way = (
-                torch_save(training, args, step, durable) if engine == "torch.save" else dcp_save(training, args, step, durable, engine)
-            )
-    training.bodies.append((time.time(),) * 2)
-    under_way()
+def flipped(slot, args):
+    """What becomes of bits that are flipped in a snapshot in memory."""
+    from resilient.errors import CheckpointError
+
+    draw, refused = random.Random(7), 0
+    for _ in range(args.flips):
+        at, bit = draw.randrange(slot.sealed_bytes()), 1 << draw.randrange(8)
+        slot.memory[at] ^= bit
+        try:
+            slot.read(step=args.steps)
+        except CheckpointError:
+            refused += 1
+        slot.memory[at] ^= bit
+    return {"flips": args.flips, "refused": refused, "wrong": args.flips - refused}
+
+
+def under_a_peer(training, args):
+    """Returns what else was measured."""
+    if WORLD > 1:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = importlib.import_module(MODULES.get(args.engine.partition("-")[0], "engines"))
+    engine = found.ENGINES[args.engine](training, args.folder)
+    for step in range(1, args.steps + 1):
+        training.step(engine.ready)
+        engine.turn()
+        if step % args.every == 0:
+            engine.wait()  # as their users do: one save at a time
+            engine.save(step)
+    training.over()
+    engine.wait()
+    safe, last = dict(engine.safe), max(engine.safe)
+    if args.flips:
+        last = args.steps + 1  # of the state as it stays
+        engine.save(last)
+        engine.ready()
+        engine.wait()
+    more = loads(engine, last, args.flips) if WORLD == 1 else {}
+    dist.barrier()
+    engine.close()
     dist.destroy_process_group()
-    return {"durable": durable}
+    return {"safe": safe, "where": engine.where, **more}
 
 
-def torch_save(training, args, step, durable):
-    """The file is in the page cache when torch.save returns; a thread of ours asks for the disk."""
-    path = args.folder / f"step-{step + 1}.pt"
-    torch.save(training.state(), path)
-
-    def flush():
+def loads(engine, step, flips):
+    """A load, and what becomes of flipped bits."""
+    for path in engine.files(step):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        durable[step] = time.time()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin = time.perf_counter()
+    found = engine.load(step)
+    taken = time.perf_counter() - begin
+    assert not flips or same(found, engine.training.state())
+    del found
+    draw = random.Random(7)
+    refused = wrong = 0
+    for _ in range(flips):
+        path = draw.choice(engine.files(step))
+        at, bit = draw.randrange(path.stat().st_size), 1 << draw.randrange(8)
+        flip(path, at, bit)
+        try:
+            wrong += not same(engine.load(step), engine.training.state())
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever it says of it, it has noticed
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            refused += 1
+        flip(path, at, bit)
+    return {"load_s": taken, "flips": flips, "refused": refused, "wrong": wrong}
 
-    thread = threading.Thread(target=flush)
-    thread.start()
-    return thread.join
+
+def flip(path, at, bit):
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ bit]))
 
 
-def dcp_save(training, args, step, durable, engine):
-    """It calls fsync itself."""
-    kind = AsyncCheckpointerType.THREAD if engine == "dcp-thread" else AsyncCheckpointerType.PROCESS
-    future = dcp.async_save(training.state(), checkpoint_id=args.folder / f"step-{step + 1}", async_checkpointer_type=kind)
-    future.add_done_callback(lambda _: durable.setdefault(step, time.time()))
-    return future.result
+def same(one, other):
+    """Whether they have the same tensors, bit for bit."""
+    theirs = listed(other)
+    return len(listed(one)) == len(theirs) and all(map(torch.equal, listed(one), theirs))
+
+
+def listed(state):
+    found = []
+    mapped(state, found.append)
+    return found
 
 
 def main():
     """See the module's text."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engine")
-    parser.add_argument("folder", type=Path)
-    for flag, default in FLAGS.items():
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    args = parser.parse_args()
+    args = arguments()
     training = Training(args)
-    found = under_resilient(training, args) if args.engine == "resilient" else under_a_peer(training, args, args.engine)
-    state = 3 * sum(p.numel() * p.element_size() for p in training.model.parameters())
-    (args.folder / "times.json").write_text(json.dumps({"bodies": training.bodies, "state_bytes": state, **found}))
+    more = under_resilient(training, args) if args.engine == "resilient" else under_a_peer(training, args)
+    (args.folder / f"times-{RANK}.json").write_text(json.dumps(training.found(**more)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""What the machine allows: one warm pass of memory, and a write to the disk past the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import pathlib
+import statistics
+import threading
+import time
+
+BLOCK = 16 << 20
+
+
+def memcpy_s(num_bytes: int, threads: int, rounds: int = 5) -> float:
+    """One warm pass, from private into shared memory, cut into one share for each thread; the best of several."""
+    source, target = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE), mmap.mmap(-1, num_bytes, flags=mmap.MAP_SHARED)
+    for one in (source, target):
+        for at in range(0, num_bytes, mmap.PAGESIZE):
+            one[at] = 1
+    from_, to = (ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (source, target))
+    shares = [num_bytes * i // threads for i in range(threads + 1)]
+    found = []
+    for _ in range(rounds):
+        others = [threading.Thread(target=ctypes.memmove, args=(to + a, from_ + a, b - a)) for a, b in itertools.pairwise(shares)]
+        begin = time.perf_counter()
+        for other in others:
+            other.start()
+        for other in others:
+            other.join()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def disk_s(num_bytes: int, where: pathlib.Path, rounds: int = 3) -> float:
+    """So many bytes written past the page cache, and flushed; the median."""
+    block, found = mmap.mmap(-1, BLOCK), []
+    block.write(os.urandom(BLOCK))
+    for number in range(rounds):
+        path = where / f"limit-{number}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        begin = time.perf_counter()
+        for _ in range(-(-num_bytes // BLOCK)):
+            os.write(fd, block)
+        os.fsync(fd)
+        found.append(time.perf_counter() - begin)
+        os.close(fd)
+        path.unlink()
+    return statistics.median(found)
