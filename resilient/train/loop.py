@@ -210,6 +210,7 @@ class Loop:
             self.rounds.leave("the script left its loop before this process had taken its chair")
         if self.scope.active and self.broken and not self.scope.open:
             self.rounds.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
+        self.tier0.settle()
         if self.scope.active and self.scope.open:  # it voted: the step commits on every rank
             self.scope.leave()
             self.ledger.committed(self.ledger.step + 1)
@@ -234,6 +235,7 @@ class Loop:
         if self.comm.kind == "nccl":
             torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
         step, round_ = self.ledger.step, self.ledger.round
+        self.tier0.settle()  # who votes has sealed what was begun at the last boundary; and it is changed from here on
         self._await_copies(step)
         self.tier0.own_gate(step + 1, round_, (_AT_BOUNDARY if boundary else _IN_BODY) + self.tracked.own())
         self.ledger.write("voted")
@@ -307,7 +309,7 @@ class Loop:
             self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
         self.ledger.committed(step)
         if due:
-            self._sealed(step)
+            self.tier0.once_sealed(functools.partial(self._sealed, step))
         self._publish()
         if self.broken:
             self._recover()
@@ -324,7 +326,7 @@ class Loop:
         return self._asked < self.page.wanted() <= step if voted is None else voted
 
     def _sealed(self, step: int) -> None:
-        """The agent sees that this snapshot is to be brought to the persistent tier."""
+        """The agent sees that this snapshot is to be brought to the persistent tier. On the thread that has sealed it."""
         self._asked = max(self._asked, step)
         self.page.sealed(step, 0 if self.undo_needed else int(self.tier0.cost_s * 1e9))
         self.desk.send(Sealed())
@@ -385,7 +387,7 @@ class Loop:
         if self.undo_needed or due:
             self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
         if due:
-            self._sealed(self.ledger.step)
+            self.tier0.once_sealed(functools.partial(self._sealed, self.ledger.step))
         if self.broken:
             self._recover()
 
@@ -428,6 +430,7 @@ class Loop:
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
             self.tier0.snapshot(step, self.ledger.round, own)
+            self.tier0.settle()
         if self.checkpoint_every is None and self._asked < step:
             self._sealed(step)
         if self.page.copied() != UNCOPIED:

@@ -264,6 +264,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         on_suspect=desk.suspect,
     )
     desk.recorder = recorder
+    movers = Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))
     loop = Loop(
         comm=comm,
         scope=scope,
@@ -271,7 +272,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(desk, tracked, run_id, Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))),
+        tier0=Tier0(desk, tracked, run_id, movers, overlap=env.get("RESILIENT_CAPTURE") == "behind"),  # that path, tested without a GPU
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))

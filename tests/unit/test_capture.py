@@ -39,6 +39,12 @@ DTYPES = (
 @dataclass
 class Part:
     local: torch.Tensor
+    key: str = ""
+    steady: bool = True
+
+    @property
+    def version(self):
+        return self.local._version
 
     @property
     def num_bytes(self):
