@@ -29,6 +29,7 @@ from torch import nn
 
 import resilient
 from resilient.checkpoint import behind, capture, movers
+from resilient.train.loop import Loop
 from resilient.train.tier0 import Tier0
 
 parser = argparse.ArgumentParser()
@@ -55,8 +56,17 @@ if "late" in features:  # snapshots are copied beside the body, and that takes l
         copied_at_once(*move)
 
     movers._copy_small = copied_late
-if "unwaited" in features:  # sabotage: what is being copied may be changed
-    Tier0.settle = lambda *_: None
+if "unwaited" in features:  # sabotage: the gate lets optimizers change what is being copied
+    gate, settle = Loop.gate, Tier0.settle
+
+    def unwaited(loop: Loop, *, boundary: bool = False) -> bool:
+        Tier0.settle = lambda *_: None
+        try:
+            return gate(loop, boundary=boundary)
+        finally:
+            Tier0.settle = settle
+
+    Loop.gate = unwaited
 if "unwatched" in features:  # and nobody notices
     capture.Watched.touched = lambda _: []
 
