@@ -121,9 +121,13 @@ class _Host:
         """Whether what was plain still is."""
         return all(map(torch.Tensor.is_contiguous, self.small)) and all(map(torch.Tensor.is_contiguous, self.large))
 
-    def job(self, flat: torch.Tensor, movers: Movers, *, out: bool) -> Callable[[], None]:
-        """The copies, for any thread. Addresses are those of now; raises SnapshotMismatch for a tensor without memory."""
+    def job(self, flat: torch.Tensor, movers: Movers, *, out: bool, held: bool = False) -> Callable[[], None]:
+        """The copies, for any thread. Addresses are those of now; raises SnapshotMismatch for a tensor without memory.
+
+        held: what is there now is copied even if the program lets go of it, or puts other memory under its tensor.
+        """
         base = flat.data_ptr()
+        memory = [tensor.untyped_storage() for tensor in (*self.small, *self.large)] if held else []
         small, large = _moves(self.small, self.small_at, base, out=out), _moves(self.large, self.large_at, base, out=out)
 
         def run() -> None:
@@ -132,6 +136,7 @@ class _Host:
                     packed = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
                     (packed if out else tensor).copy_(tensor if out else packed)
             movers.move(small, [piece for move in large for piece in cut(move)])
+            memory.clear()
 
         return run
 
@@ -160,7 +165,8 @@ class Packing:
         flat = self._ready(payload)
         ends: list[Callable[[], None]] = []
         passage = Passage(self._behind, ends)
-        first, rest = (host.job(flat, self._movers, out=True) for host in (self._first, self._rest))
+        first = self._first.job(flat, self._movers, out=True)
+        rest = self._rest.job(flat, self._movers, out=True, held=True)
         try:
             ends += [lane.save(flat) for lane in self._lanes]
             first()

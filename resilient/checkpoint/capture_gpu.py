@@ -121,10 +121,11 @@ def lots(pieces: Sequence[Piece], pack: int = PACK, tray: int = TRAY) -> list[Lo
     for tensor, offset in pieces:
         count = tensor.numel() * tensor.element_size()
         last = found[-1] if found else None
+        tensor = tensor.detach()  # noqa: PLW2901  holds the memory even if the program puts another one under its tensor
         if count > pack or not _plain(tensor):
             found.append(Lot(offset, count, [tensor], [0]))
             continue
-        raw = tensor.detach().reshape(-1).view(torch.uint8)
+        raw = tensor.reshape(-1).view(torch.uint8)
         if last is None or not last.raws or offset != last.offset + padded(last.num_bytes) or offset + count - last.offset > tray:
             found.append(Lot(offset, count, [tensor], [0], [raw]))
         else:
