@@ -102,6 +102,7 @@ class Lot:
     tensors: list[torch.Tensor]
     offsets: list[int]  # in the lot
     raws: list[torch.Tensor] = field(default_factory=list)  # the same memory as bytes; none where the strides are others
+    _places: list[torch.Tensor] = field(default_factory=list)  # on the tray
 
     def launch(self, flat: torch.Tensor) -> None:
         """On the current stream."""
@@ -110,8 +111,9 @@ class Lot:
             for tensor, offset in zip(self.tensors, self.offsets, strict=True):
                 _place(flat, tensor, self.offset + offset).copy_(tensor, non_blocking=True)
             return
-        places = [tray[offset : offset + raw.numel()] for offset, raw in zip(self.offsets, self.raws, strict=True)]
-        torch._foreach_copy_(places, self.raws)  # public in all but name: FSDP2 copies with it
+        if not self._places:
+            self._places = [tray[offset : offset + raw.numel()] for offset, raw in zip(self.offsets, self.raws, strict=True)]
+        torch._foreach_copy_(self._places, self.raws)  # public in all but name: FSDP2 copies with it
         flat[self.offset : self.offset + self.num_bytes].copy_(tray[: self.num_bytes], non_blocking=True)
 
 
