@@ -1,45 +1,60 @@
 """Capture: shared tensors into a snapshot's payload and back.
 
 Think of packing a suitcase by a fixed list: every thing has its place, known before the journey, so packing is one copy and unpacking
-another. The list itself (names, dtypes, shapes, offsets) travels in the snapshot's layout.
+another. The list itself (names, dtypes, shapes, offsets) travels in the snapshot's layout. What may be worn before the next stop goes in
+first, while everybody waits; the rest is packed while the guests are at breakfast, and nobody touches it meanwhile.
 
 Contract: tensors lie in the order given, each at a multiple of 64 bytes, with zeros between them: what another snapshot has left there
 would be under the payload's digest, and whoever puts a payload together from a checkpoint's files does not know it. Both directions touch
-every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads
-(movers.py); what has other strides by torch; what lies on an accelerator by the driver, on a stream of its own beside the host's copy. All
-is complete when `save` or `load` returns.
+every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
+what lies on a GPU by its driver, on a stream of its own (capture_gpu.py).
+All is complete when `save` or `load` returns. `begin` returns as soon as the program may go on: what is not `steady` (changed by nothing
+but what waits at a gate) has been copied by then, or stands in the stream before whatever the program launches next. The rest, of tensors
+on a GPU (`overlap`: of the host too), is a `Passage`: whoever has finished it knows that every byte is there, and asks whether one of those
+tensors was written to meanwhile. Then the payload is worth nothing.
 Numbers: besides the bytes, 1 us for each tensor: where it lies is asked anew each time, so a tensor may move between two saves.
-Not run on a GPU yet: the branches for CUDA (`_Queue`, `Registered`).
+Rejected: the host's copy beside forward and backward as a rule (it takes from them the memory bandwidth and the cores that it needs).
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import warnings
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from resilient.checkpoint import capture_gpu
 from resilient.checkpoint.layout import padded
 from resilient.checkpoint.movers import SMALL, Movers, cut
 from resilient.errors import SnapshotMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
+    from resilient.checkpoint.capture_gpu import Piece
     from resilient.checkpoint.movers import Move
 
 _ZEROS: Final = torch.zeros(64, dtype=torch.uint8)  # longer than any gap
-_PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every context of the process
 
 
 class Part(Protocol):
     """What is packed: a tensor on this rank."""
 
     @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
     def local(self) -> torch.Tensor: ...  # noqa: D102
     @property
     def num_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def steady(self) -> bool:
+        """Nothing changes it between a boundary and the gate after it."""
+
+    @property
+    def version(self) -> int:
+        """Grows when something writes to it, as far as torch sees."""
 
 
 def payload_bytes(parts: Sequence[Part]) -> int:
@@ -57,119 +72,166 @@ def load(parts: Sequence[Part], payload: memoryview) -> None:
     Packing(parts, Movers(1)).load(payload)
 
 
+class Passage:
+    """Copies under way out of tensors that are expected to stay as they are meanwhile."""
+
+    def __init__(self, parts: Sequence[Part], ends: Sequence[Callable[[], None]]) -> None:
+        """Before the first byte is copied. `ends`: each returns when its share of the copies is complete."""
+        self._watched = Watched(parts)
+        self._ends = ends
+
+    def finish(self) -> None:
+        """Return when every byte is there. Once, on any thread; raises what went wrong."""
+        for end in self._ends:
+            end()
+
+    def touched(self) -> list[str]:
+        """Keys of the tensors that were written to, or lie elsewhere, since the passage began: their bytes may be torn."""
+        return self._watched.touched()
+
+
+class Watched:
+    """Tensors, as they are now: by address and version counter. What goes past both (`tensor.data`, the user's own kernels) is not seen."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """1 us for each."""
+        self._parts = parts
+        self._marks = [_mark(part) for part in parts]
+
+    def touched(self) -> list[str]:
+        """Keys of those that are not what they were."""
+        return [part.key for part, mark in zip(self._parts, self._marks, strict=True) if _mark(part) != mark]
+
+
+@dataclass
+class _Host:
+    """Tensors of the host that are copied at the same time."""
+
+    small: list[torch.Tensor] = field(default_factory=list)
+    small_at: list[tuple[int, int]] = field(default_factory=list)  # offset in the payload, bytes
+    large: list[torch.Tensor] = field(default_factory=list)
+    large_at: list[tuple[int, int]] = field(default_factory=list)
+    other: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # not plain bytes, and their offsets
+    gaps: list[tuple[int, int]] = field(default_factory=list)  # offset in the payload, bytes: to be zeros there
+
+    def add(self, tensor: torch.Tensor, offset: int, count: int) -> None:
+        if not _plain(tensor):
+            self.other.append((tensor, offset))
+        else:
+            (self.large if count > SMALL else self.small).append(tensor)
+            (self.large_at if count > SMALL else self.small_at).append((offset, count))
+
+    def as_sorted(self) -> bool:
+        """Whether what was plain still is."""
+        return all(map(torch.Tensor.is_contiguous, self.small)) and all(map(torch.Tensor.is_contiguous, self.large))
+
+    def job(self, flat: torch.Tensor, movers: Movers, *, out: bool, held: bool = False) -> Callable[[], None]:
+        """The copies, for any thread. Addresses are those of now; raises SnapshotMismatch for a tensor without memory.
+
+        held: what is there now is copied even if the program lets go of it, or puts other memory under its tensor.
+        """
+        base = flat.data_ptr()
+        memory = [tensor.untyped_storage() for tensor in (*self.small, *self.large)] if held else []
+        small, large = _moves(self.small, self.small_at, base, out=out), _moves(self.large, self.large_at, base, out=out)
+        if out:
+            small += [(base + offset, _ZEROS.data_ptr(), gap) for offset, gap in self.gaps]
+
+        def run() -> None:
+            with torch.no_grad():
+                for tensor, offset in self.other:
+                    packed = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+                    (packed if out else tensor).copy_(tensor if out else packed)
+            movers.move(small, [piece for move in large for piece in cut(move)])
+            memory.clear()
+
+        return run
+
+
 class Packing:
     """The list for these parts, made once and used for many journeys. One thread's. Raises SnapshotMismatch for a tensor without memory."""
 
-    def __init__(self, parts: Sequence[Part], movers: Movers) -> None:
-        """`parts` keep their dtypes and shapes; an address may change, and memory formats too."""
+    def __init__(self, parts: Sequence[Part], movers: Movers, *, overlap: bool = False, restless: Collection[str] = ()) -> None:
+        """`parts` keep their dtypes and shapes; an address may change, and memory formats too.
+
+        overlap: steady tensors of the host are copied behind as well. restless: keys of parts that are not steady after all.
+        """
         self.parts = parts
         self.num_bytes = payload_bytes(parts)
-        self._movers = movers
-        self._queue = _Queue()
-        self._small: list[torch.Tensor] = []
-        self._large: list[torch.Tensor] = []
-        self._other: list[tuple[torch.Tensor, int]] = []  # not plain bytes of this host, and their offsets
-        self._small_at: list[tuple[int, int]] = []  # offset in the payload, bytes
-        self._large_at: list[tuple[int, int]] = []
-        self._gaps: list[tuple[int, int]] = []
+        self._movers, self._overlap, self._restless = movers, overlap, restless
         self._sort()
 
     def save(self, payload: memoryview) -> None:
         """Copy every tensor into `payload` ((num_bytes,) uint8, writable)."""
-        self._carry(payload, out=True)
+        passage = self.begin(payload)
+        if passage is not None:
+            passage.finish()
+
+    def begin(self, payload: memoryview) -> Passage | None:
+        """The same, returning as soon as the program may go on. None: all is there. Else `payload` stays mapped until it is finished."""
+        flat = self._ready(payload)
+        ends: list[Callable[[], None]] = []
+        passage = Passage(self._behind, ends)
+        first = self._first.job(flat, self._movers, out=True)
+        rest = self._rest.job(flat, self._movers, out=True, held=True)
+        try:
+            ends += [lane.save(flat) for lane in self._lanes]
+            first()
+        except BaseException:
+            for lane in self._lanes:
+                lane.drain()
+            raise
+        if self._overlap and self.num_bytes:
+            ends.append(rest)
+        return passage if ends else None
 
     def load(self, payload: memoryview) -> None:
         """Copy `payload` into the tensors, in place."""
-        self._carry(payload, out=False)
+        flat = self._ready(payload)
+        jobs = [host.job(flat, self._movers, out=False) for host in (self._first, self._rest)]
+        try:
+            for lane in self._lanes:
+                lane.load(flat)
+            for job in jobs:
+                job()
+        finally:
+            for lane in self._lanes:
+                lane.drain()
         with torch.no_grad():
-            torch.autograd.graph.increment_version([*self._small, *self._large])  # as copy_ would have done
+            for host in (self._first, self._rest):
+                torch.autograd.graph.increment_version([*host.small, *host.large])  # as copy_ would have done
 
     def _sort(self) -> None:
-        """Which tensors are plain bytes, which of them are large."""
-        for found in (self._small, self._large, self._small_at, self._large_at, self._other, self._gaps):
-            found.clear()
-        offset = 0
-        for part in self.parts:
-            count = part.num_bytes
-            if count and not _plain(part.local):
-                self._other.append((part.local, offset))
-            elif count > SMALL:
-                self._large.append(part.local)
-                self._large_at.append((offset, count))
-            elif count:
-                self._small.append(part.local)
-                self._small_at.append((offset, count))
-            if gap := padded(count) - count:
-                self._gaps.append((offset + count, gap))
-            offset += padded(count)
+        """Which tensors are copied first and which behind, where they lie, which are plain bytes, and which of those are large."""
+        self._first, self._rest = _Host(), _Host()
+        self._behind: list[Part] = []
+        cargo: dict[torch.device, tuple[list[Piece], list[Piece]]] = {}
+        offsets = itertools.accumulate((padded(part.num_bytes) for part in self.parts), initial=0)
+        for part, offset in zip(self.parts, offsets, strict=False):
+            steady = part.steady and part.key not in self._restless
+            if not part.num_bytes:
+                continue
+            if gap := padded(part.num_bytes) - part.num_bytes:
+                self._first.gaps.append((offset + part.num_bytes, gap))
+            if part.local.is_cuda:
+                first, rest = cargo.setdefault(part.local.device, ([], []))
+                (rest if steady else first).append((part.local, offset))
+            else:
+                steady = steady and self._overlap
+                (self._rest if steady else self._first).add(part.local, offset, part.num_bytes)
+            if steady:
+                self._behind.append(part)
+        self._lanes = [capture_gpu.Lane(device, first, rest) for device, (first, rest) in cargo.items()]
 
-    def _carry(self, payload: memoryview, *, out: bool) -> None:
+    def _ready(self, payload: memoryview) -> torch.Tensor:
+        """The payload as a tensor; the list as things lie now."""
         assert len(payload) >= self.num_bytes, f"payload: {self.num_bytes} bytes expected, {len(payload)} found"
-        if not self.num_bytes:
-            return
-        if not all(map(torch.Tensor.is_contiguous, self._small)) or not all(map(torch.Tensor.is_contiguous, self._large)):
+        if not (self._first.as_sorted() and self._rest.as_sorted() and all(lane.as_sorted() for lane in self._lanes)):
             self._sort()
-        flat = _flat(payload)
-        base = flat.data_ptr()
-        small, large = _moves(self._small, self._small_at, base, out=out), _moves(self._large, self._large_at, base, out=out)
-        if out:
-            small += [(base + offset, _ZEROS.data_ptr(), gap) for offset, gap in self._gaps]
-        try:
-            for tensor, offset in self._other:
-                packed = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-                self._queue.copy(*((packed, tensor) if out else (tensor, packed)))
-            self._movers.move(small, [piece for move in large for piece in cut(move)])
-        finally:
-            self._queue.finish()
+        return _flat(payload) if self.num_bytes else torch.empty(0, dtype=torch.uint8)
 
 
-class _Queue:
-    """Copies that torch makes; those from and to a CUDA device on a side stream, which starts when what was computed is there."""
-
-    def __init__(self) -> None:
-        """No stream is made before there is need of one."""
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._busy: set[torch.device] = set()
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Done at once between host tensors; else when `finish` returns."""
-        device = source.device if source.is_cuda else target.device
-        with torch.no_grad():
-            if device.type != "cuda":
-                target.copy_(source)
-                return
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-            if device not in self._busy:
-                stream.wait_stream(torch.cuda.current_stream(device))
-                self._busy.add(device)
-            with torch.cuda.stream(stream):
-                target.copy_(source, non_blocking=True)
-
-    def finish(self) -> None:
-        """Wait for what is under way."""
-        while self._busy:
-            self._streams[self._busy.pop()].synchronize()
-
-
-class Registered:
-    """Host memory that the CUDA driver may copy from and to by itself: page-locked as long as this is open.
-
-    Where the driver refuses (a limit on locked memory), copies go through its own buffers: slower, and as right.
-    """
-
-    def __init__(self, memory: memoryview) -> None:
-        """`memory` begins at a page and stays mapped until `close`."""
-        self._address = _flat(memory).data_ptr()
-        self.held = int(torch.cuda.cudart().cudaHostRegister(self._address, len(memory), _PORTABLE)) == 0
-        if not self.held:
-            with contextlib.suppress(RuntimeError):  # the refusal stays the driver's last error, which the next kernel would raise
-                torch.ones(1, device="cuda")
-
-    def close(self) -> None:
-        """Before the memory is unmapped. May be called again."""
-        if self.held:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
-            self.held = False
+def _mark(part: Part) -> tuple[int, int]:
+    return part.version, part.local.data_ptr()
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -60,6 +60,10 @@ class Ring:
         self._current.seal(step)
         self._end_futures(step)
 
+    def void(self) -> None:
+        """What was written last does not count after all."""
+        self._current.unseal()
+
     def receive(self, header: bytes) -> memoryview:
         """As `Slot.receive`, on the slot whose turn it is."""
         after = self._turn()

@@ -4,7 +4,8 @@ Think of a lock on a canal: the gate opens when the water stands equally high on
 
 Contract: `close_over` puts a gate before `step` of every tracked optimizer and `update_parameters` of every tracked AveragedModel, on the
 instance, so that GradScaler, schedulers and the user's own calls all meet it. The first gate of a step asks the loop (a vote); later ones
-of the same step follow its answer. A call outside of a step's body goes through.
+of the same step follow its answer. A call outside of a step's body goes through. None of them runs while what it changes is being copied
+(train/tier0.py), and neither does a `load_state_dict` of what is tracked.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ class Gates:
 
     def close_over(self, tracked: Tracked) -> None:
         """Gate what is tracked."""
+        tier0 = self._loop.tier0
+
+        def settle(*_: Any) -> None:  # no method: a deep copy of the module takes its hooks along
+            tier0.settle()
+
         for optimizer in tracked.optimizers.values():
             optimizer.step = self.guard(optimizer.step)  # type: ignore[method-assign]
+            optimizer.register_load_state_dict_pre_hook(settle)
         for module in tracked.modules.values():
+            module.register_load_state_dict_pre_hook(settle)
             if gated(module):
                 module.update_parameters = self.guard(module.update_parameters)  # type: ignore[assignment, arg-type]
 
@@ -52,6 +60,7 @@ class Gates:
     def _passes(self) -> bool:
         scope = self._loop.scope
         if not scope.active:
+            self._loop.tier0.settle()
             return True
         if not scope.gated:
             scope.open = self._loop.gate()

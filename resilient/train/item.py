@@ -31,11 +31,17 @@ class Item:
     offsets: tuple[int, ...]  # of the local part
     source: Tensor  # the parameter, buffer or value, as the program holds it
     owner: Owner | None = None
+    steady: bool = False  # an optimizer's, or an averaged model's parameter: changed by nothing but calls that have a gate
 
     @property
     def num_bytes(self) -> int:
         """Of the local part."""
         return self.local.numel() * self.local.element_size()
+
+    @property
+    def version(self) -> int:
+        """Grows when something writes to the tensor: a write to a DTensor counts there, and not at its local part."""
+        return self.source._version + self.local._version  # noqa: SLF001  torch has no public name for it
 
     @property
     def outdated(self) -> bool:
@@ -51,14 +57,14 @@ class Item:
         return Row(self.key, str(self.local.dtype).removeprefix("torch."), self.shape, self.offsets, tuple(self.local.shape))
 
 
-def item_of(key: str, tensor: Tensor, owner: Owner | None = None) -> Item:
+def item_of(key: str, tensor: Tensor, owner: Owner | None = None, *, steady: bool = False) -> Item:
     """The label of `tensor`."""
     local = local_part(tensor)
     if isinstance(tensor, DTensor):
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     else:
         local, offsets = tensor.detach() if tensor.requires_grad else tensor, (0,) * tensor.dim()
-    return Item(key, local, tuple(tensor.shape), tuple(offsets), tensor, owner)
+    return Item(key, local, tuple(tensor.shape), tuple(offsets), tensor, owner, steady)
 
 
 def local_part(tensor: Tensor) -> Tensor:

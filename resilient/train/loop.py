@@ -212,6 +212,7 @@ class Loop:
             self.rounds.leave("the script left its loop before this process had taken its chair")
         if self.scope.active and self.broken and not self.scope.open:
             self.rounds.leave(f"step {self.ledger.step}: the script left the loop in a broken step")
+        self.tier0.settle()
         if self.scope.active and self.scope.open:  # it voted: the step commits on every rank
             self.scope.leave()
             self.ledger.committed(self.ledger.step + 1)
@@ -236,6 +237,7 @@ class Loop:
         if self.comm.kind == "nccl":
             torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
         step, round_ = self.ledger.step, self.ledger.round
+        self.tier0.settle()  # who votes has sealed what was begun at the last boundary; and it is changed from here on
         if self.tracked.replicated:  # copies lag by one step: what was sealed when this one began had all of it to get to another node
             self.sealing.await_copies(step, lambda: self.broken)
         elif self.sealing.certain(step + 1, sharded=True):
@@ -301,7 +303,7 @@ class Loop:
             self._seal(step, self.tracked.own(), alike=not unheard)
         self.ledger.committed(step)
         if due:
-            self._sealed(step)
+            self.tier0.once_sealed(functools.partial(self._sealed, step))
         self._publish()
         if self.broken:
             self._recover()
@@ -322,7 +324,7 @@ class Loop:
         self.sealing.sealed(step, alike=alike)
 
     def _sealed(self, step: int) -> None:
-        """The agent sees that this snapshot is to be brought to the persistent tier."""
+        """The agent sees that this snapshot is to be brought to the persistent tier. On the thread that has sealed it."""
         self._asked = max(self._asked, step)
         self.page.sealed(step, int(self.tier0.cost_s * 1e9))
         self.desk.send(Sealed())
@@ -383,7 +385,7 @@ class Loop:
         if self.undo_needed or due:
             self._seal(self.ledger.step, self._own, alike=False)
         if due:
-            self._sealed(self.ledger.step)
+            self.tier0.once_sealed(functools.partial(self._sealed, self.ledger.step))
         if self.broken:
             self._recover()
 
@@ -427,6 +429,7 @@ class Loop:
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
             self._seal(step, own, alike=True)
+            self.tier0.settle()
         if self.checkpoint_every is None and self._asked < step:
             self._sealed(step)
         if self.page.copied() != UNCOPIED:

@@ -10,6 +10,7 @@ receive until what it received is complete. The training thread's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from resilient.train.state import Tracked
     from resilient.train.tier0 import Tier0
 
+LEAVE_PATIENCE_S: Final = 2.0  # as long as the loss of a node is waited for
 LEAVE_CODE: Final = 75  # EX_TEMPFAIL: "not an error of the script, try again"; the agent replaces this worker
 
 
@@ -140,6 +142,7 @@ class Rounds:
         self.tier0.own_start(step, round_, own)
         if self.tracked.undo_needed and not self.tier0.sealed(step):
             self.tier0.snapshot(step, round_, own)
+            self.tier0.settle()
 
     def _make_equal(self, plan: Plan) -> None:
         """Nobody has committed a step, and some repeated a set-up alone: who lacks results too large to be kept is given state."""
@@ -163,6 +166,7 @@ class Rounds:
 
     def _receive(self, seated: Seated, plan: Plan) -> None:
         newcomer = self.ledger.phase == "setup"
+        self.tier0.settle()
         if not newcomer:
             self.ledger.write("running", torn=True)
         try:
@@ -226,6 +230,8 @@ class Rounds:
     def leave(self, why: str) -> NoReturn:
         """End this process, for a reason that is nobody's fault; a newcomer takes its chair."""
         sys.stderr.write(f"resilient: rank {self.comm.rank} gives up its chair: {why}\n")
+        with contextlib.suppress(CheckpointError, RuntimeError):  # its successor will look for what is being copied
+            self.tier0.settle(LEAVE_PATIENCE_S)
         sys.stdout.flush()
         sys.stderr.flush()
         self.desk.send(Raised(step=self.ledger.step, round=self.ledger.round, fingerprint="", text=why, consequence=True, torn_down=True))

@@ -99,25 +99,25 @@ class Tracked:
 
     def _walk(self) -> Iterator[Item]:
         self._keys, self._tied = {}, {}
-        seen = self._keys
+        seen, moved = self._keys, {id(p) for p in self.parameters()}
         for name, module in self.modules.items():
             for fqn, param in module.named_parameters(remove_duplicate=False):
                 if id(param) in seen:
                     self._tied[f"{name}.{fqn}"] = seen[id(param)]
                 else:
                     seen[id(param)] = f"{name}.{fqn}"
-                    yield item_of(f"{name}.{fqn}", param)
+                    yield item_of(f"{name}.{fqn}", param, steady=id(param) in moved or gated(module))
             if gated(module):
                 for fqn, buffer in module.named_buffers():
-                    yield item_of(f"{name}.{fqn}", buffer)
+                    yield item_of(f"{name}.{fqn}", buffer)  # not steady: a forward in training mode moves them
         for name, optimizer in self.optimizers.items():
             for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                 if id(param) not in seen:
                     seen[id(param)] = f"{name}.params.{index}"
-                    yield item_of(seen[id(param)], param)
+                    yield item_of(seen[id(param)], param, steady=True)
                 for key, value in sorted(optimizer.state.get(param, {}).items()):
                     if isinstance(value, Tensor):
-                        yield item_of(f"{name}.state.{seen[id(param)]}.{key}", value, (optimizer, param, key))
+                        yield item_of(f"{name}.state.{seen[id(param)]}.{key}", value, (optimizer, param, key), steady=True)
 
     def layout(self) -> tuple[bytes, str]:
         """checkpoint/layout.py of `shared` as it is now, encoded, and its digest: equal digests mean that copies fit tensor by tensor."""
@@ -165,7 +165,7 @@ class Tracked:
 
     def versions(self) -> list[int]:
         """Version counters of the shared tensors: equal lists mean that nobody wrote to them in between."""
-        return [item.local._version for item in self.shared()]  # noqa: SLF001  torch has no public name for it
+        return [item.version for item in self.shared()]
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that optimizers move."""

@@ -5,20 +5,29 @@ Think of a diary kept in somebody else's safe: the writer may die at any word, t
 Contract: `own_*` write this rank's own state at the start of a step and at its gate; `snapshot` writes everything into the older of
 two slots, so a sealed one always remains; `unpack` is the way back. Sizes are settled at `open`, where all pages are mapped; state that
 outgrew its room gets more, before anything is overwritten. Of state on a GPU the slots' pages are registered with its driver.
-Cost: own state about 20 us for 16 KB; a snapshot one pass of memory (checkpoint/movers.py). The training thread's.
+A snapshot of host tensors is sealed when `snapshot` returns. Of tensors on a GPU it has only begun then: what may change in the body of the
+next step (all but what an optimizer or an averaged model owns; own state too) is safe, the rest is copied beside that body, and a thread
+presses the seal when the last byte is there. `settle` waits for that; whatever changes tracked tensors calls it first, and the gate before
+it votes (I9). Who breaks that rule is found out by address and version counter: the snapshot is then void, and that tensor is
+copied first from then on.
+Cost: own state about 20 us for 16 KB; a snapshot one pass of memory (checkpoint/movers.py), on a GPU the launch. The training thread's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from resilient.checkpoint import capture
+from resilient.checkpoint.behind import Behind
+from resilient.checkpoint.capture_gpu import Registered
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
-from resilient.core.messages import NONE, Layout
+from resilient.core.messages import NONE, Layout, Sealed
 from resilient.errors import SnapshotMismatch, SnapshotMissing
 
 if TYPE_CHECKING:
@@ -31,23 +40,36 @@ if TYPE_CHECKING:
 
 _ROOM = 64 << 10  # schedulers and loaders grow a little while they run
 _BEGUN_BYTES_MAX = 8 << 20  # it travels in one message
+_LOOKS = 3  # bodies after which a program is taken to have shown which of its tensors it changes there
 
 
 class Tier0:
     """The segments of this rank's chair."""
 
-    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, often: bool = False) -> None:
-        """Nothing is mapped before `open`. often: a snapshot is taken whether or not `being_read`."""
+    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, often: bool = False, overlap: bool = False) -> None:
+        """Nothing is mapped before `open`.
+
+        often: a snapshot is taken whether or not `being_read`; overlap: host tensors too are copied beside the next body.
+        """
         self._desk, self._tracked, self._run_id, self._movers, self._often = desk, tracked, run_id, movers, often
         self._packing: capture.Packing | None = None
-        self._registered: list[capture.Registered] = []
+        self._overlap = overlap
+        self._behind = Behind()
+        self._passage: capture.Passage | None = None  # begun at the last snapshot; complete or not
+        self._restless: set[str] = set()  # keys of tensors that are changed outside of gates
+        self._looked: capture.Watched | None = None  # since the body under way began
+        self._looks = 0
+        self._watches = False
+        self._registered: list[Registered] = []
         self._own: OwnSegment | None = None
         self._ring: Ring | None = None
         self._rank = NONE
         self._world_size = 0
         self._growth = 1  # state that outgrew its room is given twice as much
         self._kept = NONE
-        self.cost_s = 0.0  # of the last snapshot
+        self.cost_s = 0.0  # of the last snapshot, to the training thread
+        self._launch_s = 0.0
+        self._settling_s: float | None = None  # since when the training thread has been waiting for it
 
     def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, begun: bytes = b"") -> int:
         """Get this chair's segments. adopt: keep what is sealed there (a newcomer); otherwise an earlier group's seals are void.
@@ -82,7 +104,8 @@ class Tier0:
         self._ring = Ring.open(segments.slots, populate=True) if segments.slots else None
         self.keep(self._kept)
         if self._ring is not None and any(item.local.is_cuda for item in self._tracked.shared()):
-            self._registered = [capture.Registered(slot.memory) for slot in self._ring.slots]
+            self._registered = [Registered(slot.memory) for slot in self._ring.slots]
+        self._watches = self._overlap or bool(self._registered)
         if not adopt:
             for ring in (self._own.starts, self._own.gate, self._ring):
                 for slot in ring.slots if ring is not None else ():
@@ -93,6 +116,7 @@ class Tier0:
 
     def close(self) -> None:
         """Unmap."""
+        self.settle()
         if self._own is not None:
             self._own.close()
         for registered in self._registered:
@@ -104,6 +128,9 @@ class Tier0:
 
     def own_start(self, step: int, round_: int, own: bytes) -> None:
         """Seal the own state with which step `step` begins."""
+        if self._watches and self._looks < _LOOKS:
+            self._looks += 1
+            self._looked = capture.Watched([item for item in self._tracked.shared() if item.steady])
         self._roomy(lambda: self._own_segment(round_).write_start(step, own))
 
     def read_start(self, step: int) -> bytes:
@@ -136,6 +163,7 @@ class Tier0:
 
     def forget_after(self, step: int) -> None:
         """This rank went back to `step`: what was sealed of later ones is of a future that will not be, and its room is used first."""
+        self.settle()
         for slot in self._ring.slots if self._ring is not None else ():
             if slot.sealed_step() > step:
                 slot.unseal()
@@ -147,7 +175,8 @@ class Tier0:
             self._ring.keep = step
 
     def snapshot(self, step: int, round_: int, own: bytes) -> None:
-        """Seal everything this rank holds at `step`."""
+        """Seal everything this rank holds at `step`: at once, or (what lies on a GPU) before the next `settle` returns."""
+        self.settle()
         self._roomy(lambda: self._snapshot(step, round_, own))
 
     def _snapshot(self, step: int, round_: int, own: bytes) -> None:
@@ -165,13 +194,60 @@ class Tier0:
             own=own,
             payload_bytes=packing.num_bytes,
         )
-        packing.save(payload)
+        self._passage = packing.begin(payload)
         del payload
-        self._ring.seal(step)
-        self.cost_s = time.monotonic() - begin
+        self.cost_s = self._launch_s = time.monotonic() - begin
+        if self._passage is None:
+            self._behind.do(functools.partial(self._press, self._ring, step))
+        else:
+            self._behind.start(functools.partial(self._complete, self._ring, step, self._passage), packing.num_bytes)
+
+    def _complete(self, ring: Ring, step: int, passage: capture.Passage) -> bool:
+        """On the thread behind: seal what has been begun, unless it was written to meanwhile."""
+        passage.finish()
+        if passage.touched():
+            return False  # `settle` says so
+        self._press(ring, step)
+        if (since := self._settling_s) is not None:
+            self.cost_s = self._launch_s + time.monotonic() - since
+        self._desk.send(Sealed())  # the agent looked for it when the step began
+        return True
+
+    def _press(self, ring: Ring, step: int) -> bool:
+        ring.seal(step)
+        return True
+
+    def once_sealed(self, call: Callable[[], None]) -> None:
+        """Have `call` made when the last snapshot is sealed: now, or on the thread that seals it. Never, if it comes to nothing."""
+        self._behind.after(call)
+
+    def settle(self, patience_s: float | None = None) -> None:
+        """Wait until the snapshot that was begun last is sealed: from here on what is tracked may be changed.
+
+        Raises what went wrong with it (it is not sealed then), TierUnavailable if it is not complete in time.
+        """
+        if self._behind.busy:
+            self._settling_s = begin = time.monotonic()
+            try:
+                self._behind.settle(patience_s)
+            finally:
+                self._settling_s = None
+            self.cost_s = self._launch_s + time.monotonic() - begin
+        passage, self._passage = self._passage, None
+        looked, self._looked = self._looked, None
+        touched = passage.touched() if passage is not None else []
+        if touched and self._ring is not None:  # whether before its last byte was copied or after, nobody can say
+            self._ring.void()
+            what = f"{touched[0]} (of {len(touched)} tensors) was changed outside of a gate while it was copied"
+            sys.stderr.write(f"resilient: rank {self._rank}: a snapshot is void: {what}; it is copied first from now on\n")
+        learnt = {*touched, *(looked.touched() if looked is not None else ())} - self._restless
+        if learnt:
+            self._restless |= learnt
+            self._packing = None
 
     def unpack(self, found: Snapshot, where: str) -> None:
         """Shared state from a verified snapshot. Raises SnapshotMismatch if it cannot be brought into its shape."""
+        self.settle()
         self._tracked.shape_like(found.layout, where)
         self._pack().load(found.payload)
 
@@ -179,7 +255,7 @@ class Tier0:
         """The list for the shared tensors there are now: the one made before, unless they are others."""
         items = self._tracked.shared()
         if self._packing is None or self._packing.parts is not items:
-            self._packing = capture.Packing(items, self._movers)
+            self._packing = capture.Packing(items, self._movers, overlap=self._overlap, restless=self._restless)
         return self._packing
 
     @contextlib.contextmanager
@@ -209,6 +285,7 @@ class Tier0:
 
     def sealed(self, step: int) -> bool:
         """Whether a snapshot of `step` is there."""
+        self.settle()
         return self._ring is not None and self._ring.find(step) is not None
 
 

@@ -43,7 +43,7 @@ UNCOPIED: Final = 1 << 62  # in COPIED: no copies are made, nobody waits for the
 class Page:
     """One worker's page, mapped. Both sides use this class; each calls only its own half.
 
-    Thread-safety: the worker half may be called from several threads for the single words; the record half
+    Thread-safety: the worker half may be called from several threads for the single words, and for `sealed`; the record half
     (`write`) only under the ledger's lock.
     """
 
@@ -64,6 +64,7 @@ class Page:
             os.close(fd)
         self._words = memoryview(self._map).cast("q")
         self._barrier = threading.Lock()  # taking and releasing it is a full barrier on every CPU that torch runs on
+        self._writing = threading.Lock()  # `write` is the training thread's, `sealed` may be that of the thread which seals
         if create:
             w = self._words
             w[_STEP] = NONE
@@ -89,12 +90,13 @@ class Page:
     def write(self, *, round: int, step: int, phase: Phase, torn: bool, marks_ns: tuple[int, int, int, int]) -> None:
         """Publish the record. `marks_ns`: when this round was found broken, regrouped, restored, first committed."""
         w = self._words
-        w[_SEQ] += 1
-        if step != w[_STEP]:
-            w[_STEPPED] = time.monotonic_ns()
-        w[_ROUND], w[_STEP], w[_PHASE], w[_TORN] = round, step, PHASES.index(phase), int(torn)
-        w[_BROKEN], w[_REGROUPED], w[_RESTORED], w[_COMMITTED] = marks_ns
-        w[_SEQ] += 1
+        with self._writing:
+            w[_SEQ] += 1
+            if step != w[_STEP]:
+                w[_STEPPED] = time.monotonic_ns()
+            w[_ROUND], w[_STEP], w[_PHASE], w[_TORN] = round, step, PHASES.index(phase), int(torn)
+            w[_BROKEN], w[_REGROUPED], w[_RESTORED], w[_COMMITTED] = marks_ns
+            w[_SEQ] += 1
         w[_BEAT] = time.monotonic_ns()
         with self._barrier:  # I1: what follows is loaded after what was stored above
             pass
@@ -106,9 +108,10 @@ class Page:
     def sealed(self, step: int, stall_ns: int = 0) -> None:
         """`step` was just completed, and sealed for the persistent tier; NONE: what was is of a future that will not be."""
         w = self._words
-        w[_SEQ] += 1
-        w[_SEALED], w[_SEALED_AT], w[_STALL] = step, time.monotonic_ns(), stall_ns
-        w[_SEQ] += 1
+        with self._writing:
+            w[_SEQ] += 1
+            w[_SEALED], w[_SEALED_AT], w[_STALL] = step, time.monotonic_ns(), stall_ns
+            w[_SEQ] += 1
 
     def wanted(self) -> int:
         """The step that is to be sealed for the persistent tier, or the first one after it; NONE = none but at a fixed interval."""

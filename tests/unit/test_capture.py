@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
 
-from resilient.checkpoint import capture, movers
+from resilient.checkpoint import capture, capture_gpu, movers
 from resilient.checkpoint.capture import Packing
-from resilient.checkpoint.layout import ALIGN
+from resilient.checkpoint.layout import ALIGN, padded
 from resilient.checkpoint.movers import Movers
 from resilient.errors import SnapshotMismatch, TierUnavailable
+from resilient.train.state import Tracked
 
 DTYPES = (
     torch.float64,
@@ -39,6 +42,12 @@ DTYPES = (
 @dataclass
 class Part:
     local: torch.Tensor
+    key: str = ""
+    steady: bool = True
+
+    @property
+    def version(self):
+        return self.local._version
 
     @property
     def num_bytes(self):
@@ -234,3 +243,117 @@ def test_cores_are_shared_with_the_ranks_beside(monkeypatch):
 
 def address(memory):
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+# ---------------------------------------------------------------------- beside the program
+
+
+def snapshot_of(tensors, payload):
+    """What `payload` holds of each."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    places = itertools.accumulate((padded(size) for size in sizes), initial=0)
+    return [bytes(payload[at : at + size]) for at, size in zip(places, sizes, strict=False)]
+
+
+def test_what_may_change_is_there_at_once_and_the_rest_when_it_is_finished():
+    steady, restless = torch.randn(5000), torch.randn(5000)
+    known = torch.randn(300)
+    parts = [Part(steady, "steady"), Part(restless, "restless", steady=False), Part(known, "known")]
+    packing = Packing(parts, Movers(2), overlap=True, restless={"known"})
+    payload = bytearray(packing.num_bytes)
+    wanted = [raw(part.local) for part in parts]
+    passage = packing.begin(memoryview(payload))
+    restless.zero_()
+    known.zero_()
+    assert snapshot_of([steady, restless, known], payload) == [bytes(20_000), *wanted[1:]]
+    thread = threading.Thread(target=passage.finish)
+    thread.start()
+    thread.join()
+    assert snapshot_of([steady, restless, known], payload) == wanted
+    assert passage.touched() == []
+
+
+def test_who_does_not_wait_tears_it_and_is_found_out():
+    tensors = [torch.randn(2000), torch.randn(20), torch.randn(60, 50).t(), torch.randn(7)]
+    parts = [Part(tensor, f"t{i}") for i, tensor in enumerate(tensors)]
+    packing = Packing(parts, Movers(2), overlap=True)
+    payload = bytearray(packing.num_bytes)
+    wanted = [raw(tensor) for tensor in tensors]
+    passage = packing.begin(memoryview(payload))
+    for tensor in tensors[:3]:
+        tensor.mul_(2)
+    passage.finish()
+    assert [a == b for a, b in zip(snapshot_of(tensors, payload), wanted, strict=True)] == [False, False, False, True]
+    assert passage.touched() == ["t0", "t1", "t2"]
+
+
+def test_memory_that_is_let_go_is_held_until_it_is_copied():
+    parts = [Part(torch.randn(2_000_000), "large"), Part(torch.randn(30), "small")]
+    wanted = [raw(part.local) for part in parts]
+    packing = Packing(parts, Movers(1), overlap=True)
+    payload = bytearray(packing.num_bytes)
+    passage = packing.begin(memoryview(payload))
+    for part in parts:
+        part.local.data = torch.zeros(part.local.shape)
+    passage.finish()
+    assert snapshot_of([part.local for part in parts], payload) == wanted
+    assert passage.touched() == ["large", "small"]
+
+
+def test_memory_that_was_exchanged_meanwhile_is_found_out():
+    frozen = torch.randn(100)
+    watched = capture.Watched([Part(frozen, "frozen")])
+    assert watched.touched() == []
+    frozen.data = torch.randn(100)
+    assert watched.touched() == ["frozen"]
+
+
+def test_a_program_without_a_gpu_waits_for_nothing():
+    packing = Packing([Part(torch.randn(1000))], Movers(1))
+    assert packing.begin(memoryview(bytearray(packing.num_bytes))) is None
+
+
+def test_small_things_that_lie_side_by_side_travel_on_one_tray(monkeypatch):
+    """The plan of what a GPU copies, carried out with a tray of host memory."""
+    tray = torch.zeros(1 << 16, dtype=torch.uint8)
+    monkeypatch.setattr(capture_gpu, "_tray", lambda _: tray)
+    shapes = [(3,), (70, 70), (0,), (5, 5), (1,), (33,), (300, 300), (2, 2), (9,), (65, 64)]
+    tensors = [filled(shape, DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)]
+    tensors[7] = torch.randn(2, 2, 2).transpose(0, 2)
+    offsets = list(itertools.accumulate((padded(t.numel() * t.element_size()) for t in tensors), initial=0))
+    pieces = [(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=False) if tensor.numel()]
+    flat = torch.full((offsets[-1],), 0xEE, dtype=torch.uint8)
+    plan = capture_gpu.lots(pieces, pack=20_000, tray=24_000)
+    assert [len(lot.tensors) for lot in plan] == [5, 1, 1, 2]  # up to the large one, that one, the turned one, and what follows
+    assert all(lot.num_bytes <= 24_000 for lot in plan if len(lot.tensors) > 1)
+    for lot in plan:
+        lot.launch(flat)
+    assert snapshot_of(tensors, flat.numpy().tobytes()) == [raw(tensor) for tensor in tensors]
+    gap = capture_gpu.lots([(torch.ones(4), 0), (torch.ones(4), 128)])
+    assert [lot.offset for lot in gap] == [0, 128]  # what is another's in between is not written to
+
+
+def test_buffers_that_a_forward_changes_are_captured_as_they_were():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(net.parameters())
+    tracked = Tracked()
+    for name, thing in {"net": net, "average": AveragedModel(net), "optimizer": optimizer}.items():
+        tracked.add(name, thing)
+    net(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    items = tracked.shared()
+    unsteady = {item.key for item in items if not item.steady}
+    assert unsteady == {
+        "average.n_averaged",
+        *(f"average.module.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
+    }
+    packing = Packing(items, Movers(1), overlap=True)
+    payload = bytearray(packing.num_bytes)
+    shared, own = [raw(item.local) for item in items], tracked.own()
+    passage = packing.begin(memoryview(payload))
+    tracked.modules["average"](torch.randn(8, 4))
+    net(torch.randn(8, 4)).sum().backward()
+    assert tracked.own() != own  # which is plain bytes, taken before
+    passage.finish()
+    assert passage.touched() == []
+    assert snapshot_of([item.local for item in items], payload) == shared

@@ -28,6 +28,9 @@ import torch.distributed as dist
 from torch import nn
 
 import resilient
+from resilient.checkpoint import behind, capture, movers
+from resilient.train.loop import Loop
+from resilient.train.tier0 import Tier0
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -40,8 +43,32 @@ parser.add_argument("--features", default="")
 parser.add_argument("--strike", default="")
 parser.add_argument("--width", type=int, default=24)
 args = parser.parse_args()
-features = set(filter(None, args.features.split(",")))
+features = set(filter(None, f"{args.features},{os.environ.get('JOB_FEATURES', '')}".split(",")))  # of this run; of all that are started
 args.out.mkdir(parents=True, exist_ok=True)
+
+if "late" in features:  # snapshots are copied beside the body, and that takes longer than the body
+    os.environ["RESILIENT_CAPTURE"] = "behind"
+    dice, copied_at_once = random.Random(), movers._copy_small
+
+    def copied_late(*move: int) -> None:
+        if threading.current_thread().name.startswith(behind.THREAD):
+            time.sleep(dice.uniform(0.001, 0.006))
+        copied_at_once(*move)
+
+    movers._copy_small = copied_late
+if "unwaited" in features:  # sabotage: the gate lets optimizers change what is being copied
+    gate, settle = Loop.gate, Tier0.settle
+
+    def unwaited(loop: Loop, *, boundary: bool = False) -> bool:
+        Tier0.settle = lambda *_: None
+        try:
+            return gate(loop, boundary=boundary)
+        finally:
+            Tier0.settle = settle
+
+    Loop.gate = unwaited
+if "unwatched" in features:  # and nobody notices
+    capture.Watched.touched = lambda _: []
 
 run = resilient.init()
 rank = run.rank
@@ -251,6 +278,10 @@ def body(step: int) -> float:
         while now == args.hold and not run.is_standby and not (args.out / "go").exists():
             time.sleep(0.01)
     await_collective()
+    if "clamp" in features and now >= args.steps // 2:  # the body's own change of what is the optimizer's, first seen half-way
+        with torch.no_grad():
+            for param in params:
+                param.mul_(0.999)
     parts = 2 if "accum" in features else 1
     total = 0.0
     for part in range(parts):
