@@ -277,7 +277,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
             desk,
             tracked,
             run_id,
-            Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1")))),
+            movers,
             often=apart is not None,
             overlap=env.get("RESILIENT_CAPTURE") == "behind",  # that path, tested without a GPU
         ),

@@ -29,6 +29,9 @@ class Part(NamedTuple):
     """A tensor to be packed."""
 
     local: torch.Tensor
+    key: str = "model.w"
+    steady: bool = False
+    version: int = 0
 
     @property
     def num_bytes(self) -> int:
