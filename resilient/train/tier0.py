@@ -164,6 +164,11 @@ class Tier0:
         self.taken_s = time.monotonic()
         self.cost_s = self.taken_s - begin
 
+    @property
+    def threads(self) -> int:
+        """How many may copy or hash for this rank."""
+        return self._movers.threads
+
     def unpack(self, found: Snapshot, where: str) -> None:
         """Shared state from a verified snapshot. Raises SnapshotMismatch if it cannot be brought into its shape."""
         self._tracked.shape_like(found.layout, where)

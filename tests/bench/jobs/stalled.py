@@ -71,7 +71,7 @@ def restores(loop, step):
             if not slot.is_stamped():
                 slot.stamp_payload()  # the agent would have
             begin = time.perf_counter()
-            snapshot = slot.read(step=step)
+            snapshot = slot.read(step=step, threads=loop.tier0.threads)
             loop.tier0.unpack(snapshot, slot.where)
             found.append(time.perf_counter() - begin)
             assert snapshot.stamped
