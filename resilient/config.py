@@ -50,7 +50,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint: str = ""
     checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0011-cadence.md
     checkpoint_budget: Share = 0.01  # what nobody notices; ten times less often than the step time of most runs changes by itself
-    snapshot_every: Positive | Literal["auto"] = "auto"  # docs/decisions/0017-snapshots.md
+    snapshot_every: Positive | Literal["auto"] = "auto"  # docs/decisions/0018-snapshots.md
     grace_s: SecondsOrNone = 25.0  # Kubernetes and Slurm give 30; five are for ending what is left
     checkpoint_keep: Positive = 3  # why: checkpoint/disk.py, Keep
     checkpoint_keep_every: NonNegative = 0

@@ -30,9 +30,10 @@ from resilient.checkpoint.committed import Checkpoint, File, Manifest, directory
 from resilient.checkpoint.layout import Layout
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import Ring
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, own_of, slot_bytes
+from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of, own_of, slot_bytes
 from resilient.checkpoint.source import Source, Whole
 from resilient.checkpoint.storage import Storage
+from resilient.checkpoint.tally import payload_digest
 from resilient.checkpoint.tier import Landing, SnapshotKey, check, landing
 from resilient.core.messages import Persisted
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
@@ -41,6 +42,7 @@ FORMAT: Final = 3
 MARKER: Final = "COMMIT.json"
 METADATA: Final = ".metadata"
 Room = Callable[[int], Ring]
+_THREADS: Final = 2  # that hash what was read of a rank; the ranks of a node are read at the same time
 _STEP_NAME: Final = re.compile(r"step-(\d{8,})")
 
 
@@ -275,11 +277,13 @@ class DiskTier:
             if HEADER_BYTES + len(view) != num_bytes or len(view) < len(rest):
                 raise SnapshotCorrupt(f"{num_bytes} bytes announced, {HEADER_BYTES + len(view)} expected")
             view[: len(rest)] = rest
-            whole.fill(key.rank, view[len(rest) :], verify=False)
+            payload = view[len(rest) :]
+            whole.fill(key.rank, payload, verify=False)
+            hashed = payload_digest(layout_of(tail.head), payload, threads=_THREADS) if payload else None
             try:
-                target.accept(rank=key.rank, step=key.step)
+                target.accept(rank=key.rank, step=key.step, hashed=hashed)
             except SnapshotCorrupt:
-                whole.fill(key.rank, view[len(rest) :], verify=True)  # names the file and the tensor
+                whole.fill(key.rank, payload, verify=True)  # names the file and the tensor
                 raise
         except SnapshotMissing as error:  # what a manifest lists is there, or it is damage
             raise SnapshotCorrupt(str(error)) from error

@@ -93,11 +93,14 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
 
     def owners(self) -> list[int]:
         """Of each row, the twin that writes it: the largest first, each to whoever has least so far. Equal on all twins."""
-        loads = [(0, rank) for rank in self.twins.ranks]  # a heap: sorted it is one
         owner = [self.twins.first] * len(self.rows)
-        for number in sorted(range(len(self.rows)), key=lambda n: (-self.rows[n].num_bytes, n)):
+        if self.twins.count == 1:
+            return owner
+        loads = [(0, rank) for rank in self.twins.ranks]  # a heap: sorted it is one
+        sizes = [row.num_bytes for row in self.rows]
+        for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
             load, owner[number] = loads[0]
-            heapq.heapreplace(loads, (load + self.rows[number].num_bytes, owner[number]))
+            heapq.heapreplace(loads, (load + sizes[number], owner[number]))
         return owner
 
 

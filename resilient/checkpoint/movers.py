@@ -50,7 +50,7 @@ class Movers:
 
     def __init__(self, threads: int) -> None:
         """No thread is made yet."""
-        self._threads = threads
+        self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pid = 0
 
@@ -58,7 +58,7 @@ class Movers:
         """Do all of it. `small` is copied by the caller alone. Raises what a thread raised, TierUnavailable if one does not come back."""
         pieces = deque(large)
         num_bytes = sum(count for _, _, count in large)
-        helpers = min(self._threads - 1, len(pieces) - 1) if num_bytes > _ALONE else 0
+        helpers = min(self.threads - 1, len(pieces) - 1) if num_bytes > _ALONE else 0
         called = [self._others().submit(_work, pieces) for _ in range(helpers)]
         try:
             for target, source, count in small:
@@ -73,7 +73,7 @@ class Movers:
 
     def _others(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pid != os.getpid():  # threads do not survive a fork
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="resilient-mover")
+            self._pool = ThreadPoolExecutor(self.threads - 1, thread_name_prefix="resilient-mover")
             self._pid = os.getpid()
         return self._pool
 

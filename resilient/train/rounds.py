@@ -222,7 +222,7 @@ class Rounds:
             source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step, begun=self.begun)
             self.spread, self.reshaped = source != self.comm.rank, True
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
-            found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step)
+            found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step, threads=self.tier0.threads)
             self.tier0.unpack(found, slot.where)
             self._put_own(self.tier0.read_start(plan.step) if lent else found.own)
         self.tier0.forget_after(plan.step)

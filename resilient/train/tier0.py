@@ -245,6 +245,11 @@ class Tier0:
             self._restless |= learnt
             self._packing = None
 
+    @property
+    def threads(self) -> int:
+        """How many may copy or hash for this rank."""
+        return self._movers.threads
+
     def unpack(self, found: Snapshot, where: str) -> None:
         """Shared state from a verified snapshot. Raises SnapshotMismatch if it cannot be brought into its shape."""
         self.settle()

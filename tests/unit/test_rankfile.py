@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 
-from resilient.checkpoint import codec
+from resilient.checkpoint import codec, disk
 from resilient.checkpoint.capture import Packing
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Layout, Row, Twins, decode
@@ -20,7 +20,7 @@ from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import parse, slot_bytes
 from resilient.checkpoint.source import Live, Whole
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.errors import ReplicasDiffer, SnapshotCorrupt
+from resilient.errors import ReplicasDiffer, SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
 WORLD, STEP = 3, 7
 
@@ -168,6 +168,72 @@ def test_every_flipped_byte_is_found_and_the_tensor_is_named(kept, tmp_path):
                 tier.get(SnapshotKey(rank, STEP), into)
         path.write_bytes(good)
     tier.verify(STEP)
+
+
+def large() -> dict[str, torch.Tensor]:
+    """With tensors that are written from where they lie, none of them at the begin of a page."""
+    torch.manual_seed(2)
+    sizes = {"a": 7, "b": 700_000, "c": 1_300_001, "d": 3}  # the third of more than one piece
+    return {f"model.{name}": torch.randn(size) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_large_tensors_lie_in_the_file_as_in_memory(tmp_path, level):
+    tensors, tier = large(), DiskTier(str(tmp_path / "kept"), level=level)
+    slot = slot_of(tmp_path, 0, "replicated", tensors, world=1)
+    tier.commit(STEP, [tier.write(SnapshotKey(0, STEP), Live(slot))], run="run")
+    tail, described = tier.checkpoint(STEP).tail(0)
+    for item, (begin, length) in zip(tail.items, described.places(), strict=True):
+        if length > 1 << 20 and not level:
+            assert (item.offset + item.memory_at - begin) % 4096 == 0
+    copy, into = bytearray(slot.num_bytes), bytearray(slot.num_bytes)
+    num_bytes = slot.stage(memoryview(copy)).num_bytes
+    assert tier.get(SnapshotKey(0, STEP), into) == num_bytes
+    assert into == copy
+    model = {name.removeprefix("model."): torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dist_checkpoint.load({"model": model}, checkpoint_id=tmp_path / "kept" / "step-00000007", no_dist=True)
+    assert all(torch.equal(model[name.removeprefix("model.")], tensor) for name, tensor in tensors.items())
+    path = tmp_path / "kept" / "step-00000007" / "rank-00000.distcp"
+    good = path.read_bytes()
+    around = [
+        at + k for item in tail.items for at in (item.offset, item.offset + item.memory_at, item.offset + item.length) for k in (-1, 1)
+    ]
+    for position in (*around[1:], *range(1000, len(good), len(good) // 23)):
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(bytes([good[position] ^ 1]))
+        with pytest.raises(SnapshotCorrupt, match=path.name):
+            tier.verify(STEP)
+        with pytest.raises(SnapshotCorrupt, match=path.name):
+            tier.get(SnapshotKey(0, STEP), into)
+        path.write_bytes(good)
+    slot.close()
+
+
+def test_a_writer_that_comes_back_meanwhile_leaves_no_file(tmp_path):
+    slot, tier = slot_of(tmp_path, 0, "sharded", large()), DiskTier(str(tmp_path / "kept"))
+
+    class Overtaken(Live):
+        def view(self, begin, end):
+            slot.unseal()
+            self.found.payload.obj[self.found.num_bytes - 3] ^= 1
+            return super().view(begin, end)
+
+    with pytest.raises(SnapshotMissing, match="overwritten"):
+        tier.write(SnapshotKey(0, STEP), Overtaken(slot))
+    assert list((tmp_path / "kept" / "step-00000007").iterdir()) == []
+    slot.close()
+
+
+def test_a_file_of_an_older_format_is_refused_by_its_number(tmp_path):
+    slot, tier = slot_of(tmp_path, 0, "sharded", state()), DiskTier(str(tmp_path / "kept"))
+    part = tier.write(SnapshotKey(0, STEP), Live(slot))
+    slot.close()
+    with pytest.MonkeyPatch.context() as older:
+        older.setattr(disk, "FORMAT", 2)
+        tier.commit(STEP, [part], run="run")
+    with pytest.raises(SnapshotMismatch, match=r"format 3, step 7 expected, format 2.*COMMIT\.json"):
+        tier.manifest(STEP)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

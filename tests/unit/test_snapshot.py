@@ -239,8 +239,8 @@ def test_an_announcement_that_is_none_leaves_the_old_snapshot(slot, tmp_path):
         slot.receive(data[:HEADER_BYTES])
     with pytest.raises(SnapshotCorrupt):
         slot.receive(data[: HEADER_BYTES - 1])
-    with pytest.raises(SnapshotCorrupt, match="format mark"):
-        slot.receive(b"?" * HEADER_BYTES)
+    with pytest.raises(SnapshotCorrupt, match="format mark 'RSSNAP02' expected, 'RSSNAP01' found"):
+        slot.receive(data[:7].replace(b"2", b"1") + b"1" + data[8:HEADER_BYTES])
     assert slot.read().step == 6
 
 

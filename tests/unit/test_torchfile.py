@@ -43,6 +43,24 @@ def test_torch_reads_every_dtype(dtype, shape):
     assert zipfile.ZipFile(file).testzip() is None, "other tools find the checksum right"
 
 
+@pytest.mark.parametrize("more", [0, 64, 4032, 60_000 // 64 * 64])
+def test_the_memory_begins_where_it_is_wanted(more, tmp_path):
+    raw = raw_of("float32", 6)
+    shortest = len(cover("float32", (2, 3)).front)
+    front, back, _ = cover("float32", (2, 3), at=shortest + more)
+    assert len(front) == shortest + more
+    (tmp_path / "file").write_bytes(front + raw.numpy().tobytes() + back)
+    for mapped in (False, True):
+        found = torch.load(tmp_path / "file", weights_only=True, mmap=mapped)
+        assert torch.equal(found.reshape(-1).view(torch.uint8), raw)
+
+
+@pytest.mark.parametrize("at", [1, 64, 1 << 20])
+def test_a_place_where_the_memory_cannot_begin(at):
+    with pytest.raises(ValueError, match=f"begins at {at}: .* expected"):
+        cover("float32", (2, 3), at=at)
+
+
 def test_an_unknown_dtype_is_named_with_what_is_known():
     with pytest.raises(ValueError, match="'int4': one of float32"):
         cover("int4", (2,))

@@ -47,7 +47,7 @@ def restores(tier0, slot, step):
         slot.stamp_payload()  # the agent would have
     for _ in range(3):
         begin = time.perf_counter()
-        snapshot = slot.read(step=step)
+        snapshot = slot.read(step=step, threads=tier0.threads)
         tier0.unpack(snapshot, slot.where)
         found.append(time.perf_counter() - begin)
         assert snapshot.stamped
