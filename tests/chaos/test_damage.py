@@ -33,10 +33,10 @@ from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch
 from resilient.errors import CheckpointError
 
-pytestmark = [pytest.mark.process, pytest.mark.chaos]
+pytestmark = pytest.mark.process
 WORLD, STEPS = 2, (2, 4, 6)
 LARGE = 64 << 10
-FEW, MANY = 12, 600  # trials of each kind
+FEW, MANY = 12, 300  # trials of each kind
 TRIALS = [pytest.param(FEW, id="some"), pytest.param(MANY, id="many", marks=[pytest.mark.long, pytest.mark.timeout(900)])]
 
 

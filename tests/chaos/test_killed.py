@@ -21,7 +21,7 @@ from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.retention import KEEP
 from resilient.cli import main
 
-pytestmark = [pytest.mark.process, pytest.mark.chaos]
+pytestmark = [pytest.mark.process, pytest.mark.long]
 HOOKS = pathlib.Path(__file__).with_name("hooks")
 WORLD, EVERY = 2, 2
 FEATURES = {"ddp": "bn,dropout,sched,stream", "fsdp": "dropout,sched,stream"}
@@ -115,11 +115,6 @@ def chain(where: pathlib.Path, kind: str, kills: list[str], steps: int) -> None:
     assert len(list(kept.iterdir())) == KEEP.last, "nothing half is left behind"
 
 
-def test_two_stages_of_the_agent(tmp_path: pathlib.Path) -> None:
-    chain(tmp_path, "fsdp", [f"agent {stage} 2" for stage in ("persist: a rank file is renamed", "commit: the marker is renamed")], 20)
-
-
-@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -129,7 +124,7 @@ def test_every_stage_of_the_agent(tmp_path: pathlib.Path, kind: str, number: int
     chain(tmp_path, kind, many, 150)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_every_stage_of_a_workers_snapshot(tmp_path: pathlib.Path, kind: str) -> None:
     """Many blows in one run, both ranks: each time another process takes the chair, and no step is lost."""
     steps, kept = 100, tmp_path / "kept"
@@ -153,7 +148,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("stage", COPIES)
 @pytest.mark.parametrize("what", ["own state", "snapshot"])
 def test_every_stage_of_a_copy_to_another_node(tmp_path: pathlib.Path, stage: str, what: str) -> None:

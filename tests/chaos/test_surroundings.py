@@ -29,7 +29,7 @@ from resilient.checkpoint.source import Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import ConfigError, TierUnavailable
 
-pytestmark = [pytest.mark.process, pytest.mark.chaos]
+pytestmark = pytest.mark.process
 STEPS = 60
 
 
@@ -176,7 +176,8 @@ def test_the_clock_is_set_back_by_an_hour(tmp_path: pathlib.Path, kind: str) -> 
     tally.count(f"resilient-run, {kind}", "clock set back by an hour", "survived")
 
 
-@pytest.mark.parametrize("trials", [6, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("trials", [200])
 async def test_the_mark_of_a_living_run_is_damaged(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials: int) -> None:
     """IN-USE.json: whatever has become of it, its owner goes on and mends it, and a second run is refused."""
     monkeypatch.setattr(tenancy, "BEAT_S", 0.1)
