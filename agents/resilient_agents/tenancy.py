@@ -83,6 +83,7 @@ class Tenancy:
                 raise ConfigError(self._refusal(tenant))
             await self._write()
             self._claimed = True
+            await self._lane.run(self._sweep, deadline_s=ANSWER_S)
         except TierUnavailable as error:
             self._warn(error)
 
@@ -143,6 +144,12 @@ class Tenancy:
             return self._storage.read(FILE)
         except FileNotFoundError:
             return None
+
+    def _sweep(self) -> None:
+        """What tenants left that were killed while they wrote."""
+        for name in self._storage.names():
+            if name.startswith(f"{FILE}.") and name.endswith(".part"):
+                self._storage.remove(name)
 
     async def _write(self) -> None:
         self._me = msgspec.structs.replace(self._me, beat=self._me.beat + 1)

@@ -114,6 +114,14 @@ async def test_of_two_at_once_one_stays(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_what_was_left_half_written_goes(tmp_path):
+    (tmp_path / f"{FILE}.0123abcd.part").write_bytes(b"{")
+    ours = Tenancy(str(tmp_path), "run")
+    await ours.claim()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    await ours.release()
+
+
 @pytest.mark.parametrize("bit", [None, 5, 200, 900])
 async def test_a_damaged_mark_is_mended_by_its_owner_and_ends_nobody(tmp_path, bit):
     ours, lost = Tenancy(str(tmp_path), "run"), []
