@@ -236,8 +236,12 @@ class Drain:
         if step == self.committed:
             self.committed, self._wish = NONE, (NONE, ())
 
-    def heed(self, steps: Collection[int]) -> None:
-        """What any node found wrong. Who read other files of such a step writes it anew as well: no two attempts are ever mixed."""
+    def heed(self, steps: Collection[int], world_size: int) -> None:
+        """`steps`: what any node found wrong. Who read other files of such a step writes it anew as well: no two attempts are ever mixed.
+
+        `world_size`: of the run, 0 = not known yet.
+        """
+        self.tier.world_size = world_size or self.tier.world_size
         for step in sorted(self._heeded - set(steps)):
             self._distrusted.discard(step)  # it has been committed anew
         for step in sorted(set(steps) - self._heeded):

@@ -7,9 +7,9 @@ has moved for a while may be taken away; nobody looks at a date on it, for guest
 
 Contract: `claim` is ConfigError if the tenant lives: at once where its process can be seen from here, else at its next sign of life, BEAT_S
 away. A tenant whose process is seen to be gone is replaced at once, any other after SILENCE_S without a sign of life, measured here.
-Storage that does not answer refuses nobody: the claim is made when it does. `hold` gives signs of life, and says once that another run
-has taken the place: then this one must end. Of runs that claim at the same moment the last writer stays; the others learn it at the first
-beat.
+A mark that is damaged (it has a digest) is mended by its owner's next sign of life. Storage that does not answer refuses nobody: the claim
+is made when it does. `hold` gives signs of life, and says once that another run has taken the place: then this one must end. Of runs that
+claim at the same moment the last writer stays; the others learn it at the first beat.
 Held by the node that coordinates, for its run. docs/decisions/0013-one-run-per-url.md.
 """
 
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
+import xxhash
 
 from resilient.checkpoint.storage import Storage
 from resilient.errors import ConfigError, TierUnavailable
@@ -50,6 +51,7 @@ class Tenant(msgspec.Struct, frozen=True):
     pid: int
     born: str  # when that process was started: a number of the kernel's
     beat: int = 0
+    digest: str = ""  # xxh3_128 of this object's JSON with digest = "": a mark that is damaged is nobody's, and must not end a run
 
 
 class Tenancy:
@@ -81,6 +83,7 @@ class Tenancy:
                 raise ConfigError(self._refusal(tenant))
             await self._write()
             self._claimed = True
+            await self._lane.run(self._sweep, deadline_s=ANSWER_S)
         except TierUnavailable as error:
             self._warn(error)
 
@@ -107,8 +110,9 @@ class Tenancy:
                     await self.claim()
                     continue
                 found = await self._read()
-                if found is not None and not self._is_ours(found):
-                    raise ConfigError(self._refusal(_tenant(found)))
+                tenant = _tenant(found)
+                if tenant is not None and tenant.nonce != self._me.nonce:
+                    raise ConfigError(self._refusal(tenant))
                 await self._write()
                 self._in_trouble = False
             except ConfigError as error:
@@ -141,18 +145,34 @@ class Tenancy:
         except FileNotFoundError:
             return None
 
+    def _sweep(self) -> None:
+        """What tenants left that were killed while they wrote."""
+        for name in self._storage.names():
+            if name.startswith(f"{FILE}.") and name.endswith(".part"):
+                self._storage.remove(name)
+
     async def _write(self) -> None:
         self._me = msgspec.structs.replace(self._me, beat=self._me.beat + 1)
-        data = msgspec.json.format(msgspec.json.encode(self._me), indent=1)
+        data = encode(self._me)
         await self._lane.run(functools.partial(self._storage.write, FILE, data), deadline_s=ANSWER_S)
+
+
+def encode(tenant: Tenant) -> bytes:
+    """The file's bytes."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(tenant, digest=_digest(tenant))), indent=1)
+
+
+def _digest(tenant: Tenant) -> str:
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(msgspec.structs.replace(tenant, digest="")))
 
 
 def _tenant(data: bytes | None) -> Tenant | None:
     """None also for what nobody can read: then only its changes tell whether somebody lives."""
     try:
-        return msgspec.json.decode(data, type=Tenant) if data is not None else None
+        found = msgspec.json.decode(data, type=Tenant) if data is not None else None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+    return found if found is not None and found.digest == _digest(found) else None
 
 
 def _name(tenant: Tenant | None) -> str:

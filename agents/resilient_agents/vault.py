@@ -238,9 +238,7 @@ class Vault:
         self.set_peers(wish.peers)
         self._rescue = wish.rescue
         if self._drain is not None:
-            self._drain.heed(wish.distrusted)
-            if wish.world_size:
-                self._drain.tier.world_size = wish.world_size
+            self._drain.heed(wish.distrusted, wish.world_size)
         self._fetches = {f: here for f, here in self._fetches.items() if f in wish.fetch}
         for fetch in wish.fetch:
             self.fetch(fetch)
@@ -355,8 +353,7 @@ class Vault:
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
         log.warning("copy refused (%s tier, step %d, rank %d): %s", wanted.tier, wanted.step, wanted.rank, error)
-        damaged = not isinstance(error, TierUnavailable)
-        if self._drain is not None and wanted.tier == "persistent" and damaged:
+        if (damaged := not isinstance(error, TierUnavailable)) and self._drain is not None and wanted.tier == "persistent":
             self._drain.distrust(wanted.step)
         self._tell(Refused(tier=wanted.tier, step=wanted.step, rank=wanted.rank, reason=str(error), damaged=damaged))
 

@@ -31,7 +31,8 @@ def table() -> list[str]:
     width = max(len(place) for place, _ in _rows)
     longest = max(len(deed) for _, deed in _rows)
     lines = [f"{'place':<{width}}  {'fault':<{longest}}  {'tried':>6}" + "".join(f"{name:>10}" for name in OUTCOMES)]
-    for (place, deed), counts in _rows.items():
+    places = list(dict.fromkeys(place for place, _ in _rows))
+    for (place, deed), counts in sorted(_rows.items(), key=lambda row: places.index(row[0][0])):
         cells = "".join(f"{counts[name] or '':>10}" for name in OUTCOMES[:-1]) + f"{counts['WRONG']:>10}"
         lines.append(f"{place:<{width}}  {deed:<{longest}}  {counts.total():>6}{cells}")
     whole = sum(_rows.values(), Counter[str]())

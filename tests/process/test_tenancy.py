@@ -38,7 +38,7 @@ def left(where: pathlib.Path, **words) -> Tenant:
     here = Tenant("0123", "other", "far", tenancy._place(), os.getpid(), tenancy._born(os.getpid()))
     found = msgspec.structs.replace(here, **words)
     where.mkdir(exist_ok=True)
-    (where / FILE).write_bytes(msgspec.json.encode(found))
+    (where / FILE).write_bytes(tenancy.encode(found))
     return found
 
 
@@ -111,6 +111,32 @@ async def test_of_two_at_once_one_stays(tmp_path):
     assert all("one run per URL expected" in reason for reason in lost)
     for ours in runs:
         await ours.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_what_was_left_half_written_goes(tmp_path):
+    (tmp_path / f"{FILE}.0123abcd.part").write_bytes(b"{")
+    ours = Tenancy(str(tmp_path), "run")
+    await ours.claim()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    await ours.release()
+
+
+@pytest.mark.parametrize("bit", [None, 5, 200, 900])
+async def test_a_damaged_mark_is_mended_by_its_owner_and_ends_nobody(tmp_path, bit):
+    ours, lost = Tenancy(str(tmp_path), "run"), []
+    await ours.claim()
+    data = bytearray((tmp_path / FILE).read_bytes())
+    if bit is not None:
+        data[bit // 8] ^= 1 << bit % 8
+    (tmp_path / FILE).write_bytes(data if bit is not None else b"")
+    ours.hold(lost.append)
+    with pytest.raises(ConfigError, match="one run per URL expected"):
+        await Tenancy(str(tmp_path), "again").claim()
+    await asyncio.sleep(0.3)
+    assert not lost
+    assert tenancy._tenant((tmp_path / FILE).read_bytes()).run == "run"
+    await ours.release()
     assert list(tmp_path.iterdir()) == []
 
 
