@@ -119,7 +119,8 @@ class Drain:
                 _, sealed = await staged(slot, rank, "snapshot", self._copying)
                 part = await self._writing.run(lambda: self._put(rank, Whole(sealed)), deadline_s=deadline_s)
             else:
-                part = await self._writing.run(lambda: self._put(rank, Live(slot)), deadline_s=deadline_s)
+                with slot.marked():
+                    part = await self._writing.run(lambda: self._put(rank, Live(slot)), deadline_s=deadline_s)
             self._persisted[SnapshotKey(rank, part.step)] = part
         except SnapshotMissing as error:
             self._outrun.add(rank)

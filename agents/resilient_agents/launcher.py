@@ -192,6 +192,7 @@ class _Node:
             console=console,
             store_bind=LOOPBACK if meeting.local else "",
             checkpoint_every=options.checkpoint_every if options.checkpoint else 0,
+            snapshot_every=options.snapshot_every,
         )
         self._listen_to_signals()
         if tenancy is not None:

@@ -66,6 +66,7 @@ class Host:
         console: Console,
         store_bind: str,
         checkpoint_every: int | str,
+        snapshot_every: int | str,
     ) -> None:
         """`key` names what we leave in `memory_dir`; `store_bind`: "127.0.0.1", or "" = all interfaces."""
         self._launch = launch
@@ -98,6 +99,7 @@ class Host:
             "RESILIENT_SOCKET": socket,
             "RESILIENT_TOKEN": token,
             "RESILIENT_CHECKPOINT_EVERY": str(checkpoint_every),
+            "RESILIENT_SNAPSHOT_EVERY": str(snapshot_every),
         }
         store_env = {**self._env, "RESILIENT_WORKER": stores.NAME, "RESILIENT_STORE_HOST": store_bind}
         self._stores = stores.Stores(nursery, self._doors, store_env, settings.host, self._store_up, self._store_down)

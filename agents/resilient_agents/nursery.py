@@ -10,6 +10,7 @@ Light to import: nothing here may delay the start of the process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 DEATHS_MAX: Final = 3
+ENDING_S: Final = 0.5  # from the end of its line to its own end, which has a code to tell
 SPAWN_S: Final = 120.0  # the first spawn waits until torch is loaded; on a cold disk that is half a minute
 BOOT: Final = "import sys; sys.path = [p for p in sys.path if p]; from resilient_agents.zygote import main; main()"
 
@@ -67,11 +69,13 @@ class Nursery:
         return self._process.pid
 
     async def launch(self) -> Launch | Misused:
-        """Wait for what the command line means. Raises ZygoteLost if it never says."""
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
-        answer = await self._read()
-        if not isinstance(answer, Launch | Misused):
-            raise ZygoteLost(f"the zygote (pid {self.pid}) died while it was starting, exit code {self._process.poll()}")
+        """Wait for what the command line means; a zygote that dies meanwhile is replaced. Raises ZygoteLost if `DEATHS_MAX` have died."""
+        while (answer := await self._ask()) is None:
+            reason = self._hang_up("died while it was starting", at_once=False)
+            self._deaths.append(time.monotonic())
+            if len(self._deaths) == DEATHS_MAX:
+                raise ZygoteLost(reason)
+            self._start()
         return answer
 
     def watch(self, on_up: Callable[[], None], on_down: Callable[[str], None], on_gone: Callable[[str], None]) -> None:
@@ -104,6 +108,12 @@ class Nursery:
 
     # ------------------------------------------------------------------
 
+    async def _ask(self) -> Launch | Misused | None:
+        """None if it dies instead."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
+        answer = await self._read()
+        return answer if isinstance(answer, Launch | Misused) else None
+
     async def _read(self) -> Any:
         try:
             length = body_bytes(await self._reader.readexactly(HEADER.size))
@@ -120,31 +130,27 @@ class Nursery:
                 if not waiting.done():
                     waiting.set_result(answer)
                 continue
-            reason = self._hang_up("died")
+            reason = self._hang_up("died", at_once=False)
             self._deaths.append(time.monotonic())
             on_down(reason)
             if len(self._deaths) == DEATHS_MAX and time.monotonic() - self._deaths[0] < 60.0:
                 on_gone(f"{reason}; {DEATHS_MAX} zygotes died within a minute, no further one is started")
                 return
             self._start()
-            if isinstance(await self._launch_again(), Launch):
-                on_up()
+            if isinstance(await self._ask(), Launch):
+                on_up()  # if it died, the end of the stream is read once more, and counted
 
-    async def _launch_again(self) -> Launch | Misused | None:
-        try:
-            return await self.launch()
-        except ZygoteLost:
-            return None  # the loop in `_watch` reads the end of the stream and counts it
-
-    def _hang_up(self, why: str) -> str:
-        """Close the line, end the process, fail what waits. Gives a line for the log."""
+    def _hang_up(self, why: str, *, at_once: bool = True) -> str:
+        """Close the line, end the process, fail what waits. Gives a line for the log. at_once: it is not about to end by itself."""
         if self._writer is not None:
             self._writer.transport.abort()
             self._writer = None
         else:
             self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0 if at_once else ENDING_S)
         self._process.kill()
-        code = self._process.wait()  # at once: it has just been killed
+        code = self._process.wait()  # at once: it has ended, or has just been killed
         reason = f"zygote (pid {self.pid}) {why}, exit code {code}"
         while self._waiting:
             waiting = self._waiting.popleft()

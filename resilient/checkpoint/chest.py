@@ -41,7 +41,7 @@ class Chest:
         self.rank = rank
         self.seated = False  # the rank sits on this node: its worker writes here, no peer
         self.replicated = False  # its shared state lies on every other rank as well
-        self.often = False  # its worker seals every step
+        self.often = False  # its worker overwrites what is being read
         self.filling = threading.Lock()
         self.own: OwnSegment | None = None
         self.snapshots: Ring | None = None

@@ -4,7 +4,8 @@ Think of two buckets under a tap: while one fills, the full one can be carried a
 starts of steps in turn, and one for the gate (own state as it is when the step's body has run).
 
 Contract: `newest` is the slot written last, by the slots' generations and not by step, for a rollback makes steps grow twice.
-Sealing step s ends every future: copies of steps after s that an abandoned attempt left behind lose their seals.
+Sealing step s ends every future: copies of steps after s that an abandoned attempt left behind lose their seals. The step named in `keep`
+is overwritten last: the newest that every rank is known to have.
 Rejected: choosing by step number (after a rollback the old future would be kept for ever, and the new past overwritten).
 """
 
@@ -25,6 +26,7 @@ class Ring:
     def __init__(self, slots: Sequence[Slot]) -> None:
         """At least one slot; of one, the old snapshot is lost when the new one begins."""
         self.slots = tuple(slots)
+        self.keep = NONE
         self._current = self.slots[0]
 
     @classmethod
@@ -74,8 +76,9 @@ class Ring:
         return found
 
     def _turn(self) -> int:
-        """Choose a slot: one without a seal, else the one written longest ago. Returns the newest generation of all."""
-        self._current = min(self.slots, key=lambda slot: (slot.sealed_step() != NONE, slot.generation()))
+        """Choose a slot: one without a seal, else the one written longest ago, but for `keep`. Returns the newest generation of all."""
+        found = {slot: slot.sealed_step() for slot in self.slots}
+        self._current = min(self.slots, key=lambda slot: (found[slot] != NONE, found[slot] == self.keep, slot.generation()))
         return max(slot.generation() for slot in self.slots)
 
     def _end_futures(self, step: int) -> None:

@@ -257,6 +257,14 @@ class Slot:
         """Within this its writer waits a while before it overwrites what is sealed here (hold.py)."""
         return hold.held(self._fd, self._words[PAYLOAD_BYTES])
 
+    def marked(self) -> contextlib.AbstractContextManager[None]:
+        """Within this its writer knows that somebody reads here; it decides itself what to make of that (hold.py)."""
+        return hold.marked(self._fd)
+
+    def is_marked(self) -> bool:
+        """Whether another process has marked it."""
+        return hold.is_marked(self._fd)
+
     def fill(self, view: memoryview, offset: int) -> None:
         """Copy from here, `offset` bytes behind the header's begin. Nothing is checked: see `stamped_head`.
 

@@ -275,7 +275,7 @@ class Layout(Msg):
     replicated: bool
     own_bytes: int  # room for one own state
     snapshot_bytes: int  # room for one snapshot; 0 = this rank takes none
-    often: bool = False  # it seals a snapshot at every step
+    often: bool = False  # it seals at fixed steps, whether or not somebody reads what it sealed before
     reshape: int = NONE  # bring that step of the persistent tier, which was written in another world, into these segments
     rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
     world_size: int = 0

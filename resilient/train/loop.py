@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,6 +29,7 @@ from resilient.train import wrappers
 from resilient.train.canary import Canary
 from resilient.train.gates import Gates
 from resilient.train.rounds import Rounds
+from resilient.train.sealing import CHECKPOINT, Sealing
 from resilient.wire.page import UNCOPIED
 
 if TYPE_CHECKING:
@@ -45,11 +45,8 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS: Final = 3  # DDP rebuilds its buckets in the second, with a broadcast; the third is as all later ones
 WARMUP_MIN: Final = 2
-COPIES_TIMEOUT_S: Final = 2.0  # of a peer that does not answer: twice the time after which its node counts as lost
 _IN_BODY, _AT_BOUNDARY = b"g", b"b"  # first byte of an own state sealed at a gate: which one it was
 UNASKED: Final = 1 << 62
-_CHECKPOINT: Final = 2  # in a vote: this step is to be sealed for the persistent tier; 1: only sealed
-SNAPSHOT_SHARE: Final = 0.01  # of the time may go into snapshots that are not needed at every step
 
 
 class Loop:
@@ -66,10 +63,15 @@ class Loop:
         tracked: Tracked,
         tier0: Tier0,
         checkpoint_every: int | None,
+        snapshot_every: int | None = None,
     ) -> None:
-        """checkpoint_every: steps between two snapshots for the persistent tier; 0 = those that the page asks for, None = and the last."""
+        """checkpoint_every: steps between two snapshots for the persistent tier; 0 = those that the page asks for, None = and the last.
+
+        snapshot_every: steps between two snapshots in memory of sharded state; None = as often as it is worth it.
+        """
         self.comm, self.scope, self.desk, self.page, self.ledger, self.tracked = comm, scope, desk, page, ledger, tracked
         self.tier0, self.checkpoint_every = tier0, checkpoint_every
+        self.sealing = Sealing(page, tier0, every=snapshot_every, checkpoint_every=checkpoint_every or 0)
         self.opened = False
         self.over = False  # the loop's end was reached together
         self.canary = Canary()
@@ -96,7 +98,7 @@ class Loop:
 
     @property
     def undo_needed(self) -> bool:
-        """Whether only a snapshot of every step can put back what a broken one may leave."""
+        """Whether only a snapshot can put back what a broken step may leave, or a lost rank takes with it."""
         return self.tracked.undo_needed or self.scope.late_backward
 
     @property
@@ -236,11 +238,15 @@ class Loop:
             torch.cuda.synchronize()  # the host runs ahead: every collective of this step must have ended well
         step, round_ = self.ledger.step, self.ledger.round
         self.tier0.settle()  # who votes has sealed what was begun at the last boundary; and it is changed from here on
-        self._await_copies(step)
+        if self.tracked.replicated:  # copies lag by one step: what was sealed when this one began had all of it to get to another node
+            self.sealing.await_copies(step, lambda: self.broken)
+        elif self.sealing.certain(step + 1, sharded=True):
+            self.sealing.await_newest(lambda: self.broken)
         self.tier0.own_gate(step + 1, round_, (_AT_BOUNDARY if boundary else _IN_BODY) + self.tracked.own())
         self.ledger.write("voted")
         asked = self._asked < self.page.wanted() <= step + 1
-        wish = torch.tensor([_CHECKPOINT if asked else int(self._wants_snapshot())], dtype=torch.int32)
+        own_wish = self.sealing.wish(step + 1, rank=self.comm.rank, sharded=self.undo_needed, asked=asked)
+        wish = torch.tensor([own_wish], dtype=torch.int32)
         try:
             self.comm.vote(wish)
         except RoundAborted:
@@ -248,7 +254,8 @@ class Loop:
         self.ledger.write("committing")
         if self.ledger.fenced():
             return self._decided(step, round_)
-        self.scope.snapshot, self.scope.checkpoint = wish.item() > 0, wish.item() == _CHECKPOINT
+        heard = int(wish.item())
+        self.scope.snapshot, self.scope.checkpoint = self.sealing.passed(heard), heard == CHECKPOINT
         self._settled()
         return True
 
@@ -271,15 +278,6 @@ class Loop:
         else:
             self.tracked.load_own(own)
 
-    def _await_copies(self, step: int) -> None:
-        """Where copies go to another node they lag by one step at most, so that the loss of this node loses nothing.
-
-        What was sealed when this step began has had the whole step to get there; a peer that hangs holds nobody up for ever.
-        """
-        until = time.monotonic() + COPIES_TIMEOUT_S
-        while self.page.copied() < step and not self.broken and time.monotonic() < until:
-            time.sleep(0.0005)
-
     def _decided(self, step: int, round_: int) -> bool:
         """Voted, and the round broke: wait for the coordinator to say whether the step counts.
 
@@ -293,11 +291,6 @@ class Loop:
                 return commits
             round_ = seated.round
 
-    def _wants_snapshot(self) -> bool:
-        if self.undo_needed:
-            return True
-        return self.comm.rank == 0 and time.monotonic() - self.tier0.taken_s > self.tier0.cost_s / SNAPSHOT_SHARE
-
     # ------------------------------------------------------------------ boundary
 
     def _commit(self) -> None:
@@ -305,8 +298,9 @@ class Loop:
         due = self._due(step)
         if due:
             self.tracked.canary = self.canary.sing()
-        if self.scope.snapshot or due or self.undo_needed:
-            self.tier0.snapshot(step, self.ledger.round, self.tracked.own())
+        unheard = self.scope.checkpoint is None  # what the vote said: others may seal this step, or not
+        if self.scope.snapshot or due or (unheard and self.undo_needed):
+            self._seal(step, self.tracked.own(), alike=not unheard)
         self.ledger.committed(step)
         if due:
             self.tier0.once_sealed(functools.partial(self._sealed, step))
@@ -325,10 +319,14 @@ class Loop:
         voted = self.scope.checkpoint  # a word that came to this page since then would be this rank's alone
         return self._asked < self.page.wanted() <= step if voted is None else voted
 
+    def _seal(self, step: int, own: bytes, *, alike: bool) -> None:
+        self.tier0.snapshot(step, self.ledger.round, own)
+        self.sealing.sealed(step, alike=alike)
+
     def _sealed(self, step: int) -> None:
         """The agent sees that this snapshot is to be brought to the persistent tier. On the thread that has sealed it."""
         self._asked = max(self._asked, step)
-        self.page.sealed(step, 0 if self.undo_needed else int(self.tier0.cost_s * 1e9))
+        self.page.sealed(step, int(self.tier0.cost_s * 1e9))
         self.desk.send(Sealed())
 
     def _publish(self) -> None:
@@ -385,7 +383,7 @@ class Loop:
         self.ledger.restored()
         due = self._due(self.ledger.step)
         if self.undo_needed or due:
-            self.tier0.snapshot(self.ledger.step, self.ledger.round, self._own)
+            self._seal(self.ledger.step, self._own, alike=False)
         if due:
             self.tier0.once_sealed(functools.partial(self._sealed, self.ledger.step))
         if self.broken:
@@ -417,6 +415,7 @@ class Loop:
 
     def _placed(self) -> None:
         """Checkpoints that were asked for up to here are made; of a later one, made in a future that will not be, nobody knows any more."""
+        self.sealing.placed(self.ledger.step)
         if self._asked > self.ledger.step:
             self._asked = self.ledger.step
             self.page.sealed(NONE)
@@ -429,13 +428,13 @@ class Loop:
         own = self.tracked.own()
         self.tier0.own_start(step, self.ledger.round, own)
         if not self.tier0.sealed(step):
-            self.tier0.snapshot(step, self.ledger.round, own)
+            self._seal(step, own, alike=True)
             self.tier0.settle()
         if self.checkpoint_every is None and self._asked < step:
             self._sealed(step)
         if self.page.copied() != UNCOPIED:
             self.desk.send(Sealed())
-        self._await_copies(step)
+        self.sealing.await_copies(step, lambda: self.broken)
         try:
             if self.broken:
                 raise RoundAborted("the round broke at the end of the loop")

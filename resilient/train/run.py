@@ -265,6 +265,8 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
     )
     desk.recorder = recorder
     movers = Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))
+    behind = env.get("RESILIENT_CAPTURE") == "behind"  # what a GPU has always, tried without one
+    apart = None if (given := env.get("RESILIENT_SNAPSHOT_EVERY", "auto")) == "auto" else int(given)
     loop = Loop(
         comm=comm,
         scope=scope,
@@ -272,8 +274,9 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(desk, tracked, run_id, movers, overlap=env.get("RESILIENT_CAPTURE") == "behind"),  # that path, tested without a GPU
+        tier0=Tier0(desk, tracked, run_id, movers, often=apart is not None, overlap=behind),
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
+        snapshot_every=apart,
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))
     desk.listen()

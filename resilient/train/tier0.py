@@ -46,9 +46,12 @@ _LOOKS = 3  # bodies after which a program is taken to have shown which of its t
 class Tier0:
     """The segments of this rank's chair."""
 
-    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, overlap: bool = False) -> None:
-        """Nothing is mapped before `open`. overlap: host tensors too are copied beside the next body."""
-        self._desk, self._tracked, self._run_id, self._movers = desk, tracked, run_id, movers
+    def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, often: bool = False, overlap: bool = False) -> None:
+        """Nothing is mapped before `open`. often: a snapshot is taken whether or not `being_read`.
+
+        overlap: host tensors too are copied beside the next body.
+        """
+        self._desk, self._tracked, self._run_id, self._movers, self._often = desk, tracked, run_id, movers, often
         self._packing: capture.Packing | None = None
         self._overlap = overlap
         self._behind = Behind()
@@ -63,8 +66,8 @@ class Tier0:
         self._rank = NONE
         self._world_size = 0
         self._growth = 1  # state that outgrew its room is given twice as much
+        self._kept = NONE
         self.cost_s = 0.0  # of the last snapshot, to the training thread
-        self.taken_s = time.monotonic()  # when it was made
         self._launch_s = 0.0
         self._settling_s: float | None = None  # since when the training thread has been waiting for it
 
@@ -89,7 +92,7 @@ class Tier0:
             replicated=self._tracked.replicated,
             own_bytes=_pages(own_bytes),
             snapshot_bytes=_pages(room),
-            often=self._tracked.undo_needed,
+            often=self._often and not self._tracked.replicated,
             reshape=reshape,
             rows=rows if reshape != NONE else b"",
             world_size=world_size,
@@ -99,6 +102,7 @@ class Tier0:
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
         self._own.world_size = world_size
         self._ring = Ring.open(segments.slots, populate=True) if segments.slots else None
+        self.keep(self._kept)
         if self._ring is not None and any(item.local.is_cuda for item in self._tracked.shared()):
             self._registered = [Registered(slot.memory) for slot in self._ring.slots]
         self._watches = self._overlap or bool(self._registered)
@@ -164,6 +168,12 @@ class Tier0:
             if slot.sealed_step() > step:
                 slot.unseal()
 
+    def keep(self, step: int) -> None:
+        """Every rank has sealed this step: of the snapshots here it is overwritten last."""
+        self._kept = step
+        if self._ring is not None:
+            self._ring.keep = step
+
     def snapshot(self, step: int, round_: int, own: bytes) -> None:
         """Seal everything this rank holds at `step`: at once, or (what lies on a GPU) before the next `settle` returns."""
         self.settle()
@@ -186,8 +196,7 @@ class Tier0:
         )
         self._passage = packing.begin(payload)
         del payload
-        self.taken_s = time.monotonic()
-        self.cost_s = self._launch_s = self.taken_s - begin
+        self.cost_s = self._launch_s = time.monotonic() - begin
         if self._passage is None:
             self._behind.do(functools.partial(self._press, self._ring, step))
         else:
@@ -264,6 +273,15 @@ class Tier0:
             yield slot
         finally:
             slot.close()
+
+    def being_read(self) -> bool:
+        """Whether the agent is reading one of the slots for the persistent tier."""
+        return self._ring is not None and any(slot.is_marked() for slot in self._ring.slots)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of the newest snapshot, about; 0 = none can be taken."""
+        return self._ring.slots[0].num_bytes if self._ring is not None else 0
 
     def sealed(self, step: int) -> bool:
         """Whether a snapshot of `step` is there."""

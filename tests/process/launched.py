@@ -49,7 +49,8 @@ class Launched:
         head = [sys.executable, "-m", "resilient.run", *(["--standalone"] if standalone else [])]
         self.command = [*head, "--run-dir", str(self.directory), *flags, *program, *arguments]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "agents"), os.environ.get("PYTHONPATH", "")])
-        self.env = {**os.environ, "PYTHONPATH": paths, **(env or {})}
+        no_step_lost = {"RESILIENT_SNAPSHOT_EVERY": "1"}
+        self.env = {**no_step_lost, **os.environ, "PYTHONPATH": paths, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

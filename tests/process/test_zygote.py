@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from outside import alive, environment, wait_for
 from resilient_agents import kernel
-from resilient_agents.nursery import Nursery, SpawnFailed, ZygoteLost
+from resilient_agents.nursery import DEATHS_MAX, Nursery, SpawnFailed, ZygoteLost
 from resilient_agents.orders import Launch, Spawn
 
 pytestmark = pytest.mark.timeout(120)
@@ -319,6 +319,32 @@ def test_a_program_that_cannot_be_started_says_so(tmp_path: Path) -> None:
         assert "cannot be started" in (tmp_path / "out.err").read_text()
 
     with_zygote(["--standalone", "--no-python", "no-such-program"], scene)
+
+
+@pytest.mark.parametrize("deaths", [1, DEATHS_MAX])
+def test_a_zygote_that_dies_while_it_starts_is_replaced_but_not_for_ever(tmp_path: Path, deaths: int) -> None:
+    script = tmp_path / "s.py"
+    script.write_text("print('well')")
+
+    async def whole() -> None:
+        nursery = Nursery(["--standalone", str(script)])
+        launching = asyncio.create_task(nursery.launch())
+        killed: set[int] = set()
+        while len(killed) < deaths:
+            if nursery.pid not in killed:
+                killed.add(nursery.pid)
+                os.kill(nursery.pid, signal.SIGKILL)
+            await asyncio.sleep(0.001)
+        try:
+            if deaths == DEATHS_MAX:
+                with pytest.raises(ZygoteLost, match="died while it was starting, exit code -9"):
+                    await launching
+            else:
+                assert isinstance(await launching, Launch)
+        finally:
+            await nursery.close()
+
+    asyncio.run(whole())
 
 
 def test_a_zygote_that_dies_is_replaced(tmp_path: Path) -> None:

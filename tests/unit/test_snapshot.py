@@ -267,6 +267,17 @@ def test_the_newest_is_never_overwritten(ring):
         ring.get(7)
 
 
+def test_what_every_rank_has_is_overwritten_last(ring):
+    write(ring, 4, b"")
+    ring.keep = 4
+    for step in (5, 6, 7):  # sealed here alone
+        write(ring, step, b"")
+        assert ring.steps() == (4, step)
+    ring.keep = 7
+    write(ring, 8, b"")
+    assert ring.steps() == (7, 8)
+
+
 def test_a_rollback_ends_the_abandoned_future(ring):
     for step in (10, 11):
         write(ring, step, b"old")

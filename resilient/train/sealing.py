@@ -1,0 +1,104 @@
+"""Sealing: at the end of which steps all that a rank holds is sealed in memory.
+
+Think of climbers who drive bolts into the rock: with one at every arm's length nobody falls far, and nobody gets up.
+
+Contract: `wish` is what this rank puts into the vote at a step's gate; the greatest of all counts, so all ranks seal the same steps. Rank
+0 asks as often as the copying takes SHARE of the time (at every step, where it takes no more), or at each multiple of `every`.
+With sharded state there is always a step that all ranks have. A rank that sealed alone, or whose snapshot came to nothing, asks for
+another of all (AGAIN); a vote that passes without that shows that all have sealed what they were to seal, and this step is overwritten
+last (`Tier0.keep`). While somebody needs what was sealed last (it is on its way to another node, where it is the only copy of a shard;
+the agent reads it for the persistent tier) the wish is NOT_YET. Where it is certain that a step will be sealed, its gate waits for the
+copies instead. Both have an end: a peer or storage that hangs holds nobody up for ever.
+Rejected: a seal at every step (with sharded state a pass of memory per step: 28 % of a step of 0.2 s with 1.1 GB of state, for one step
+less to be done again after a fault that comes every few hours); a word of the coordinator's (the vote is there already, and exact).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from resilient.core.messages import NONE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilient.train.tier0 import Tier0
+    from resilient.wire.page import Page
+
+NOTHING, SNAPSHOT, CHECKPOINT, NOT_YET, AGAIN = range(5)  # in a vote: what is to be sealed at the end of this step
+SHARE: Final = 0.01  # of the time may go into snapshots
+COPIES_S: Final = 2.0  # at a gate, for a peer that does not answer: twice the time after which its node counts as lost
+NEEDED_S, NEEDED_BYTES_S = 10.0, 50 << 20  # who needs a snapshot for longer than this, and its bytes, is not waited for
+COSTS: Final = 3  # newest snapshots: the cheapest of them is what one costs, for a pause of the machine is no reason to wait an hour
+_POLL_S: Final = 0.0005
+
+
+class Sealing:
+    """See the module's text. The training thread's."""
+
+    def __init__(self, page: Page, tier0: Tier0, *, every: int | None, checkpoint_every: int) -> None:
+        """every: steps between two seals, None = as often as it is worth it; checkpoint_every: its multiples are sealed in any case."""
+        self._page, self._tier0, self._every, self._checkpoint_every = page, tier0, every, checkpoint_every
+        self._alike = False  # every rank was to seal what this one sealed last
+        self._newest = NONE
+        self._sealed_s = 0.0
+        self._priced = True
+        self._costs: deque[float] = deque(maxlen=COSTS)
+
+    def sealed(self, step: int, *, alike: bool) -> None:
+        """`step` was sealed here just now; alike: on every rank."""
+        self._newest, self._alike, self._sealed_s, self._priced = step, alike, time.monotonic(), False
+
+    def passed(self, wish: int) -> bool:
+        """A vote passed: whether what this step makes is to be sealed."""
+        if self._alike and wish != AGAIN:
+            self._tier0.keep(self._newest)
+        return wish in (SNAPSHOT, CHECKPOINT, AGAIN)
+
+    def placed(self, step: int) -> None:
+        """A round begins at `step`: what later ones sealed is gone, and somebody may be new."""
+        self._alike = False
+        if self._newest > step:
+            self._newest = NONE
+
+    def wish(self, step: int, *, rank: int, sharded: bool, asked: bool) -> int:
+        """For the step that will be `step`. sharded: other ranks do not hold what this one does; asked: a checkpoint is wanted."""
+        if not self._priced:  # only now: what is copied beside a body has its price when that is over
+            self._priced = True
+            self._costs.append(self._tier0.cost_s)
+        if sharded and not (self._alike and self._tier0.sealed(self._newest)):
+            return AGAIN
+        certain = self.certain(step, sharded=sharded)
+        if sharded and not certain and self._needed():
+            return NOT_YET
+        if asked:
+            return CHECKPOINT
+        if certain:
+            return SNAPSHOT
+        if sharded and self._every is not None:
+            return NOTHING
+        worth_it = rank == 0 and time.monotonic() - self._sealed_s > min(self._costs, default=0.0) / SHARE
+        return SNAPSHOT if worth_it and not self._needed() else NOTHING
+
+    def certain(self, step: int, *, sharded: bool) -> bool:
+        """Whether all ranks will seal `step`, whatever they hear of each other."""
+        return any(every and step % every == 0 for every in (self._every if sharded else None, self._checkpoint_every))
+
+    def await_copies(self, step: int, broken: Callable[[], bool]) -> None:
+        """Until what this rank sealed up to `step` lies on another node."""
+        until = time.monotonic() + COPIES_S
+        while self._page.copied() < step and not broken() and time.monotonic() < until:
+            time.sleep(_POLL_S)
+
+    def await_newest(self, broken: Callable[[], bool]) -> None:
+        """The same for the newest snapshot."""
+        if self._newest != NONE:
+            self.await_copies(self._newest, broken)
+
+    def _needed(self) -> bool:
+        """Whether somebody has not done with the newest snapshot."""
+        if self._newest == NONE or time.monotonic() - self._sealed_s > NEEDED_S + self._tier0.payload_bytes / NEEDED_BYTES_S:
+            return False
+        return self._page.copied() < self._newest or self._tier0.being_read()
