@@ -4,8 +4,9 @@ Think of packing a suitcase by a fixed list: every thing has its place, known be
 another. The list itself (names, dtypes, shapes, offsets) travels in the snapshot's layout. What may be worn before the next stop goes in
 first, while everybody waits; the rest is packed while the guests are at breakfast, and nobody touches it meanwhile.
 
-Contract: tensors lie in the order given, each at a multiple of 64 bytes. Both directions touch every byte once: a state of n bytes costs
-n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
+Contract: tensors lie in the order given, each at a multiple of 64 bytes, with zeros between them: what another snapshot has left there
+would be under the payload's digest, and whoever puts a payload together from a checkpoint's files does not know it. Both directions touch
+every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
 what lies on a GPU by its driver, on a stream of its own (capture_gpu.py).
 All is complete when `save` or `load` returns. `begin` returns as soon as the program may go on: what is not `steady` (changed by nothing
 but what waits at a gate) has been copied by then, or stands in the stream before whatever the program launches next. The rest, of tensors
@@ -20,7 +21,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
     from resilient.checkpoint.capture_gpu import Piece
     from resilient.checkpoint.movers import Move
+
+
+_ZEROS: Final = torch.zeros(64, dtype=torch.uint8)  # longer than any gap
 
 
 class Part(Protocol):
@@ -170,6 +174,8 @@ class Packing:
         try:
             ends += [lane.save(flat) for lane in self._lanes]
             first()
+            base, zeros = flat.data_ptr(), _ZEROS.data_ptr()
+            self._movers.move([(base + offset, zeros, gap) for offset, gap in self._gaps], [])
         except BaseException:
             for lane in self._lanes:
                 lane.drain()
@@ -198,12 +204,15 @@ class Packing:
         """Which tensors are copied first and which behind, where they lie, which are plain bytes, and which of those are large."""
         self._first, self._rest = _Host(), _Host()
         self._behind: list[Part] = []
+        self._gaps: list[tuple[int, int]] = []
         cargo: dict[torch.device, tuple[list[Piece], list[Piece]]] = {}
         offsets = itertools.accumulate((padded(part.num_bytes) for part in self.parts), initial=0)
         for part, offset in zip(self.parts, offsets, strict=False):
             steady = part.steady and part.key not in self._restless
             if not part.num_bytes:
                 continue
+            if gap := padded(part.num_bytes) - part.num_bytes:
+                self._gaps.append((offset + part.num_bytes, gap))
             if part.local.is_cuda:
                 first, rest = cargo.setdefault(part.local.device, ([], []))
                 (rest if steady else first).append((part.local, offset))

@@ -117,6 +117,7 @@ class Lot:
             return
         if not self._places:
             self._places = [tray[offset : offset + raw.numel()] for offset, raw in zip(self.offsets, self.raws, strict=True)]
+        tray[: self.num_bytes].zero_()  # what another lot has left between these tensors is not theirs
         torch._foreach_copy_(self._places, self.raws)  # public in all but name: FSDP2 copies with it
         flat[self.offset : self.offset + self.num_bytes].copy_(tray[: self.num_bytes], non_blocking=True)
 
