@@ -6,8 +6,8 @@ first, while everybody waits; the rest is packed while the guests are at breakfa
 
 Contract: tensors lie in the order given, each at a multiple of 64 bytes, with zeros between them: what another snapshot has left there
 would be under the payload's digest, and whoever puts a payload together from a checkpoint's files does not know it. Both directions touch
-every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads (movers.py); what has other strides by torch;
-what lies on a GPU by its driver, on a stream of its own (capture_gpu.py).
+every byte once: a state of n bytes costs n / (memory bandwidth). Contiguous host tensors are copied as bytes, by several threads
+(movers.py); what has other strides by torch; what lies on a GPU by its driver, on a stream of its own (capture_gpu.py).
 All is complete when `save` or `load` returns. `begin` returns as soon as the program may go on: what is not `steady` (changed by nothing
 but what waits at a gate) has been copied by then, or stands in the stream before whatever the program launches next. The rest, of tensors
 on a GPU (`overlap`: of the host too), is a `Passage`: whoever has finished it knows that every byte is there, and asks whether one of those
