@@ -67,6 +67,7 @@ def test_killed_while_the_copy_is_half_done(tmp_path: pathlib.Path, kind: str, f
     assert "void" not in run.text()
 
 
+@LONG
 def test_without_the_gate_the_snapshot_would_be_torn(tmp_path: pathlib.Path) -> None:
     """The same kind of fault, with nobody waiting for the copy and nobody looking at what became of it: other weights."""
     run = finals(tmp_path, "fsdp", f"{FSDP},late,unwaited,unwatched", "--strike", "1:7:backward")
