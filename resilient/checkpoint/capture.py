@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from resilient.checkpoint.capture_gpu import Piece
     from resilient.checkpoint.movers import Move
 
+
 _ZEROS: Final = torch.zeros(64, dtype=torch.uint8)  # longer than any gap
 
 
@@ -112,7 +113,6 @@ class _Host:
     large: list[torch.Tensor] = field(default_factory=list)
     large_at: list[tuple[int, int]] = field(default_factory=list)
     other: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # not plain bytes, and their offsets
-    gaps: list[tuple[int, int]] = field(default_factory=list)  # offset in the payload, bytes: to be zeros there
 
     def add(self, tensor: torch.Tensor, offset: int, count: int) -> None:
         if not _plain(tensor):
@@ -133,8 +133,6 @@ class _Host:
         base = flat.data_ptr()
         memory = [tensor.untyped_storage() for tensor in (*self.small, *self.large)] if held else []
         small, large = _moves(self.small, self.small_at, base, out=out), _moves(self.large, self.large_at, base, out=out)
-        if out:
-            small += [(base + offset, _ZEROS.data_ptr(), gap) for offset, gap in self.gaps]
 
         def run() -> None:
             with torch.no_grad():
@@ -176,6 +174,8 @@ class Packing:
         try:
             ends += [lane.save(flat) for lane in self._lanes]
             first()
+            base, zeros = flat.data_ptr(), _ZEROS.data_ptr()
+            self._movers.move([(base + offset, zeros, gap) for offset, gap in self._gaps], [])
         except BaseException:
             for lane in self._lanes:
                 lane.drain()
@@ -204,6 +204,7 @@ class Packing:
         """Which tensors are copied first and which behind, where they lie, which are plain bytes, and which of those are large."""
         self._first, self._rest = _Host(), _Host()
         self._behind: list[Part] = []
+        self._gaps: list[tuple[int, int]] = []
         cargo: dict[torch.device, tuple[list[Piece], list[Piece]]] = {}
         offsets = itertools.accumulate((padded(part.num_bytes) for part in self.parts), initial=0)
         for part, offset in zip(self.parts, offsets, strict=False):
@@ -211,7 +212,7 @@ class Packing:
             if not part.num_bytes:
                 continue
             if gap := padded(part.num_bytes) - part.num_bytes:
-                self._first.gaps.append((offset + part.num_bytes, gap))
+                self._gaps.append((offset + part.num_bytes, gap))
             if part.local.is_cuda:
                 first, rest = cargo.setdefault(part.local.device, ([], []))
                 (rest if steady else first).append((part.local, offset))

@@ -57,11 +57,7 @@ class Lane:
 
     def save(self, flat: torch.Tensor) -> Callable[[], None]:
         """Launch the copies into `flat`, the payload ((n,) uint8, host). What is returned waits for their end."""
-        if 0 in self._addresses:
-            lost = self._pieces[self._addresses.index(0)][0]
-            raise SnapshotMismatch(
-                f"shared tensor {list(lost.shape)}: its memory was given back (storage().resize_(0)), it is still in use"
-            )
+        self._check_memory()
         stream, current = _stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         done = torch.cuda.Event(blocking=True)  # who waits for it sleeps
@@ -82,6 +78,7 @@ class Lane:
 
     def load(self, flat: torch.Tensor) -> None:
         """Launch the copies from `flat`."""
+        self._check_memory()
         stream = _stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.no_grad(), torch.cuda.stream(stream):
@@ -91,6 +88,13 @@ class Lane:
     def drain(self) -> None:
         """Wait for what was launched."""
         _stream(self._device).synchronize()
+
+    def _check_memory(self) -> None:
+        if 0 in self._addresses:
+            lost = self._pieces[self._addresses.index(0)][0]
+            raise SnapshotMismatch(
+                f"shared tensor {list(lost.shape)}: its memory was given back (storage().resize_(0)), it is still in use"
+            )
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Lot:
             return
         if not self._places:
             self._places = [tray[offset : offset + raw.numel()] for offset, raw in zip(self.offsets, self.raws, strict=True)]
-        tray[: self.num_bytes].zero_()  # between the tensors: what another lot has left there would be under the payload's digest
+        tray[: self.num_bytes].zero_()  # what another lot has left between these tensors is not theirs
         torch._foreach_copy_(self._places, self.raws)  # public in all but name: FSDP2 copies with it
         flat[self.offset : self.offset + self.num_bytes].copy_(tray[: self.num_bytes], non_blocking=True)
 

@@ -264,8 +264,9 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         on_suspect=desk.suspect,
     )
     desk.recorder = recorder
-    apart = None if (given := env.get("RESILIENT_SNAPSHOT_EVERY", "auto")) == "auto" else int(given)
     movers = Movers(threads_for(int(env.get("LOCAL_WORLD_SIZE", "1"))))
+    behind = env.get("RESILIENT_CAPTURE") == "behind"  # what a GPU has always, tried without one
+    apart = None if (given := env.get("RESILIENT_SNAPSHOT_EVERY", "auto")) == "auto" else int(given)
     loop = Loop(
         comm=comm,
         scope=scope,
@@ -273,14 +274,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         page=page,
         ledger=ledger,
         tracked=tracked,
-        tier0=Tier0(
-            desk,
-            tracked,
-            run_id,
-            movers,
-            often=apart is not None,
-            overlap=env.get("RESILIENT_CAPTURE") == "behind",  # that path, tested without a GPU
-        ),
+        tier0=Tier0(desk, tracked, run_id, movers, often=apart is not None, overlap=behind),
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
         snapshot_every=apart,
     )

@@ -47,9 +47,9 @@ class Tier0:
     """The segments of this rank's chair."""
 
     def __init__(self, desk: Desk, tracked: Tracked, run_id: str, movers: Movers, *, often: bool = False, overlap: bool = False) -> None:
-        """Nothing is mapped before `open`.
+        """Nothing is mapped before `open`. often: a snapshot is taken whether or not `being_read`.
 
-        often: a snapshot is taken whether or not `being_read`; overlap: host tensors too are copied beside the next body.
+        overlap: host tensors too are copied beside the next body.
         """
         self._desk, self._tracked, self._run_id, self._movers, self._often = desk, tracked, run_id, movers, often
         self._packing: capture.Packing | None = None

@@ -22,12 +22,13 @@ pytestmark = pytest.mark.process
 
 LONG = pytest.mark.long
 STEPS = 12
+OFTEN = ("--snapshot-every", "1")
 DDP, FSDP = "bn,dropout,sched,two,ema,average,stream", "dropout,sched,clip,stream"
 
 
 def finals(where: pathlib.Path, kind: str, features: str, *more: str, world: int = 2, steps: int = STEPS) -> Launched:
     """A run through to its end; with a fault there is a standby for it."""
-    flags = ["--nproc-per-node", str(world), "--standbys", str(int("--strike" in more))]
+    flags = ["--nproc-per-node", str(world), "--standbys", str(int("--strike" in more)), *OFTEN]
     arguments = ["--out", str(where), "--kind", kind, "--features", features, "--steps", str(steps), *more]
     with Launched(where, flags, "job.py", arguments) as run:
         assert run.wait() == 0, f"{run.text()}\n{run.events()[-20:]}"
@@ -66,6 +67,7 @@ def test_killed_while_the_copy_is_half_done(tmp_path: pathlib.Path, kind: str, f
     assert "void" not in run.text()
 
 
+@LONG
 def test_without_the_gate_the_snapshot_would_be_torn(tmp_path: pathlib.Path) -> None:
     """The same kind of fault, with nobody waiting for the copy and nobody looking at what became of it: other weights."""
     run = finals(tmp_path, "fsdp", f"{FSDP},late,unwaited,unwatched", "--strike", "1:7:backward")
@@ -92,7 +94,7 @@ def test_what_the_body_changes_itself_is_noticed(tmp_path: pathlib.Path) -> None
 
 @LONG
 def test_what_is_persisted_was_complete(tmp_path: pathlib.Path) -> None:
-    flags = ["--nproc-per-node", "2", "--standbys", "1", "--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "3"]
+    flags = ["--nproc-per-node", "2", "--standbys", "1", "--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "3", *OFTEN]
     common = ["--kind", "fsdp", "--features", f"{FSDP},late"]
     with Launched(tmp_path, flags, "job.py", ["--out", str(tmp_path / "before"), "--steps", "7", *common], name="first") as run:
         assert run.wait() == 0, run.text()
@@ -112,7 +114,7 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kind: str) -> None:
     print(f"seed {seed}")
     dice, world, steps, features = random.Random(seed), 3, 60, {"ddp": DDP, "fsdp": FSDP}[kind]
     arguments = ["--out", str(tmp_path), "--kind", kind, "--features", f"{features},late", "--steps", str(steps), "--pause", "0.02"]
-    with Launched(tmp_path, ["--nproc-per-node", str(world), "--standbys", "1"], "job.py", arguments) as run:
+    with Launched(tmp_path, ["--nproc-per-node", str(world), "--standbys", "1", *OFTEN], "job.py", arguments) as run:
         run.until_step(3)
         for count in range(1, 7):
             os.kill(run.pid(dice.randrange(world)), signal.SIGKILL)

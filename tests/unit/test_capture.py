@@ -315,7 +315,7 @@ def test_a_program_without_a_gpu_waits_for_nothing():
 
 def test_small_things_that_lie_side_by_side_travel_on_one_tray(monkeypatch):
     """The plan of what a GPU copies, carried out with a tray of host memory."""
-    tray = torch.zeros(1 << 16, dtype=torch.uint8)
+    tray = torch.full((1 << 16,), 0xDD, dtype=torch.uint8)
     monkeypatch.setattr(capture_gpu, "_tray", lambda _: tray)
     shapes = [(3,), (70, 70), (0,), (5, 5), (1,), (33,), (300, 300), (2, 2), (9,), (65, 64)]
     tensors = [filled(shape, DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)]
@@ -329,6 +329,7 @@ def test_small_things_that_lie_side_by_side_travel_on_one_tray(monkeypatch):
     for lot in plan:
         lot.launch(flat)
     assert snapshot_of(tensors, flat.numpy().tobytes()) == [raw(tensor) for tensor in tensors]
+    assert 0xDD not in flat.numpy().tobytes()[24:64]  # between the first two
     gap = capture_gpu.lots([(torch.ones(4), 0), (torch.ones(4), 128)])
     assert [lot.offset for lot in gap] == [0, 128]  # what is another's in between is not written to
 

@@ -6,10 +6,13 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from resilient.checkpoint import capture
 from resilient.errors import CheckpointError, SnapshotMismatch, UsageError
+from resilient.train.item import item_of
 from resilient.train.state import Tracked
 
 
@@ -80,6 +83,22 @@ def test_version_counters_see_a_change_outside_of_a_gate() -> None:
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert tracked.versions() != before
+
+
+def test_version_counters_see_a_change_of_a_distributed_tensor() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        param = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+        item = item_of("weight", param)
+        before = item.version
+        with torch.no_grad():
+            param.mul_(2)
+        assert (between := item.version) > before
+        item.local.mul_(2)
+        assert item.version > between
+    finally:
+        dist.destroy_process_group()
 
 
 def test_another_models_layout_is_refused_by_its_first_difference() -> None:
