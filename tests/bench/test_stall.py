@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fleet
 import peers
 from limits import disk_s, memcpy_s
-from stalls import gaps, measured
+from stalls import gaps, measured, sealed
 from told import bound, told
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
@@ -55,18 +55,20 @@ def ours(where: pathlib.Path) -> tuple[list[dict[str, object]], dict[str, float]
         safe = {event["step"]: event["t"] for event in running.jobs[0].events("checkpoint_committed")}
     (times,) = running.times()
     shutil.rmtree(kept)
-    bodies, snapshots = times["bodies"], times["snapshots"]
-    blocked = gaps(bodies[:-1])
-    later = [stall for step, stall in enumerate(blocked, 1) if step % EVERY and step > 1]
+    bodies, snapshots = times["bodies"], sealed(times["snapshots"])
+    blocked = {step: gaps(bodies)[step - 1] for step in snapshots}
+    first, *others = snapshots
+    later = [blocked[step] for step in others if step not in safe] or [blocked[step] for step in others]
     memory = {
         "engine": "memory",
         "where": "agent's memory",
         "saves": len(snapshots),
-        "first_stall_s": round(blocked[0], 3),
+        "first_stall_s": round(blocked[first], 3),
         "stall_s": round(statistics.median(later), 3),
         "stall_max_s": round(max(later), 3),
     }
-    facts = {"first": snapshots[0], "snapshot": statistics.median(snapshots[1:]), "restore": statistics.median(times["restores"])}
+    costs = [snapshots[step] for step in others]
+    facts = {"first": snapshots[first], "snapshot": statistics.median(costs), "restore": statistics.median(times["restores"])}
     return [memory, measured("resilient", "disk", bodies, safe)], facts
 
 
