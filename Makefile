@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export VENV
 
-.PHONY: help install demo test check dev sim chaos faults long bench clean
+.PHONY: help install demo test check dev sim chaos faults long bench peers clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1	/p' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ long: install  ## further cases of what the tests show
 bench: install  ## the numbers: a table and JSON
 	$(PYTHON) -m pytest -q -s -m bench tests/bench
 
-clean:  ## remove what the commands above made, .venv excepted
+peers:  ## the engines of others into .venv-peers, for the benchmarks: 1 GB with torch's CPU build
+	@test -x .venv-peers/bin/python || python3 -m venv .venv-peers
+	@.venv-peers/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu" numpy
+	@.venv-peers/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r tests/bench/peers.txt
+
+clean:  ## remove what the commands above made, .venv and .venv-peers excepted
 	rm -rf runs bench build dist .hypothesis .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv-peers/*' -prune -exec rm -rf {} +

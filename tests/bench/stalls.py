@@ -22,6 +22,11 @@ def gaps(bodies: list[Body]) -> list[float]:
     return [after[0] - before[1] for before, after in itertools.pairwise(bodies)]
 
 
+def sealed(snapshots: list[tuple[float, float]]) -> dict[int, float]:
+    """Step -> seconds of the snapshot behind it; not every step needs one."""
+    return {step: after[1] for step, (before, after) in enumerate(itertools.pairwise(snapshots), 1) if after[0] != before[0]}
+
+
 def measured(engine: str, where: str, bodies: list[Body], safe: dict[int, float]) -> dict[str, object]:
     """One line of the table; `safe`: step (the first is 1) -> when."""
     blocked = gaps(bodies)

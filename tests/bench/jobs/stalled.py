@@ -31,13 +31,13 @@ def under_resilient(training, args):
 
     run = resilient.init()
     run.track(model=training.model, optimizer=training.optimizer)
-    snapshots = []
+    snapshots, tier0 = [], run.loop.tier0
     for _ in run.steps(args.steps):
-        snapshots.append(run.loop.tier0.cost_s)  # of the boundary before
+        snapshots.append((tier0.taken_s, tier0.cost_s))  # the newest one, before the first step and behind each but the last
         training.step()
     training.over()
-    with run.loop.tier0.reading(args.steps, "") as slot:
-        return {"snapshots": snapshots[1:], "restores": restores(run.loop.tier0, slot, args.steps), **flipped(slot, args)}
+    with tier0.reading(args.steps, "") as slot:
+        return {"snapshots": snapshots, "restores": restores(tier0, slot, args.steps), **flipped(slot, args)}
 
 
 def restores(tier0, slot, step):
