@@ -40,7 +40,7 @@ def started(where: pathlib.Path, ranks: int, nodes: int, arguments: list[str], f
         port = probe.getsockname()[1]
     meet = ("--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"localhost:{port}")
     room = pathlib.Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
-    fleet, env = Fleet(where), {"OMP_NUM_THREADS": str(max(1, peers.THREADS // ranks))}
+    fleet, env = Fleet(where), {"OMP_NUM_THREADS": str(max(1, peers.THREADS // ranks)), "RESILIENT_SNAPSHOT_EVERY": "auto"}
     fleet.places = [room / f"node{i}" for i in range(nodes)]
     try:
         with contextlib.ExitStack() as stack:
