@@ -42,33 +42,33 @@ class Sealing:
         """every: steps between two seals, None = as often as it is worth it; checkpoint_every: its multiples are sealed in any case."""
         self._page, self._tier0, self._every, self._checkpoint_every = page, tier0, every, checkpoint_every
         self._alike = False  # every rank was to seal what this one sealed last
-        self._newest = NONE
+        self.newest = NONE  # the step sealed last
         self._sealed_s = 0.0
         self._priced = True
         self._costs: deque[float] = deque(maxlen=COSTS)
 
     def sealed(self, step: int, *, alike: bool) -> None:
         """`step` was sealed here just now; alike: on every rank."""
-        self._newest, self._alike, self._sealed_s, self._priced = step, alike, time.monotonic(), False
+        self.newest, self._alike, self._sealed_s, self._priced = step, alike, time.monotonic(), False
 
     def passed(self, wish: int) -> bool:
         """A vote passed: whether what this step makes is to be sealed."""
         if self._alike and wish != AGAIN:
-            self._tier0.keep(self._newest)
+            self._tier0.keep(self.newest)
         return wish in (SNAPSHOT, CHECKPOINT, AGAIN)
 
     def placed(self, step: int) -> None:
         """A round begins at `step`: what later ones sealed is gone, and somebody may be new."""
         self._alike = False
-        if self._newest > step:
-            self._newest = NONE
+        if self.newest > step:
+            self.newest = NONE  # the step sealed last
 
     def wish(self, step: int, *, rank: int, sharded: bool, asked: bool) -> int:
         """For the step that will be `step`. sharded: other ranks do not hold what this one does; asked: a checkpoint is wanted."""
         if not self._priced:  # only now: what is copied beside a body has its price when that is over
             self._priced = True
             self._costs.append(self._tier0.cost_s)
-        if sharded and not (self._alike and self._tier0.sealed(self._newest)):
+        if sharded and not (self._alike and self._tier0.sealed(self.newest)):
             return AGAIN
         certain = self.certain(step, sharded=sharded)
         if sharded and not certain and self._needed():
@@ -94,11 +94,11 @@ class Sealing:
 
     def await_newest(self, broken: Callable[[], bool]) -> None:
         """The same for the newest snapshot."""
-        if self._newest != NONE:
-            self.await_copies(self._newest, broken)
+        if self.newest != NONE:
+            self.await_copies(self.newest, broken)
 
     def _needed(self) -> bool:
         """Whether somebody has not done with the newest snapshot."""
-        if self._newest == NONE or time.monotonic() - self._sealed_s > NEEDED_S + self._tier0.payload_bytes / NEEDED_BYTES_S:
+        if self.newest == NONE or time.monotonic() - self._sealed_s > NEEDED_S + self._tier0.payload_bytes / NEEDED_BYTES_S:
             return False
-        return self._page.copied() < self._newest or self._tier0.being_read()
+        return self._page.copied() < self.newest or self._tier0.being_read()

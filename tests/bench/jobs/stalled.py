@@ -33,7 +33,7 @@ def under_resilient(training, args):
     run.track(model=training.model, optimizer=training.optimizer)
     snapshots, tier0 = [], run.loop.tier0
     for _ in run.steps(args.steps):
-        snapshots.append((tier0.taken_s, tier0.cost_s))  # the newest one, before the first step and behind each but the last
+        snapshots.append((run.loop.sealing.newest, tier0.cost_s))  # the newest one, before the first step and behind each but the last
         training.step()
     training.over()
     with tier0.reading(args.steps, "") as slot:
