@@ -17,6 +17,7 @@ the time to fill it); a third slot (the same memory, and it would be needed by e
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import mmap
 import time
@@ -24,13 +25,14 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from resilient.checkpoint.chest import Chest
-from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey
+from resilient.checkpoint.transport import Transport
 from resilient.core.messages import NONE, Recorded
 from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.lane import Errands, Lane
@@ -48,12 +50,22 @@ log = logging.getLogger("resilient.vault")
 class Copies:
     """Brings other nodes up to date."""
 
-    def __init__(self, notes: Notes, lane: Lane, *, token: str, run: str, node: str, limit: Limit | None = None) -> None:
+    def __init__(
+        self,
+        notes: Notes,
+        lane: Lane,
+        *,
+        token: str,
+        run: str,
+        node: str,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
         """`notes`: those of ranks seated here are sent as well (`keep`). `limit`: of all that is sent to peers."""
         self._notes = notes
         self._lane = lane
         self._limit = limit
-        self._token, self._run, self._node = token, run, node
+        self._dial = functools.partial(Peer, token=token, run=run, name=f"vault of {node}", transport=transport)
         self._peers: dict[str, Peer] = {}
         self._sent: dict[tuple[str, int, Kind], Mark] = {}  # peer, rank, kind -> what it has
         self._outbox: dict[str, list[Recorded]] = {}
@@ -80,7 +92,7 @@ class Copies:
 
     def peer(self, address: str) -> Peer:
         """A client of that vault."""
-        return Peer(address, token=self._token, run=self._run, name=f"vault of {self._node}", limit=self._limit)
+        return self._dial(address, limit=self._limit)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Where copies go from now on. A new one is sent everything."""

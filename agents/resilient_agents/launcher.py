@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from resilient import config
-from resilient.checkpoint import memory, room
+from resilient.checkpoint import memory, room, transport
 from resilient.checkpoint.haul import RATE_MIN
 from resilient.checkpoint.retention import Keep
 from resilient.core.machine import AgentSettings, CoordinatorSettings
@@ -232,6 +232,7 @@ class _Node:
                 host=data_host or address(self._launch, meeting),
                 bind=data_host or (LOOPBACK if meeting.local else ""),
                 data_rate=options.data_rate,
+                transport=transport.find(options.data_transport),
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error

@@ -22,7 +22,7 @@ import msgspec
 
 from resilient.checkpoint import memory
 from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
-from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
@@ -30,6 +30,7 @@ from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.transport import Transport
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
@@ -64,6 +65,7 @@ class Vault:
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
         data_rate: int = 0,
+        transport: Transport = TCP,
     ) -> None:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
@@ -76,9 +78,10 @@ class Vault:
         self._memory = MemoryTier(directory, key)
         self._notes = Notes()
         self._lane = Lane("memory", threads=2)
-        self._server = PeerServer(self._memory, self._notes, token=token, run=run)
+        self._server = PeerServer(self._memory, self._notes, token=token, run=run, transport=transport)
         self._server.changed = self._changed
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=Limit(data_rate) if data_rate else None)
+        limit = Limit(data_rate) if data_rate else None
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit, transport=transport)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(

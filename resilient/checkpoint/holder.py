@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import TCP, Incoming, Outgoing, Source, payload_place
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
@@ -43,6 +43,7 @@ from resilient.checkpoint.pipe import (
 )
 from resilient.checkpoint.snapshot import announced_bytes
 from resilient.checkpoint.tier import Kind, SnapshotKey
+from resilient.checkpoint.transport import STALL_S, Transport
 from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
@@ -58,9 +59,10 @@ log = logging.getLogger(__name__)
 class PeerServer:
     """Keeps copies for other nodes, and gives out what this node's memory tier holds."""
 
-    def __init__(self, memory: MemoryTier, notes: Notes, *, token: str, run: str) -> None:
+    def __init__(self, memory: MemoryTier, notes: Notes, *, token: str, run: str, transport: Transport = TCP) -> None:
         """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none."""
         self._memory = memory
+        self._transport = transport
         self._notes = notes
         self.changed: Callable[[], None] = lambda: None  # a copy has come
         self._token = token
@@ -158,7 +160,8 @@ class PeerServer:
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, broken))
             else:
                 view = await asyncio.to_thread(berth.receive, request.header)
-                fresh = _Broken(berth, request.header, Incoming(view, payload_place(request.header)))
+                incoming = Incoming(view, payload_place(request.header), transport=self._transport)
+                fresh = _Broken(berth, request.header, incoming)
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, fresh))
         self.changed()
         await pipe.send(Done())
@@ -187,7 +190,7 @@ class PeerServer:
         source = Source.of(key, slot)
         if request.streams and len(source.body) > HAULED_BYTES:
             have = request.have if request.header == source.header else ()
-            work = Outgoing(source.body, have=have, unmoved=source.unmoved)
+            work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
             async with self._haul(pipe, work, request.streams) as haul:
                 await pipe.send(Found(header=source.header, haul=haul.name))
                 await haul.hauled(len(source.body))
@@ -215,6 +218,8 @@ class PeerServer:
         haul = self._hauls.get(request.haul)
         if haul is None:
             raise ProtocolError("a connection for a haul that is over, or never was")
+        if request.transport != self._transport.name:
+            raise ProtocolError(f"transport {self._transport.name!r} expected, {request.transport!r} found (see --data-transport)")
         await haul.carry(pipe, self._threads)
 
 
@@ -264,6 +269,7 @@ class _Haul:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)  # a thread whose socket was shut ends at once, and nothing may write here after this
+        self._work.close()
 
 
 @dataclass(frozen=True)

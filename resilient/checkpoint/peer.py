@@ -32,7 +32,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, payload_place
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
@@ -55,6 +55,7 @@ from resilient.checkpoint.pipe import (
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import Buffer, announced_bytes
 from resilient.checkpoint.tier import Landing, SnapshotKey, landing
+from resilient.checkpoint.transport import Transport
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import (
     CheckpointError,
@@ -78,9 +79,20 @@ _ERRORS: Final[dict[str, type[CheckpointError]]] = {
 class Peer:
     """Another node's vault, as a client on the event loop sees it. One request at a time, and beside it one haul."""
 
-    def __init__(self, address: str, *, token: str, run: str, name: str, streams: int = STREAMS, limit: Limit | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        run: str,
+        name: str,
+        streams: int = STREAMS,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
         """`address`: host:port. `name`: who we are, for the other side's log. `streams`: of a haul. `limit`: of what is put there."""
         self.address = address
+        self._transport = transport
         self._limit = limit
         self._talk, self._haul, *self._streams = (Caller(address, token=token, run=run, name=name) for _ in range(2 + streams))
         self._threads = ThreadPoolExecutor(streams, "peer")
@@ -115,7 +127,7 @@ class Peer:
         async with self._haul.conversation() as pipe:
             await pipe.send(msgspec.structs.replace(request, streams=len(self._streams)))
             ready = await _expect(pipe, Ready, num_bytes)
-            work = Outgoing(source.body, have=ready.have, limit=self._limit, unmoved=source.unmoved)
+            work = Outgoing(source.body, have=ready.have, limit=self._limit, unmoved=source.unmoved, transport=self._transport)
             await self._carry(pipe, ready.haul, work, num_bytes)
             await _expect(pipe, Done, num_bytes)
 
@@ -136,7 +148,8 @@ class Peer:
             if broken is not None and found.header == broken[1]:
                 incoming = broken[2]
             else:
-                incoming = Incoming(await asyncio.to_thread(target.receive, found.header), payload_place(found.header))
+                body = await asyncio.to_thread(target.receive, found.header)
+                incoming = Incoming(body, payload_place(found.header), transport=self._transport)
             if found.haul:
                 try:
                     await self._carry(pipe, found.haul, incoming, num_bytes)
@@ -155,7 +168,7 @@ class Peer:
         async def one(stream: Caller) -> None:
             try:
                 async with stream.conversation() as lent:
-                    await lent.send(Carry(haul=name))
+                    await lent.send(Carry(haul=name, transport=self._transport.name))
                     await lent.lend(work.carry, self._threads)
             except BaseException:
                 work.stop()
@@ -171,6 +184,8 @@ class Peer:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
+        finally:
+            work.close()
         await pipe.send(Hauled())
 
     async def list(self) -> tuple[SnapshotKey, ...]:

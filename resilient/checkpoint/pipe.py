@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any, Final
 
-from resilient.checkpoint import haul
 from resilient.checkpoint.tier import Kind
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import ProtocolError, TierUnavailable
@@ -90,6 +89,7 @@ class Carry(Msg, frozen=True):
     """From here on this connection carries pieces of that haul, until their END."""
 
     haul: bytes
+    transport: str = "tcp"  # by which; both ends have to have been given the same
 
 
 class Hauled(Msg, frozen=True):
@@ -179,11 +179,10 @@ class Pipe:
             await self._fill(view)
 
     async def lend(self, work: Callable[[socket.socket], None], threads: Executor) -> None:
-        """`work(socket)` in a thread, with the socket made ready for a haul. When this has ended, so has the thread.
+        """`work(socket)` in a thread: the connection is the transport's for that time. When this has ended, so has the thread.
 
         Raises what the work raises. Cancelled, it ends the connection, and so the work.
         """
-        haul.prepare(self._socket)
         future = asyncio.get_running_loop().run_in_executor(threads, work, self._socket)
         try:
             await asyncio.shield(future)

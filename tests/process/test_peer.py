@@ -22,7 +22,7 @@ from resilient_agents.copies import Copies
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
 
-from resilient.checkpoint import haul, memory
+from resilient.checkpoint import haul, memory, transport
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.haul import PIECE_BYTES, Incoming, Limit
 from resilient.checkpoint.holder import PeerServer
@@ -270,7 +270,7 @@ async def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
 
 
 async def test_a_wire_on_which_nothing_moves_any_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(haul, "STALL_S", 1.0)
+    monkeypatch.setattr(transport, "STALL_S", 1.0)
     async with holder(tmp_path / "n1") as (server, proxy, peer):
         slot = seal(ring_at(tmp_path, "source"), 1)
         proxy.stop_at = SIZE // 2
@@ -342,7 +342,6 @@ def started(code: str, *arguments: str):
 def carried(incoming: Incoming, *words: bytes) -> None:
     """Let a connection say this to the receiving side."""
     near, far = socket.socketpair()
-    haul.prepare(far)
     with near, far:
         speaker = threading.Thread(target=lambda: (near.sendall(b"".join(words)), near.shutdown(socket.SHUT_WR)))
         speaker.start()
@@ -453,7 +452,7 @@ async def test_a_receiver_that_stops_reading_holds_up_nobody(tmp_path):
             seal(rings[0], 2)
             seal(rings[1], 2, rank=1)
             await until(lambda: held(server, 2) and held(server, 2, rank=1), poke=origin.poke)
-            assert time.monotonic() - begin < haul.STALL_S
+            assert time.monotonic() - begin < transport.STALL_S
             there.close()
             await origin.close()
 
