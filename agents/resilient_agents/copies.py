@@ -62,6 +62,7 @@ class Copies:
         transport: Transport = TCP,
     ) -> None:
         """`notes`: those of ranks seated here are sent as well (`keep`). `limit`: of all that is sent to peers."""
+        self.whole = True  # snapshots are sent; else own state alone
         self._notes = notes
         self._lane = lane
         self._limit = limit
@@ -87,7 +88,7 @@ class Copies:
         """Newest step of which all that a successor on another node needs lies there; None if there is no other node."""
         if not self._peers:
             return None
-        kinds: list[Kind] = ["start"] if chest.replicated or chest.snapshots is None else ["start", "snapshot"]
+        kinds: list[Kind] = ["start"] if chest.replicated or chest.snapshots is None or not self.whole else ["start", "snapshot"]
         return max(min(self._arrived.get((address, chest.rank, kind), NONE) for kind in kinds) for address in self._peers)
 
     def peer(self, address: str) -> Peer:
@@ -132,7 +133,7 @@ class Copies:
 
     def _behind(self, chest: Chest, address: str) -> Iterator[tuple[Kind, Slot, Mark]]:
         """What a peer lacks: (kind, slot, this writing of it). Each kind once, as it is when its turn comes."""
-        for kind, ring in _rings(chest):
+        for kind, ring in _rings(chest, whole=self.whole):
             slot = ring.newest() if self._answers(address) else None
             if slot is not None:
                 mark = (slot.where, slot.generation())
@@ -252,9 +253,9 @@ def _stage(slot: Slot, num_bytes: int) -> tuple[Snapshot, memoryview]:
     return found, spare[: found.num_bytes]
 
 
-def _rings(chest: Chest) -> Iterator[tuple[Kind, Ring]]:
+def _rings(chest: Chest, *, whole: bool) -> Iterator[tuple[Kind, Ring]]:
     if chest.own is not None:
         yield "start", chest.own.starts
         yield "gate", chest.own.gate
-    if chest.snapshots is not None and not chest.replicated:
+    if whole and chest.snapshots is not None and not chest.replicated:
         yield "snapshot", chest.snapshots

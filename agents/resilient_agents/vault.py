@@ -25,6 +25,7 @@ from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
 from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.parity import PARITY
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
@@ -38,6 +39,7 @@ from resilient_agents import inventory
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.lane import Errands, Lane
+from resilient_agents.parities import Parities
 
 HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
 FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest, which has deadlines of its own
@@ -78,10 +80,12 @@ class Vault:
         self._memory = MemoryTier(directory, key)
         self._notes = Notes()
         self._lane = Lane("memory", threads=2)
-        self._server = PeerServer(self._memory, self._notes, token=token, run=run, transport=transport)
-        self._server.changed = self._changed
         limit = Limit(data_rate) if data_rate else None
+        self._server = PeerServer(self._memory, self._notes, token=token, run=run, limit=limit, transport=transport)
+        self._server.changed = self._changed
         self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit, transport=transport)
+        self._parities = Parities(self._memory, self._lane, self._copies.peer, run=run, changed=self._changed, transport=transport)
+        self._server.heard = self._parities.heard
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
@@ -132,6 +136,7 @@ class Vault:
         await self._server.close()
         await self._errands.close()
         await self._copies.close()
+        await self._parities.close()
         if self._drain is not None:
             await self._drain.close()
         self._lane.close()
@@ -148,6 +153,7 @@ class Vault:
     ) -> None:
         """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied`."""
         self._copies.watch(copied)
+        self._parities.watch(copied)
         self._on_change = changed
         self._on_note = note or self._on_note
 
@@ -222,13 +228,14 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if not chest.seated and (holding := inventory.holding(rank, chest)) is not None
+                if rank < PARITY and not chest.seated and (holding := inventory.holding(rank, chest)) is not None
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
             available=drain.available if drain is not None else (),
             fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
             committed=drain.committed if drain is not None else NONE,
+            parities=self._parities.known(),
         )
 
     # ------------------------------------------------------------------ what the host says
@@ -239,6 +246,8 @@ class Vault:
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
+        self._copies.whole = not wish.group
+        self._parities.set_group(wish.group, self._address)
         self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
             self._drain.tier.world_size = wish.world_size
@@ -258,9 +267,10 @@ class Vault:
         return by_interval or step in (self._sealed.get(rank, NONE), self._rescue)
 
     def copied(self, rank: int) -> int | None:
-        """See Copies.copied; None also for a rank of which nothing is known."""
+        """See Copies.copied and Parities.copied; None also for a rank of which nothing is known."""
         chest = self._memory.chests.get(rank)
-        return self._copies.copied(chest) if chest is not None else None
+        found = (self._copies.copied(chest), self._parities.copied(chest)) if chest is not None else ()
+        return min((step for step in found if step is not None), default=None)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Vaults that copies from here go to."""
@@ -287,6 +297,7 @@ class Vault:
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
         for chest in seated:
             self._copies.look(chest)
+            self._parities.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
@@ -297,7 +308,7 @@ class Vault:
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source != self._address else None
+        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source not in ("", self._address) else None
         berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
         try:
             while wanted in self._fetches:
@@ -342,6 +353,9 @@ class Vault:
                         await peer.get(key, berth)
             for note in await peer.notes(rank):
                 self._notes.add(note)
+        if wanted.rebuild is not None and wanted.step not in self._memory.chest(rank).sealed("snapshot"):
+            with self._memory.berth(SnapshotKey(rank, wanted.step)) as berth:
+                await self._parities.rebuild(wanted, berth)
         if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 
@@ -351,7 +365,7 @@ class Vault:
         The gate of the one before may be missing: it was sealed last, and its node died before it was copied (train/loop.py).
         """
         chest = self._memory.chest(wanted.rank)
-        starts = chest.sealed("start") if wanted.tier == "peer" else {}
+        starts = chest.sealed("start") if wanted.tier == "peer" and wanted.rebuild is None else {}
         return wanted.step in chest.sealed("snapshot") or wanted.step in starts or wanted.step - 1 in starts
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:

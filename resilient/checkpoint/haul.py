@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import xxhash
 
@@ -58,6 +58,22 @@ class Limit:
             begin = max(self._free_at, now - _BURST_S)
             self._free_at = begin + num_bytes / self._bytes_s
             return max(0.0, begin - now)
+
+
+class Work(Protocol):
+    """One end of a haul: what its connections share."""
+
+    def carry(self, road: socket.socket) -> None:
+        """One connection's part of it, until its END."""
+        ...
+
+    def stop(self) -> None:
+        """End the waits that are not for a connection."""
+        ...
+
+    def close(self) -> None:
+        """No connection is at work any more."""
+        ...
 
 
 class Registered:

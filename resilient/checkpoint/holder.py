@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import TCP, Incoming, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import TCP, Incoming, Limit, Outgoing, Source, Work, payload_place
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Carry,
     Catalogue,
+    Covered,
     Done,
     Drop,
     Failed,
@@ -35,6 +36,7 @@ from resilient.checkpoint.pipe import (
     Hauled,
     Listed,
     Note,
+    Offer,
     Pipe,
     Put,
     Ready,
@@ -59,12 +61,26 @@ log = logging.getLogger(__name__)
 class PeerServer:
     """Keeps copies for other nodes, and gives out what this node's memory tier holds."""
 
-    def __init__(self, memory: MemoryTier, notes: Notes, *, token: str, run: str, transport: Transport = TCP) -> None:
-        """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none."""
+    def __init__(
+        self,
+        memory: MemoryTier,
+        notes: Notes,
+        *,
+        token: str,
+        run: str,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
+        """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none.
+
+        `limit`: of what is fetched here to be kept elsewhere.
+        """
         self._memory = memory
+        self._limit = limit
         self._transport = transport
         self._notes = notes
         self.changed: Callable[[], None] = lambda: None  # a copy has come
+        self.heard: Callable[[Offer | Covered], None] = lambda _: None  # of parity
         self._token = token
         self._run = run
         self._server: asyncio.Server | None = None
@@ -134,6 +150,9 @@ class PeerServer:
                 case Note():
                     self._notes.add(request.recorded)
                     await pipe.send(Done())
+                case Offer() | Covered():
+                    self.heard(request)
+                    await pipe.send(Done())
                 case Recollect():
                     for note in self._notes.of(request.rank):
                         await pipe.send(Note(recorded=note))
@@ -188,7 +207,11 @@ class PeerServer:
         if not slot.is_stamped():
             await asyncio.to_thread(slot.stamp_payload)
         source = Source.of(key, slot)
-        if request.streams and len(source.body) > HAULED_BYTES:
+        if request.head:
+            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)])))
+        elif request.end:
+            await self._give_part(pipe, request, source)
+        elif request.streams and len(source.body) > HAULED_BYTES:
             have = request.have if request.header == source.header else ()
             work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
             async with self._haul(pipe, work, request.streams) as haul:
@@ -201,8 +224,25 @@ class PeerServer:
             raise SnapshotMissing(f"{key}: overwritten while it was being sent")
         await pipe.send(Done())
 
+    async def _give_part(self, pipe: Pipe, request: Get, source: Source) -> None:
+        if request.header != source.header:
+            raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
+        if not 0 <= request.begin < request.end <= len(source.body):
+            raise ProtocolError(f"{request.begin} to {request.end} of a body of {len(source.body)} bytes asked for")
+        work = Outgoing(
+            source.body[request.begin : request.end],
+            have=request.have,
+            limit=self._limit if request.limited else None,
+            unmoved=source.unmoved,
+            sums=True,
+            transport=self._transport,
+        )
+        async with self._haul(pipe, work, request.streams) as haul:
+            await pipe.send(Found(header=source.header, haul=haul.name))
+            await haul.hauled(request.end - request.begin)
+
     @contextlib.asynccontextmanager
-    async def _haul(self, pipe: Pipe, work: Outgoing | Incoming, streams: int) -> AsyncIterator[_Haul]:
+    async def _haul(self, pipe: Pipe, work: Work, streams: int) -> AsyncIterator[_Haul]:
         """Within this, connections may join; afterwards none of them is at work any more."""
         if not 0 < streams <= STREAMS_MAX:
             raise ProtocolError(f"a haul over {streams} connections, at most {STREAMS_MAX} taken")
@@ -226,7 +266,7 @@ class PeerServer:
 class _Haul:
     """A haul at the server: the connections that are at work for it, each in its own task."""
 
-    def __init__(self, control: Pipe, work: Outgoing | Incoming, streams: int) -> None:
+    def __init__(self, control: Pipe, work: Work, streams: int) -> None:
         self.name = secrets.token_bytes(8)
         self._control = control
         self._work = work

@@ -32,12 +32,14 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, payload_place
+from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Work, payload_place
+from resilient.checkpoint.parity import Fold
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
     Carry,
     Catalogue,
+    Covered,
     Done,
     Drop,
     Failed,
@@ -46,6 +48,7 @@ from resilient.checkpoint.pipe import (
     Hauled,
     Listed,
     Note,
+    Offer,
     Pipe,
     Put,
     Ready,
@@ -162,7 +165,40 @@ class Peer:
             await checked(target, key, num_bytes, incoming.digest() if found.haul else None)
         return num_bytes
 
-    async def _carry(self, pipe: Pipe, name: bytes, work: Outgoing | Incoming, num_bytes: int) -> None:
+    async def head(self, key: SnapshotKey) -> tuple[bytes, bytes]:
+        """(header, what follows up to the payload) of what lies there. Nothing of it has been checked."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(Get(rank=key.rank, step=key.step, kind=key.kind, head=True))
+            found = await _expect(pipe, Found, 0)
+            await _expect(pipe, Done, 0)
+        return found.header, found.head
+
+    async def pull(self, key: SnapshotKey, header: bytes, begin: int, end: int, fold: Fold, *, limited: bool = False) -> None:
+        """Lay part of a snapshot's body over what is in `fold`, which goes on where it broke off. SnapshotMissing if it is another one."""
+        request = Get(
+            rank=key.rank,
+            step=key.step,
+            kind=key.kind,
+            streams=len(self._streams),
+            header=header,
+            have=fold.have(),
+            begin=begin,
+            end=end,
+            limited=limited,
+        )
+        async with self._haul.conversation() as pipe:
+            await pipe.send(request)
+            found = await _expect(pipe, Found, 0)
+            await self._carry(pipe, found.haul, fold, end - begin)
+            await _expect(pipe, Done, 0)
+
+    async def say(self, word: Offer | Covered) -> None:
+        """Something that the other side only has to hear."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(word)
+            await _expect(pipe, Done, 0)
+
+    async def _carry(self, pipe: Pipe, name: bytes, work: Work, num_bytes: int) -> None:
         """All connections at work, until the last one has come to its end. When this returns or raises, none of them is."""
 
         async def one(stream: Caller) -> None:

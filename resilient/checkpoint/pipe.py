@@ -51,6 +51,10 @@ class Get(Msg, frozen=True):
     streams: int = 0
     header: bytes = b""  # of a transfer that broke off: if it is the same snapshot still, go on with what is missing
     have: tuple[int, ...] = ()
+    head: bool = False  # nothing but the head, in Found
+    begin: int = 0  # with `end`: that part of the body, of the snapshot with this header, each piece with its digest
+    end: int = 0
+    limited: bool = False  # by what the sender may send to keep copies elsewhere
 
 
 class Drop(Msg, frozen=True):
@@ -83,6 +87,7 @@ class Found(Msg, frozen=True):
 
     header: bytes
     haul: bytes = b""
+    head: bytes = b""  # what lies between header and payload, if that was all that was asked for
 
 
 class Carry(Msg, frozen=True):
@@ -119,7 +124,23 @@ class Recollect(Msg, frozen=True):
     rank: int
 
 
-Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled
+class Offer(Msg, frozen=True):
+    """A rank's snapshot is sealed at its own node: a stripe of it may be fetched for parity."""
+
+    rank: int
+    step: int
+    header: bytes
+
+
+class Covered(Msg, frozen=True):
+    """The stripe of that rank's snapshot is in the parity that the node at this address keeps, and that parity is sealed."""
+
+    rank: int
+    step: int
+    keeper: str
+
+
+Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled | Offer | Covered
 Answer = Ready | Found | Done | Failed | Listed | Note
 
 

@@ -61,6 +61,7 @@ def vault_do(new: Assignment) -> VaultDo:
         ranks=tuple(sorted(seat.rank for seat in new.seats)),
         checkpoint=new.checkpoint,
         rescue=new.rescue,
+        group=new.group,
     )
 
 
@@ -95,6 +96,7 @@ def report(
         available=vault.available,
         fetched=tuple(sorted({f.rank for f in vault.fetched})),
         committed=vault.committed,
+        parities=vault.parities,
         pace=_pace(crew),
     )
 
