@@ -38,6 +38,7 @@ from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, 
 from resilient_agents.lane import Errands, Lane
 
 REST_S: Final = 1.0
+THIN: Final = 2  # connections of a haul where several vaults are at it: those of a group that keeps parity
 ROUNDS_MAX: Final = 20  # of one rank and peer, through all kinds, before the next look decides anew
 STAGED_S: Final = 60.0  # after a writer has been faster than the wire
 COPY_S: Final = 60.0  # plus the time for the bytes
@@ -94,6 +95,10 @@ class Copies:
     def peer(self, address: str) -> Peer:
         """A client of that vault."""
         return self._dial(address, limit=self._limit)
+
+    def thin_peer(self, address: str) -> Peer:
+        """One that is used together with several others."""
+        return self._dial(address, streams=THIN)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Where copies go from now on. A new one is sent everything."""

@@ -69,7 +69,8 @@ class Parities:
         transport: Transport = TCP,
     ) -> None:
         """`dial`: a client of that vault. `changed`: `known()` has."""
-        self._memory, self._lane, self._dial, self._run, self._changed, self._transport = memory, lane, dial, run, changed, transport
+        self._memory, self._lane, self._run, self._changed, self._transport = memory, lane, run, changed, transport
+        self._dial = dial
         self._group: tuple[Member, ...] = ()
         self._here = NONE  # our place in it
         self._address = ""
@@ -79,10 +80,12 @@ class Parities:
         self._stamping: dict[int, asyncio.Lock] = {}
         self._resting: dict[str, float] = {}  # peer -> until
         self._offers: dict[int, dict[int, bytes]] = {}  # rank -> step -> header, in the order in which they came
+        self._offered_by: dict[int, str] = {}  # rank -> vault, maybe of one that will be in the group as soon as we hear of it
         self._laying: set[int] = set()  # places
         self._laid: dict[int, tuple[int, Content]] = {}  # place -> the newest one
         self._arrived: dict[tuple[int, str], int] = {}  # rank of ours, keeper -> step
         self._contents: dict[Mark, Content] = {}
+        self._said = ""  # why no parity is kept
         self._on_copied: Callable[[int], None] = lambda _rank: None
         self._errands = Errands()
 
@@ -112,8 +115,8 @@ class Parities:
         self._told.clear()
         self._laid.clear()
         self._arrived.clear()
-        ranks = {rank for member in group for rank in member.ranks}
-        self._offers = {rank: steps for rank, steps in self._offers.items() if rank in ranks}
+        for rank in [rank for rank, vault in self._offered_by.items() if vault != self._vault_of(rank)]:
+            del self._offers[rank], self._offered_by[rank]
         self._consider()
 
     def copied(self, chest: Chest) -> int | None:
@@ -156,7 +159,8 @@ class Parities:
                 if not slot.is_stamped():
                     await self._lane.run(slot.stamp_payload, deadline_s=_deadline_s(slot.sealed_bytes()))
             step, header = slot.sealed_step(), slot.header()
-            if slot.generation() == mark[1] and step != NONE and await self._say(address, Offer(rank=rank, step=step, header=header)):
+            word = Offer(rank=rank, step=step, header=header, vault=self._address)
+            if slot.generation() == mark[1] and step != NONE and await self._say(address, word):
                 self._told[address, rank] = mark
         except SnapshotMissing:
             pass  # its writer was faster: the next look finds the newer one
@@ -186,12 +190,14 @@ class Parities:
     # ------------------------------------------------------------------ what the others say
 
     def heard(self, word: Offer | Covered) -> None:
-        """Another vault of the group said so; or one that will be in it as soon as we have heard of that."""
+        """Another vault said so."""
         if isinstance(word, Covered):
             self._arrived[word.rank, word.keeper] = word.step
             self._on_copied(word.rank)
         elif word.rank in self._offers or len(self._offers) < OFFERS_MAX:
-            steps = self._offers.setdefault(word.rank, {})
+            if self._offered_by.get(word.rank) != word.vault:
+                self._offers[word.rank], self._offered_by[word.rank] = {}, word.vault
+            steps = self._offers[word.rank]
             for later in [step for step in steps if step >= word.step]:  # of an attempt that was given up
                 del steps[later]
             steps[word.step] = word.header
@@ -215,7 +221,7 @@ class Parities:
         """The newest step that all others have offered of their rank in this place, and what its parity consists of."""
         count = len(self._group)
         ranks = [(at, m.ranks[place]) for at, m in enumerate(self._group) if at != self._here and place < len(m.ranks)]
-        steps = [self._offers.get(rank, {}) for _, rank in ranks]
+        steps = [self._offers.get(rank, {}) if self._offered_by.get(rank) == self._vault_of(rank) else {} for _, rank in ranks]
         common = set(steps[0]).intersection(*steps[1:]) if steps else set()
         if not common:
             return None
@@ -245,7 +251,9 @@ class Parities:
                     self._changed()
                     await self._tell(place)
         except CheckpointError as error:
-            log.warning("no parity of the ranks in place %d: %s", place, error)
+            if str(error) != self._said:
+                log.warning("no parity is kept here for others: %s", error)
+            self._said = str(error)
         finally:
             self._laying.discard(place)
 
@@ -260,6 +268,7 @@ class Parities:
         target = ring.begin(run=self._run, rank=rank, world_size=0, round=0, layout=layout, own=own, payload_bytes=num_bytes)
         page = _Page(content, step, target)
         await self._lane.run(lambda: _clear(target), deadline_s=_deadline_s(num_bytes))
+        waits = False
         while self._wish(place) == (step, content):
             try:
                 await _all(self._fetch_part(page, part) for part in content.parts)
@@ -270,7 +279,9 @@ class Parities:
                     self._offers[part.rank].pop(step, None)
                 return
             except (TierUnavailable, SnapshotCorrupt) as error:
-                log.warning("parity of step %d waits: %s", step, error)
+                if not waits:
+                    log.warning("parity of step %d waits: %s", step, error)
+                waits = True
                 await asyncio.sleep(REST_S / 4)
         else:
             return

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
+from resilient.checkpoint.chest import SLOT_COUNT, Berth, MemoryTier
 from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
@@ -29,19 +29,18 @@ from resilient.checkpoint.parity import PARITY
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
-from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
-from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
+from resilient_agents.copies import Copies
 from resilient_agents.drain import Drain
+from resilient_agents.hashing import Hashing
 from resilient_agents.lane import Errands, Lane
 from resilient_agents.parities import Parities
 
-HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
 FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest, which has deadlines of its own
 FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
@@ -84,7 +83,7 @@ class Vault:
         self._server = PeerServer(self._memory, self._notes, token=token, run=run, limit=limit, transport=transport)
         self._server.changed = self._changed
         self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit, transport=transport)
-        self._parities = Parities(self._memory, self._lane, self._copies.peer, run=run, changed=self._changed, transport=transport)
+        self._parities = Parities(self._memory, self._lane, self._copies.thin_peer, run=run, changed=self._changed, transport=transport)
         self._server.heard = self._parities.heard
         self._drain: Drain | None = None
         if checkpoint_url:
@@ -106,9 +105,7 @@ class Vault:
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._sweep = inventory.Sweep(self._memory)
-        self._hashing = False
-        self._hash_again_at = 0.0
-        self._hashed_at: dict[int, float] = {}
+        self._hashing = Hashing(self._lane)
         self._errands = Errands()
         self._told = Vaulted()
         self._on_change: Callable[[], None] = lambda: None
@@ -135,6 +132,7 @@ class Vault:
         """Stop everything; with `unlink` remove the files."""
         await self._server.close()
         await self._errands.close()
+        await self._hashing.close()
         await self._copies.close()
         await self._parities.close()
         if self._drain is not None:
@@ -302,7 +300,7 @@ class Vault:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
         self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), {fetch.rank for fetch in self._fetches})
-        self._hash_now_and_then(seated)
+        self._hashing.look(seated)
 
     # ------------------------------------------------------------------ bringing copies here
 
@@ -385,30 +383,7 @@ class Vault:
             self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
 
-    # ------------------------------------------------------------------ hashing, telling
-
-    def _hash_now_and_then(self, chests: list[Chest]) -> None:
-        """Hash a snapshot for its own sake: damage in memory is then seen before it is restored. In turn, within HASH_SHARE."""
-        if self._hashing or time.monotonic() < self._hash_again_at:
-            return
-        for chest in sorted(chests, key=lambda chest: self._hashed_at.get(chest.rank, 0.0)):
-            slot = chest.snapshots.newest() if chest.snapshots is not None else None
-            if slot is not None and not slot.is_stamped():
-                self._hashing = True
-                self._hashed_at[chest.rank] = time.monotonic()
-                self._errands.start(self._hash(slot))
-                return
-
-    async def _hash(self, slot: Slot) -> None:
-        begin = time.monotonic()
-        try:
-            await self._lane.run(slot.stamp_payload, deadline_s=COPY_S + slot.sealed_bytes() / COPY_BYTES_S)
-        except CheckpointError:
-            pass  # overwritten meanwhile, or damaged: whoever wants to read it will be told
-        finally:
-            self._hashing = False
-            now = time.monotonic()
-            self._hash_again_at = now + (now - begin) / HASH_SHARE
+    # ------------------------------------------------------------------ telling
 
     def _changed(self) -> None:
         now = self.known()

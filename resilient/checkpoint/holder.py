@@ -14,6 +14,7 @@ import contextlib
 import logging
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from resilient.checkpoint.pipe import (
     Recollect,
     Request,
 )
+from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import announced_bytes
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.checkpoint.transport import STALL_S, Transport
@@ -54,6 +56,7 @@ RANKS_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
 BROKEN_MAX: Final = 16  # transfers that broke off and may be gone on with, the last ones
+OVERTAKEN_S: Final = 60.0  # as in resilient_agents/copies.py
 IDLE_S: Final = 600.0  # a kept connection without a word; the other side simply connects anew
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class PeerServer:
         self._server: asyncio.Server | None = None
         self._hauls: dict[bytes, _Haul] = {}
         self._broken: dict[tuple[int, Kind], _Broken] = {}  # what came of a rank's copy whose transfer broke off
+        self._overtaken: dict[int, float] = {}  # rank whose writer was faster than the wire -> until when it is thought to be
         self._threads = ThreadPoolExecutor(CONNECTIONS_MAX, "peer")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -210,7 +214,7 @@ class PeerServer:
         if request.head:
             await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)])))
         elif request.end:
-            await self._give_part(pipe, request, source)
+            await self._give_part(pipe, request, source, slot)
         elif request.streams and len(source.body) > HAULED_BYTES:
             have = request.have if request.header == source.header else ()
             work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
@@ -224,7 +228,8 @@ class PeerServer:
             raise SnapshotMissing(f"{key}: overwritten while it was being sent")
         await pipe.send(Done())
 
-    async def _give_part(self, pipe: Pipe, request: Get, source: Source) -> None:
+    async def _give_part(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
+        """For parity. A writer that came back too soon is asked for patience for a while (hold.py): others' stripes wait for this one."""
         if request.header != source.header:
             raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
         if not 0 <= request.begin < request.end <= len(source.body):
@@ -237,9 +242,15 @@ class PeerServer:
             sums=True,
             transport=self._transport,
         )
-        async with self._haul(pipe, work, request.streams) as haul:
-            await pipe.send(Found(header=source.header, haul=haul.name))
-            await haul.hauled(request.end - request.begin)
+        patience = slot.held() if self._overtaken.get(request.rank, 0.0) > time.monotonic() else contextlib.nullcontext()
+        try:
+            with patience:
+                async with self._haul(pipe, work, request.streams) as haul:
+                    await pipe.send(Found(header=source.header, haul=haul.name))
+                    await haul.hauled(request.end - request.begin)
+        finally:
+            if not source.unmoved():
+                self._overtaken[request.rank] = time.monotonic() + OVERTAKEN_S
 
     @contextlib.asynccontextmanager
     async def _haul(self, pipe: Pipe, work: Work, streams: int) -> AsyncIterator[_Haul]:

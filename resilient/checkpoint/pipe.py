@@ -130,6 +130,7 @@ class Offer(Msg, frozen=True):
     rank: int
     step: int
     header: bytes
+    vault: str  # where
 
 
 class Covered(Msg, frozen=True):
