@@ -140,6 +140,10 @@ class Parities:
         self._contents = contents
         return tuple(found)
 
+    def kept(self) -> set[int]:
+        """The ranks that nobody sits on under which parity of this group is kept here."""
+        return {PARITY + place for place in self._laid.keys() | self._laying}
+
     # ------------------------------------------------------------------ our own snapshots
 
     def look(self, chest: Chest) -> None:

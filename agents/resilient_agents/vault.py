@@ -299,7 +299,8 @@ class Vault:
             if self._drain is not None:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
-        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), {fetch.rank for fetch in self._fetches})
+        wanted = {fetch.rank for fetch in self._fetches} | self._parities.kept()
+        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), wanted)
         self._hashing.look(seated)
 
     # ------------------------------------------------------------------ bringing copies here

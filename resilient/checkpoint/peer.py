@@ -18,8 +18,9 @@ their own (checkpoint/haul.py), so that own state passes them by:
 (of a Get the pieces go the other way). A received copy is sealed last, after every digest was found right. When a transfer breaks off, the
 pieces that came stay where they are, and the next transfer of the same snapshot, which is one with the same header, brings only the
 others; its payload's digest is checked as a whole all the same. Anything unexpected closes the connection with one log line. Nothing is
-encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py).
-Rejected: parts of a snapshot (nothing could verify them); the sender hashing too (the receiver does, before it seals).
+encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py). For parity (checkpoint/parity.py)
+`pull` fetches part of a body, each piece with its digest, and lays it over what is there; vaults `say` when that can be done, and has been.
+Rejected: the sender hashing whole snapshots too (the receiver does, before it seals).
 """
 
 from __future__ import annotations

@@ -219,26 +219,36 @@ async def test_a_member_that_is_overtaken_or_stops_holds_up_no_later_step(tmp_pa
         await again.close()
 
 
-def test_a_lost_nodes_shard_comes_back_from_parity(tmp_path: Path) -> None:
-    """Three nodes, no whole copy of any shard anywhere; one is killed, a fourth one takes its place."""
-    steps = 40
+@pytest.mark.parametrize("losses", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_lost_nodes_shard_comes_back_from_parity(tmp_path: Path, losses: int) -> None:
+    """Three nodes, no whole copy of any shard anywhere; one is killed, another one takes its place; and once more, when parity is laid anew."""
+    steps = 40 + 40 * (losses - 1)
+    one = {"OMP_NUM_THREADS": "1"}  # as torchrun has it for several ranks on one node: sums of floats depend on it
     expected = undisturbed("fsdp", "dropout,sched", world=3, steps=steps)
     head = ["--nnodes", "3", "--nproc-per-node", "1", "--parity", "3", "--rdzv-backend", "c10d", "--log-level", "info"]
     meet = [*head, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "three"]
     arguments = job(tmp_path, *SLOW, "--hold", "5", kind="fsdp", steps=steps)
-    one = {"OMP_NUM_THREADS": "1"}  # as torchrun has it for several ranks on one node: sums of floats depend on it
-    runs = [Launched(tmp_path, meet, "job.py", arguments, name=f"node{i}", standalone=False, env=one) for i in range(4)]
-    with runs[0], runs[1], runs[2]:
-        host = runs[0].until(lambda: next((run for run in runs[:3] if run.events("run_started")), None), "the run to start")
-        lost = next(run for run in runs[:3] if run is not host)
+    with contextlib.ExitStack() as stack:
+        started = []
+
+        def start() -> Launched:
+            started.append(Launched(tmp_path, meet, "job.py", arguments, name=f"node{len(started)}", standalone=False, env=one))
+            return stack.enter_context(started[-1])
+
+        first = [start() for _ in range(3)]
+        host = first[0].until(lambda: next((run for run in first if run.events("run_started")), None), "the run to start")
+        living = [run for run in first if run is not host]
         host.until(lambda: host.status()["ranks"] and all(row["step"] >= 0 for row in host.status()["ranks"]), "the first step")
         (tmp_path / "go").touch()
-        host.until_step(8)
-        lost.kill_all()
-        with runs[3]:
-            assert host.wait() == 0, host.text()
-            assert "was put together from parity" in runs[3].text(), runs[3].text()
-    (incident,) = host.incidents()
-    assert incident["cause"] == "node_lost"
-    assert incident["steps_lost"] <= 1, incident
+        for loss in range(losses):
+            host.until_step(8 + 40 * loss)
+            living.pop(0).kill_all()
+            living.append(start())
+            host.until(lambda loss=loss: len(host.incidents()) > loss, "the incident to be closed")
+        assert host.wait() == 0, host.text()
+        for run in started[3:]:
+            assert "was put together from parity" in run.text(), run.text()
+    for incident in host.incidents():
+        assert incident["cause"] == "node_lost"
+        assert incident["steps_lost"] <= 1, incident
     assert tuple(digests(tmp_path, 3)) == expected
