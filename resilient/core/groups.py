@@ -8,13 +8,15 @@ be: each has `size` members or more. A failure domain (a node without a named on
 two nodes of one are together where no domain has more nodes than there are groups. What was chosen before stays as far as that allows:
 nodes move only from a group that is given up or too large, and to part two of one domain; if moving one for one does not part them, all
 are dealt anew. The last to come are the first to move.
-Numbers: 12,500 nodes in racks of 32, groups of 8: 0.1 s.
+Numbers: 12,500 nodes in racks of 32, groups of 8: 0.3 s, and a hundredth of that when one is exchanged for another.
 Rejected: the next n nodes of a ring (neighbours are in one rack); a smaller group for what is left over (a group of one keeps nothing, and
 one of two keeps whole copies); a solver.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -49,19 +51,31 @@ def _even(groups: list[list[str]], domains: Mapping[str, str]) -> None:
             of[domains[node]] -= 1
     placed = {node for group in groups for node in group}
     sizes = Counter(domains.values())
-    for node in sorted(domains.keys() - placed, key=lambda node: (-sizes[domains[node]], domains[node], node)):
-        room = [i for i, group in enumerate(groups) if len(group) < least] or [i for i, group in enumerate(groups) if len(group) == least]
-        number = min(room, key=lambda i, node=node: (many[i][domains[node]], len(groups[i]), i))
-        groups[number].append(node)
-        many[number][domains[node]] += 1
+    homeless = sorted(domains.keys() - placed, key=lambda node: (-sizes[domains[node]], domains[node], node))
+
+    def order(number: int, domain: str) -> tuple[int, int, int, int]:
+        count = len(groups[number])
+        return max(0, count - least + 1), many[number][domain], count, number
+
+    for _, nodes in itertools.groupby(homeless, key=lambda node: domains[node] if sizes[domains[node]] > 1 else ""):
+        there = list(nodes)
+        best = [order(number, domains[there[0]]) for number in range(len(groups))]
+        heapq.heapify(best)
+        for node in there:  # of one domain, or each alone in its own
+            number = best[0][-1]
+            groups[number].append(node)
+            many[number][domains[node]] += 1
+            heapq.heapreplace(best, order(number, domains[node] if sizes[domains[node]] > 1 else ""))
 
 
 def _part(groups: list[list[str]], domains: Mapping[str, str]) -> bool:
     """Exchange nodes, one for one, until no two of one domain are together; whether that has come about."""
+    sizes = Counter(domains.values())
     many = [Counter(domains[node] for node in group) for group in groups]
     for here, group in enumerate(groups):
         for place, node in reversed(list(enumerate(group))):
-            if many[here][domains[node]] > 1 and (found := _exchange(here, node, groups, many, domains)) is not None:
+            possible = sizes[domains[node]] <= len(groups)
+            if possible and many[here][domains[node]] > 1 and (found := _exchange(here, node, groups, many, domains)) is not None:
                 there, other = found
                 group[place], groups[there][other] = groups[there][other], node
                 for at, gone, come in ((here, node, group[place]), (there, group[place], node)):

@@ -73,11 +73,14 @@ def test_one_that_joins_moves_nobody_and_one_that_is_lost_moves_few(count, size,
 
 
 def test_a_large_fleet_takes_no_time():
-    nodes = {f"n{i}": f"rack {i // 32}" for i in range(12_500)}
-    begin = time.process_time()
-    groups = choose(nodes, 8)
-    sound(nodes, 8, groups)
-    after = choose({node: domain for node, domain in nodes.items() if node != "n77"} | {"new": "rack 2"}, 8, groups)
-    sound({node: domain for node, domain in nodes.items() if node != "n77"} | {"new": "rack 2"}, 8, after)
-    assert len(set(groups) - set(after)) <= 2
-    assert time.process_time() - begin < 5
+    racks = {f"n{i}": f"rack {i // 32}" for i in range(12_500)}
+    for nodes in (racks, dict.fromkeys(racks, ""), {node: f"hall {i % 2}" for i, node in enumerate(racks)}):
+        begin = time.process_time()
+        groups = choose(nodes, 8)
+        rest = {node: domain for node, domain in nodes.items() if node != "n77"} | {"new": nodes["n77"]}
+        after = choose(rest, 8, groups)
+        taken = time.process_time() - begin
+        sound(nodes, 8, groups)
+        sound(rest, 8, after)
+        assert len(set(groups) - set(after)) <= 2
+        assert taken < 5, "a limit for a pass over all pairs, not for this machine"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient.checkpoint.haul import END, NUMBER, PIECE_BYTES
+from resilient.checkpoint.layout import Layout, Row, Twins, padded
 from resilient.checkpoint.parity import Content, Fold, Part, decode, lay_over, number_of, span
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import HEADER_BYTES, announced_bytes, slot_bytes
@@ -23,9 +24,11 @@ from resilient.errors import ProtocolError, SnapshotCorrupt
 
 def snapshot(directory, rank: int, size: int) -> bytes:
     path = directory / f"rank-{rank}"
-    path.write_bytes(bytes(slot_bytes(5, 5, size)))
+    size = padded(size)
+    layout = Layout((Row("w", "uint8", (size,), (0,), (size,)),) if size else (), Twins(rank)).encode()
+    path.write_bytes(bytes(slot_bytes(len(layout), 5, size)))
     slot = Slot(str(path))
-    view = slot.begin(run="run", rank=rank, world_size=9, round=1, layout=b"l" * 5, own=b"o" * 5, payload_bytes=size)
+    view = slot.begin(run="run", rank=rank, world_size=9, round=1, layout=layout, own=b"o" * 5, payload_bytes=size)
     view[:] = random.Random(rank).randbytes(size)
     slot.seal(1)
     slot.stamp_payload()

@@ -65,10 +65,10 @@ def test_a_lost_shard_is_put_together_from_parity():
     """Its own state lies whole on n1; the step is the newest that is in parity everywhere and that the others still have."""
     places = {rank: Place(node=f"n{rank}", local_rank=0, why="") for rank in range(3)}
 
-    def survivor(rank, *steps, number, **more):
+    def survivor(rank, *steps, number, slots=1, **more):
         parities = tuple(Parity(rank=1 << 24, step=s, stripes=2, parts=((0, number), (3 - rank, 1 - number))) for s in steps)
         shard = {"replicated": False, "snapshots": (4, 5)}
-        return report(f"n{rank}", chair(rank, **shard), parities=parities, **more)
+        return report(f"n{rank}", chair(rank, **shard), parities=parities, slots=slots, **more)
 
     held = (Holding(rank=0, own_step=5, own_steps=(4, 5)),)
     reports = (survivor(1, 3, 4, number=0, holdings=held), survivor(2, 4, 5, number=1), report("new"))
