@@ -31,6 +31,7 @@ from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
+from resilient.checkpoint.tcp import Tcp
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch, Layout
@@ -267,6 +268,18 @@ async def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
         fetching.close()
         back.close()
         tier.unlink()
+
+
+async def test_a_node_with_another_transport_is_refused_by_name(tmp_path, caplog):
+    async with holder(tmp_path / "n1") as (server, proxy, _):
+        rail = Tcp()
+        rail.name = "rail"
+        peer = Peer(proxy.address, token="secret", run="run", name="test", transport=rail)
+        with pytest.raises(TierUnavailable):
+            await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
+        assert "transport 'tcp' expected, 'rail' found (see --data-transport)" in caplog.text
+        assert not held(server, 1)
+        peer.close()
 
 
 async def test_a_wire_on_which_nothing_moves_any_more(tmp_path, monkeypatch):
