@@ -235,11 +235,10 @@ class Parities:
 
     async def _tell(self, place: int, only: int = NONE) -> None:
         """The owners hear that it is in."""
-        laid = self._laid.get(place)
-        for part in laid[1].parts if laid is not None else ():
-            if only in (NONE, part.rank):
-                word = Covered(rank=part.rank, step=laid[0] if laid is not None else NONE, keeper=self._address)
-                await self._say(self._vault_of(part.rank), word)
+        if (laid := self._laid.get(place)) is not None:
+            ranks = [part.rank for part in laid[1].parts if only in (NONE, part.rank)]
+            words = [(self._vault_of(rank), Covered(rank=rank, step=laid[0], keeper=self._address)) for rank in ranks]
+            await asyncio.gather(*(self._say(address, word) for address, word in words))  # one that hangs keeps no other waiting
 
     def _vault_of(self, rank: int) -> str:
         return next((member.vault for member in self._group if rank in member.ranks), "")
@@ -280,7 +279,7 @@ class Parities:
             except SnapshotMissing as error:
                 log.info("parity of step %d is given up: %s", step, error)
                 for part in content.parts:
-                    self._offers[part.rank].pop(step, None)
+                    self._offers.get(part.rank, {}).pop(step, None)
                 return
             except (TierUnavailable, SnapshotCorrupt) as error:
                 if not waits:
