@@ -57,9 +57,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint_zstd: ZstdLevel = 0  # a disk is faster than zstd, and training state shrinks by a tenth only
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
     copies: NonNegative = 1
+    parity: NonNegative = 0
     failure_domain: str = ""
     data_interface: str = ""
     data_rate: BytesPerS = 0
+    data_transport: str = "tcp"
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
@@ -80,9 +82,11 @@ HELP: Final[dict[str, str]] = {
     "checkpoint_zstd": "Level of zstandard by which checkpoints are compressed, 1 to 22 (0: not at all).",
     "memory_dir": "Directory of the shared-memory segments.",
     "copies": "On how many other nodes the copies of each node's ranks are kept (that of the node with the coordinator counts).",
+    "parity": "So many nodes keep XOR parity of their snapshots together, in place of whole copies: one of them may be lost (0: copies).",
     "failure_domain": "What this node shares with others that would be lost with it (a rack, a switch): copies go to other domains.",
     "data_interface": "Interface (eth1), address or network (10.1.0.0/16) through which copies of state go between the nodes.",
     "data_rate": "Bytes per second that this node sends to keep copies elsewhere, such as 500MB; 0 = as fast as it goes.",
+    "data_transport": "How copies of state go from memory to memory: 'tcp', or what a package has registered (resilient.transports).",
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",

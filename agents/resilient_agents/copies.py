@@ -17,6 +17,7 @@ the time to fill it); a third slot (the same memory, and it would be needed by e
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import mmap
 import time
@@ -24,18 +25,20 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from resilient.checkpoint.chest import Chest
-from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import Snapshot
 from resilient.checkpoint.tier import Kind, SnapshotKey
+from resilient.checkpoint.transport import Transport
 from resilient.core.messages import NONE, Recorded
 from resilient.errors import CheckpointError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.lane import Errands, Lane
 
 REST_S: Final = 1.0
+THIN: Final = 2  # connections of a haul where several vaults are at it: those of a group that keeps parity
 ROUNDS_MAX: Final = 20  # of one rank and peer, through all kinds, before the next look decides anew
 STAGED_S: Final = 60.0  # after a writer has been faster than the wire
 COPY_S: Final = 60.0  # plus the time for the bytes
@@ -48,12 +51,23 @@ log = logging.getLogger("resilient.vault")
 class Copies:
     """Brings other nodes up to date."""
 
-    def __init__(self, notes: Notes, lane: Lane, *, token: str, run: str, node: str, limit: Limit | None = None) -> None:
+    def __init__(
+        self,
+        notes: Notes,
+        lane: Lane,
+        *,
+        token: str,
+        run: str,
+        node: str,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
         """`notes`: those of ranks seated here are sent as well (`keep`). `limit`: of all that is sent to peers."""
+        self.whole = True  # snapshots are sent; else own state alone
         self._notes = notes
         self._lane = lane
         self._limit = limit
-        self._token, self._run, self._node = token, run, node
+        self._dial = functools.partial(Peer, token=token, run=run, name=f"vault of {node}", transport=transport)
         self._peers: dict[str, Peer] = {}
         self._sent: dict[tuple[str, int, Kind], Mark] = {}  # peer, rank, kind -> what it has
         self._outbox: dict[str, list[Recorded]] = {}
@@ -75,12 +89,16 @@ class Copies:
         """Newest step of which all that a successor on another node needs lies there; None if there is no other node."""
         if not self._peers:
             return None
-        kind: Kind = "start" if chest.replicated or chest.snapshots is None else "snapshot"  # which has own state in it
+        kind: Kind = "start" if chest.replicated or chest.snapshots is None or not self.whole else "snapshot"  # which has own state in it
         return max(self._arrived.get((address, chest.rank, kind), NONE) for address in self._peers)
 
     def peer(self, address: str) -> Peer:
         """A client of that vault."""
-        return Peer(address, token=self._token, run=self._run, name=f"vault of {self._node}", limit=self._limit)
+        return self._dial(address, limit=self._limit)
+
+    def thin_peer(self, address: str) -> Peer:
+        """One that is used together with several others."""
+        return self._dial(address, streams=THIN)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Where copies go from now on. A new one is sent everything."""
@@ -120,7 +138,7 @@ class Copies:
 
     def _behind(self, chest: Chest, address: str) -> Iterator[tuple[Kind, Slot, Mark]]:
         """What a peer lacks: (kind, slot, this writing of it). Each kind once, as it is when its turn comes."""
-        for kind, ring in _rings(chest):
+        for kind, ring in _rings(chest, whole=self.whole):
             slot = ring.newest() if self._answers(address) else None
             if slot is not None:
                 mark = (slot.where, slot.generation())
@@ -240,9 +258,9 @@ def _stage(slot: Slot, num_bytes: int) -> tuple[Snapshot, memoryview]:
     return found, spare[: found.num_bytes]
 
 
-def _rings(chest: Chest) -> Iterator[tuple[Kind, Ring]]:
+def _rings(chest: Chest, *, whole: bool) -> Iterator[tuple[Kind, Ring]]:
     if chest.own is not None:
         yield "start", chest.own.starts
         yield "gate", chest.own.gate
-    if chest.snapshots is not None and not chest.replicated:
+    if whole and chest.snapshots is not None and not chest.replicated:
         yield "snapshot", chest.snapshots

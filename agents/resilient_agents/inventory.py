@@ -67,13 +67,13 @@ class Sweep:
         self._memory = memory
         self._step = NONE
 
-    def look(self, step: int, fetched: Collection[int]) -> None:
-        """`step`: where the ranks seated here are at least; `fetched`: ranks of which copies are being fetched."""
+    def look(self, step: int, wanted: Collection[int]) -> None:
+        """`step`: where the ranks seated here are at least; `wanted`: ranks that stay."""
         if abs(step - self._step) < SWEEP_STEPS:
             return
         self._step = step
         for rank, chest in list(self._memory.chests.items()):
             newest = max((s for kind in KINDS for s in chest.sealed(kind)), default=NONE)
-            wanted = chest.seated or newest == NONE or rank in fetched
-            if not wanted and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
+            stays = chest.seated or newest == NONE or rank in wanted
+            if not stays and newest < step - FORSAKEN_STEPS and self._memory.forget(rank):
                 log.info("copies of rank %d, the newest of step %d, are no longer sent here: removed", rank, newest)

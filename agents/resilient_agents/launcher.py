@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from resilient import config
-from resilient.checkpoint import memory, room
+from resilient.checkpoint import memory, room, transport
 from resilient.checkpoint.haul import RATE_MIN
 from resilient.checkpoint.retention import Keep
 from resilient.core.machine import AgentSettings, CoordinatorSettings
@@ -122,6 +122,9 @@ def _check_memory(launch: Launch, options: config.Options) -> None:
 
 
 def _check_rate(options: config.Options) -> None:
+    if options.parity == 1 or (options.parity and not options.copies):
+        wanted = "0 or at least 2 nodes" if options.parity == 1 else "--copies of at least 1, for own state is always kept whole,"
+        raise ConfigError(f"--parity {options.parity}: {wanted} expected, {options.copies if options.parity > 1 else 1} found")
     if 0 < options.data_rate < RATE_MIN:
         raise ConfigError(f"--data-rate: 0 or at least {RATE_MIN} bytes per second expected, {options.data_rate} found")
 
@@ -232,6 +235,7 @@ class _Node:
                 host=data_host or address(self._launch, meeting),
                 bind=data_host or (LOOPBACK if meeting.local else ""),
                 data_rate=options.data_rate,
+                transport=transport.find(options.data_transport),
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
@@ -287,6 +291,7 @@ class _Node:
             checkpoint_budget=options.checkpoint_budget,
             grace_s=options.grace_s if options.checkpoint else 0.0,
             copies=options.copies,
+            parity=options.parity,
         )
 
     def _agent_settings(self, node: str, data_host: str, data_port: int, *, hosts: bool) -> AgentSettings:

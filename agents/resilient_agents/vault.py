@@ -21,24 +21,26 @@ from typing import Final
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
-from resilient.checkpoint.haul import Limit
+from resilient.checkpoint.chest import SLOT_COUNT, Berth, MemoryTier
+from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
+from resilient.checkpoint.parity import PARITY
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
-from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.transport import Transport
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
-from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
+from resilient_agents.copies import Copies
 from resilient_agents.drain import Drain
+from resilient_agents.hashing import Hashing
 from resilient_agents.lane import Errands, Lane
+from resilient_agents.parities import Parities
 
-HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
 FILLING_S: Final = 3600.0  # an allocation waits for a fetch into the same chest, which has deadlines of its own
 FETCH_PATIENCE_S: Final = 30.0  # with a peer or storage that does not answer: three leases, so a dead node is known before
 FETCH_PAUSE_S: Final = 0.5
@@ -64,6 +66,7 @@ class Vault:
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
         data_rate: int = 0,
+        transport: Transport = TCP,
     ) -> None:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
@@ -76,9 +79,12 @@ class Vault:
         self._memory = MemoryTier(directory, key)
         self._notes = Notes()
         self._lane = Lane("memory", threads=2)
-        self._server = PeerServer(self._memory, self._notes, token=token, run=run)
+        limit = Limit(data_rate) if data_rate else None
+        self._server = PeerServer(self._memory, self._notes, token=token, run=run, limit=limit, transport=transport)
         self._server.changed = self._changed
-        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=Limit(data_rate) if data_rate else None)
+        self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit, transport=transport)
+        self._parities = Parities(self._memory, self._lane, self._copies.thin_peer, run=run, changed=self._changed, transport=transport)
+        self._server.heard = self._parities.heard
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
@@ -99,9 +105,7 @@ class Vault:
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._sweep = inventory.Sweep(self._memory)
-        self._hashing = False
-        self._hash_again_at = 0.0
-        self._hashed_at: dict[int, float] = {}
+        self._hashing = Hashing(self._lane)
         self._errands = Errands()
         self._told = Vaulted()
         self._on_change: Callable[[], None] = lambda: None
@@ -128,7 +132,9 @@ class Vault:
         """Stop everything; with `unlink` remove the files."""
         await self._server.close()
         await self._errands.close()
+        await self._hashing.close()
         await self._copies.close()
+        await self._parities.close()
         if self._drain is not None:
             await self._drain.close()
         self._lane.close()
@@ -145,6 +151,7 @@ class Vault:
     ) -> None:
         """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied`."""
         self._copies.watch(copied)
+        self._parities.watch(copied)
         self._on_change = changed
         self._on_note = note or self._on_note
 
@@ -219,13 +226,14 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if not chest.seated and (holding := inventory.holding(rank, chest)) is not None
+                if rank < PARITY and not chest.seated and (holding := inventory.holding(rank, chest)) is not None
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
             available=drain.available if drain is not None else (),
             fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
             committed=drain.committed if drain is not None else NONE,
+            parities=self._parities.known(),
         )
 
     # ------------------------------------------------------------------ what the host says
@@ -236,6 +244,8 @@ class Vault:
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
         self.set_peers(wish.peers)
+        self._copies.whole = not wish.group
+        self._parities.set_group(wish.group, self._address)
         self._rescue = wish.rescue
         if self._drain is not None:
             self._drain.heed(wish.distrusted, wish.world_size)
@@ -255,9 +265,10 @@ class Vault:
         return by_interval or step in (self._sealed.get(rank, NONE), self._rescue)
 
     def copied(self, rank: int) -> int | None:
-        """See Copies.copied; None also for a rank of which nothing is known."""
+        """See Copies.copied and Parities.copied; None also for a rank of which nothing is known."""
         chest = self._memory.chests.get(rank)
-        return self._copies.copied(chest) if chest is not None else None
+        found = (self._copies.copied(chest), self._parities.copied(chest)) if chest is not None else ()
+        return min((step for step in found if step is not None), default=None)
 
     def set_peers(self, addresses: tuple[str, ...]) -> None:
         """Vaults that copies from here go to."""
@@ -284,17 +295,19 @@ class Vault:
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
         for chest in seated:
             self._copies.look(chest)
+            self._parities.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
-        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), {fetch.rank for fetch in self._fetches})
-        self._hash_now_and_then(seated)
+        wanted = {fetch.rank for fetch in self._fetches} | self._parities.kept()
+        self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), wanted)
+        self._hashing.look(seated)
 
     # ------------------------------------------------------------------ bringing copies here
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source != self._address else None
+        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source not in ("", self._address) else None
         berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
         try:
             while wanted in self._fetches:
@@ -339,6 +352,9 @@ class Vault:
                         await peer.get(key, berth)
             for note in await peer.notes(rank):
                 self._notes.add(note)
+        if wanted.rebuild is not None and wanted.step not in self._memory.chest(rank).sealed("snapshot"):
+            with self._memory.berth(SnapshotKey(rank, wanted.step)) as berth:
+                await self._parities.rebuild(wanted, berth)
         if not self._holds(wanted):
             raise SnapshotMissing(f"rank {rank} step {wanted.step}: nothing of it at {wanted.source}")
 
@@ -348,7 +364,7 @@ class Vault:
         The gate of the one before may be missing: it was sealed last, and its node died before it was copied (train/loop.py).
         """
         chest = self._memory.chest(wanted.rank)
-        starts = chest.sealed("start") if wanted.tier == "peer" else {}
+        starts = chest.sealed("start") if wanted.tier == "peer" and wanted.rebuild is None else {}
         return wanted.step in chest.sealed("snapshot") or wanted.step in starts or wanted.step - 1 in starts
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:
@@ -368,30 +384,7 @@ class Vault:
             self._refused[refused.tier, refused.step, refused.rank] = refused
         self._changed()
 
-    # ------------------------------------------------------------------ hashing, telling
-
-    def _hash_now_and_then(self, chests: list[Chest]) -> None:
-        """Hash a snapshot for its own sake: damage in memory is then seen before it is restored. In turn, within HASH_SHARE."""
-        if self._hashing or time.monotonic() < self._hash_again_at:
-            return
-        for chest in sorted(chests, key=lambda chest: self._hashed_at.get(chest.rank, 0.0)):
-            slot = chest.snapshots.newest() if chest.snapshots is not None else None
-            if slot is not None and not slot.is_stamped():
-                self._hashing = True
-                self._hashed_at[chest.rank] = time.monotonic()
-                self._errands.start(self._hash(slot))
-                return
-
-    async def _hash(self, slot: Slot) -> None:
-        begin = time.monotonic()
-        try:
-            await self._lane.run(slot.stamp_payload, deadline_s=COPY_S + slot.sealed_bytes() / COPY_BYTES_S)
-        except CheckpointError:
-            pass  # overwritten meanwhile, or damaged: whoever wants to read it will be told
-        finally:
-            self._hashing = False
-            now = time.monotonic()
-            self._hash_again_at = now + (now - begin) / HASH_SHARE
+    # ------------------------------------------------------------------ telling
 
     def _changed(self) -> None:
         now = self.known()

@@ -4,15 +4,13 @@ Think of carts between two barns: each cart takes the next sack from the heap an
 takes fewer sacks and holds up none of the others; when the road was cut, only the sacks that are not there yet are fetched.
 
 Contract: the body is cut into pieces of PIECE_BYTES at fixed places. On every connection goes, for each piece that it takes, the piece's
-number (4 bytes, big-endian) and then its bytes; END ends it. `carry` blocks and belongs into a thread, one per connection: bytes go by
-`send` and `recv_into` from and to mapped memory, without the GIL and without a buffer of ours. A wait in which no byte moves ends
-after STALL_S. The receiver hashes the payload while it comes: whichever thread has set down a piece hashes the parts of the payload
-(tally.py) that are whole since then, as soon as the layout is there, which says what they are.
+number (4 bytes, big-endian), where asked for the xxh3_128 of its bytes, and then these; END ends it. `carry` blocks and belongs into a
+thread, one per connection; how the bytes get from memory to memory is the transport's affair (transport.py). The receiver hashes the
+payload while it comes: whichever thread has set down a piece hashes the parts of the payload (tally.py) that are whole since then, as soon
+as the layout is there, which says what they are. When no connection is at work any more, whichever way it ended, `close` is called.
 Numbers: tests/bench/test_peer_wire.py.
-Rejected: `sendfile` from the segment (over loopback a quarter slower than `send`, and it gives out pages that may change before they
-leave); the event loop's `sock_sendall` (a wake-up of the loop for each socket buffer, in the thread that has to look at the workers);
-one fixed share per connection (the slowest connection would decide); a digest for each piece on the wire (the payload's own is checked
-before anything is sealed, whatever was broken off and gone on with).
+Rejected: one fixed share per connection (the slowest connection would decide); a digest for each piece of a
+whole snapshot (the payload's own is checked before anything is sealed, whatever was broken off and gone on with).
 """
 
 from __future__ import annotations
@@ -24,20 +22,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
+
+import xxhash
 
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import HEADER_BYTES, PAYLOAD_AT, Buffer, layout_at, parse
 from resilient.checkpoint.tally import Part, Tally
+from resilient.checkpoint.tcp import Tcp
 from resilient.checkpoint.tier import SnapshotKey
+from resilient.checkpoint.transport import Region, Transport
 from resilient.errors import ProtocolError, SnapshotCorrupt, SnapshotMissing
 
 PIECE_BYTES: Final = 4 << 20  # a millisecond of a fast wire: small beside a transfer, large beside a system call
-STALL_S: Final = 10.0  # without a byte
 RATE_MIN: Final = 1 << 20  # bytes/s: less than this, shared among the connections, would look like a stall
 END: Final = 0xFFFF_FFFF
-_NUMBER: Final = struct.Struct(">I")
-_GRAIN_BYTES: Final = 256 << 10  # what is sent between two looks at the limit
+NUMBER: Final = struct.Struct(">I")
+TCP: Final[Transport] = Tcp()
 _BURST_S: Final = 0.05  # of unused time that a limited sender may catch up with
 
 
@@ -60,6 +61,47 @@ class Limit:
             return max(0.0, begin - now)
 
 
+class Work(Protocol):
+    """One end of a haul: what its connections share."""
+
+    def carry(self, road: socket.socket) -> None:
+        """One connection's part of it, until its END."""
+        ...
+
+    def stop(self) -> None:
+        """End the waits that are not for a connection."""
+        ...
+
+    def close(self) -> None:
+        """No connection is at work any more."""
+        ...
+
+
+class Registered:
+    """Memory that the transport knows from the first connection's begin until `close`. Thread-safe; may be used again."""
+
+    def __init__(self, transport: Transport, memory: memoryview) -> None:
+        """Nothing is registered yet: it may take a while, and belongs into the threads."""
+        self._transport = transport
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._known: Region | None = None
+
+    def region(self) -> Region:
+        """The same for all connections."""
+        with self._lock:
+            if self._known is None:
+                self._known = self._transport.register(self._memory)
+            return self._known
+
+    def close(self) -> None:
+        """No connection is at work."""
+        with self._lock:
+            known, self._known = self._known, None
+        if known is not None:
+            known.close()
+
+
 class Outgoing:
     """The sending side."""
 
@@ -70,28 +112,36 @@ class Outgoing:
         have: Collection[int] = (),
         limit: Limit | None = None,
         unmoved: Callable[[], bool] = lambda: True,
+        sums: bool = False,
+        transport: Transport = TCP,
     ) -> None:
-        """`have`: pieces that need not be sent. `unmoved`: whether `body` still is what it was."""
+        """`have`: pieces that need not be sent. `unmoved`: whether `body` still is what it was. `sums`: each piece with its digest."""
         self._body = body
         there = frozenset(have)
         self._left = deque(number for number in range(piece_count(len(body))) if number not in there)
         self._limit = limit
         self._unmoved = unmoved
+        self._sums = sums
+        self._transport = transport
+        self._registered = Registered(transport, body)
         self._stopped = threading.Event()
 
-    def carry(self, raw: socket.socket) -> None:
+    def carry(self, road: socket.socket) -> None:
         """Send over this connection until no piece is left. Raises OSError, TimeoutError, SnapshotMissing if the body has moved."""
-        try:
-            while (number := self._next()) != END:
-                raw.sendall(_NUMBER.pack(number), socket.MSG_MORE)
-                self._send(raw, piece_of(self._body, number))
-            raw.sendall(_NUMBER.pack(END))
-        except BlockingIOError:
-            raise _stalled() from None
+        sender = self._transport.sender(road, self._registered.region())
+        pace = self._pace if self._limit is not None else None
+        while (number := self._next()) != END:
+            begin = number * PIECE_BYTES
+            sender.send(self._tag(number), begin, min(begin + PIECE_BYTES, len(self._body)), pace)
+        sender.finish(self._tag(END))
 
     def stop(self) -> None:
         """End the waits for the limit."""
         self._stopped.set()
+
+    def close(self) -> None:
+        """No connection is at work any more."""
+        self._registered.close()
 
     def _next(self) -> int:
         if not self._unmoved():
@@ -101,82 +151,116 @@ class Outgoing:
         except IndexError:
             return END
 
-    def _send(self, raw: socket.socket, piece: memoryview) -> None:
-        if self._limit is None:
-            raw.sendall(piece)
-            return
-        for start in range(0, len(piece), _GRAIN_BYTES):
-            grain = piece[start : start + _GRAIN_BYTES]
-            if self._stopped.wait(self._limit.take(len(grain))):
-                raise ConnectionAbortedError("the transfer was stopped")
-            raw.sendall(grain)
+    def _tag(self, number: int) -> bytes:
+        digest = xxhash.xxh3_128_digest(piece_of(self._body, number)) if self._sums else b""
+        return NUMBER.pack(number) + digest
+
+    def _pace(self, num_bytes: int) -> None:
+        assert self._limit is not None, "asked for where there is one"
+        if self._stopped.wait(self._limit.take(num_bytes)):
+            raise ConnectionAbortedError("the transfer was stopped")
 
 
-class Incoming:
-    """The receiving side: memory that fills, and the digest of what has come."""
+class Pieces:
+    """Which pieces have come, and which are on their way. Thread-safe."""
 
-    def __init__(self, body: memoryview, header: bytes) -> None:
-        """`body`: writable, what follows this header; one that `announced_bytes` has taken."""
-        self.body = body
-        self._header = header
-        self._payload_at = memoryview(header).cast("q")[PAYLOAD_AT] - HEADER_BYTES
-        self._count = piece_count(len(body))
+    def __init__(self, count: int) -> None:
+        """None yet."""
+        self._count = count
         self._claimed: set[int] = set()
         self._there: set[int] = set()
         self._lock = threading.Lock()
-        self._tally: Tally | None = None  # as soon as the layout is there
-        self._spoilt = False  # or never
-        self._lacking: dict[int, list[tuple[Part, set[int]]]] = {}  # piece -> parts of the payload that it belongs to, and what they lack
-        self._unhashed = 0  # parts
 
-    def carry(self, raw: socket.socket) -> None:
-        """Take what comes over this connection until its end. Raises OSError, EOFError, TimeoutError, ProtocolError."""
-        word = memoryview(bytearray(_NUMBER.size))
-        try:
-            while True:
-                _fill(raw, word)
-                number = _NUMBER.unpack(word)[0]
-                if number == END:
-                    return
-                self._claim(number)
-                try:
-                    _fill(raw, piece_of(self.body, number))
-                except BaseException:
-                    self._claimed.discard(number)
-                    raise
-                self._set_down(number)
-        except BlockingIOError:
-            raise _stalled() from None
-
-    def stop(self) -> None:
-        """Nothing here waits for anything but the connection."""
-
-    def have(self) -> tuple[int, ...]:
-        """The pieces that are there."""
-        with self._lock:
-            return tuple(sorted(self._there))
-
-    def missing(self) -> int:
-        """How many pieces are not."""
-        with self._lock:
-            return self._count - len(self._there)
-
-    def digest(self) -> bytes | None:
-        """Of the payload as it lies in memory; None if it is not known: a piece is missing, or layout or own state are damaged."""
-        with self._lock:
-            return self._tally.digest() if self._tally is not None and not self._unhashed else None
-
-    def _claim(self, number: int) -> None:
+    def claim(self, number: int) -> int:
+        """It is announced. Raises ProtocolError if it cannot be."""
         with self._lock:
             if number >= self._count or number in self._claimed:
                 raise ProtocolError(
                     f"piece {number} of {self._count} is announced, which is {'none' if number >= self._count else 'there'}"
                 )
             self._claimed.add(number)
+        return number
+
+    def settle(self, number: int, *, arrived: bool) -> None:
+        """What was claimed has come, or has not."""
+        with self._lock:
+            (self._there.add if arrived else self._claimed.discard)(number)
+
+    def have(self) -> tuple[int, ...]:
+        """Those that are there."""
+        with self._lock:
+            return tuple(sorted(self._there))
+
+    def has(self, number: int) -> bool:
+        """Whether this one is."""
+        return number in self._there
+
+
+class Incoming:
+    """The receiving side: memory that fills, and the digest of what has come."""
+
+    def __init__(self, body: memoryview, header: bytes, *, transport: Transport = TCP) -> None:
+        """`body`: writable, what follows this header; one that `announced_bytes` has taken."""
+        self.body = body
+        self._header = header
+        self._payload_at = payload_place(header)
+        self._count = piece_count(len(body))
+        self._pieces = Pieces(self._count)
+        self._transport = transport
+        self._registered = Registered(transport, body)
+        self._lock = threading.Lock()
+        self._tally: Tally | None = None  # as soon as the layout is there
+        self._spoilt = False  # or never
+        self._lacking: dict[int, list[tuple[Part, set[int]]]] = {}  # piece -> parts of the payload that it belongs to, and what they lack
+        self._unhashed = 0  # parts
+
+    def carry(self, road: socket.socket) -> None:
+        """Take what comes over this connection until its end. Raises OSError, EOFError, TimeoutError, ProtocolError."""
+        receiver = self._transport.receiver(road, self._registered.region())
+        number = END
+
+        def place(tag: bytes) -> memoryview:
+            nonlocal number
+            (announced,) = NUMBER.unpack(tag)
+            if announced == END:
+                return self.body[:0]
+            number = self._pieces.claim(announced)
+            return piece_of(self.body, number)
+
+        while True:
+            number = END
+            try:
+                receiver.receive(NUMBER.size, place)
+            except BaseException:
+                self._pieces.settle(number, arrived=False)
+                raise
+            if number == END:
+                return
+            self._pieces.settle(number, arrived=True)
+            self._set_down(number)
+
+    def stop(self) -> None:
+        """Nothing here waits for anything but the connection."""
+
+    def close(self) -> None:
+        """No connection is at work any more."""
+        self._registered.close()
+
+    def have(self) -> tuple[int, ...]:
+        """The pieces that are there."""
+        return self._pieces.have()
+
+    def missing(self) -> int:
+        """How many pieces are not."""
+        return self._count - len(self._pieces.have())
+
+    def digest(self) -> bytes | None:
+        """Of the payload as it lies in memory; None if it is not known: a piece is missing, or layout or own state are damaged."""
+        with self._lock:
+            return self._tally.digest() if self._tally is not None and not self._unhashed else None
 
     def _set_down(self, number: int) -> None:
         with self._lock:
-            self._there.add(number)
             due = self._due(number)
         for tally, part in due:
             tally.add(part, self.body[self._payload_at + part.begin : self._payload_at + part.end])
@@ -196,7 +280,8 @@ class Incoming:
 
     def _begin(self) -> list[tuple[Tally, Part]]:
         """As soon as the layout is there."""
-        if self._spoilt or not self._there.issuperset(range(piece_count(self._payload_at))):
+        there = set(self._pieces.have())
+        if self._spoilt or not there.issuperset(range(piece_count(self._payload_at))):
             return []
         try:
             self._tally = Tally(layout_at(self._header, self.body), len(self.body) - self._payload_at)
@@ -207,7 +292,7 @@ class Incoming:
         self._unhashed = len(self._tally.parts)
         for part in self._tally.parts:
             begin, end = self._payload_at + part.begin, self._payload_at + part.end
-            lacking = set(range(begin // PIECE_BYTES, piece_count(end))) - self._there
+            lacking = set(range(begin // PIECE_BYTES, piece_count(end))) - there
             for piece in lacking:
                 self._lacking.setdefault(piece, []).append((part, lacking))
             if not lacking:
@@ -239,6 +324,11 @@ class Source:
         return cls(bytes(data[:HEADER_BYTES]), data[HEADER_BYTES:], lambda: True)
 
 
+def payload_place(header: bytes) -> int:
+    """Where in the body the payload begins."""
+    return memoryview(header).cast("q")[PAYLOAD_AT] - HEADER_BYTES
+
+
 def piece_count(num_bytes: int) -> int:
     """Into how many pieces a body of this length is cut."""
     return -(-num_bytes // PIECE_BYTES)
@@ -247,23 +337,3 @@ def piece_count(num_bytes: int) -> int:
 def piece_of(body: memoryview, number: int) -> memoryview:
     """One piece's place."""
     return body[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
-
-
-def prepare(raw: socket.socket) -> None:
-    """Make the socket one that `carry` can use: it blocks, and each wait of it ends after STALL_S."""
-    raw.settimeout(None)
-    patience = struct.pack("ll", int(STALL_S), int(STALL_S % 1 * 1e6))
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-
-
-def _fill(raw: socket.socket, view: memoryview) -> None:
-    while view:
-        count = raw.recv_into(view, 0, socket.MSG_WAITALL)
-        if count == 0:
-            raise EOFError
-        view = view[count:]
-
-
-def _stalled() -> TimeoutError:
-    return TimeoutError(f"no byte moved for {STALL_S:.0f} s")

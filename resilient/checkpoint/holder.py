@@ -14,19 +14,21 @@ import contextlib
 import logging
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import STALL_S, Incoming, Outgoing, Source
+from resilient.checkpoint.haul import TCP, Incoming, Limit, Outgoing, Source, Work, payload_place
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Carry,
     Catalogue,
+    Covered,
     Done,
     Drop,
     Failed,
@@ -35,14 +37,17 @@ from resilient.checkpoint.pipe import (
     Hauled,
     Listed,
     Note,
+    Offer,
     Pipe,
     Put,
     Ready,
     Recollect,
     Request,
 )
+from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import announced_bytes
 from resilient.checkpoint.tier import Kind, SnapshotKey
+from resilient.checkpoint.transport import STALL_S, Transport
 from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
@@ -51,6 +56,7 @@ RANKS_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
 BROKEN_MAX: Final = 16  # transfers that broke off and may be gone on with, the last ones
+OVERTAKEN_S: Final = 60.0  # as in resilient_agents/copies.py
 IDLE_S: Final = 600.0  # a kept connection without a word; the other side simply connects anew
 log = logging.getLogger(__name__)
 
@@ -58,16 +64,32 @@ log = logging.getLogger(__name__)
 class PeerServer:
     """Keeps copies for other nodes, and gives out what this node's memory tier holds."""
 
-    def __init__(self, memory: MemoryTier, notes: Notes, *, token: str, run: str) -> None:
-        """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none."""
+    def __init__(
+        self,
+        memory: MemoryTier,
+        notes: Notes,
+        *,
+        token: str,
+        run: str,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
+        """`memory`: copies go there, under the rank they are of; ranks whose chest is `seated` here take none.
+
+        `limit`: of what is fetched here to be kept elsewhere.
+        """
         self._memory = memory
+        self._limit = limit
+        self._transport = transport
         self._notes = notes
         self.changed: Callable[[], None] = lambda: None  # a copy has come
+        self.heard: Callable[[Offer | Covered], None] = lambda _: None  # of parity
         self._token = token
         self._run = run
         self._server: asyncio.Server | None = None
         self._hauls: dict[bytes, _Haul] = {}
         self._broken: dict[tuple[int, Kind], _Broken] = {}  # what came of a rank's copy whose transfer broke off
+        self._overtaken: dict[int, float] = {}  # rank whose writer was faster than the wire -> until when it is thought to be
         self._threads = ThreadPoolExecutor(CONNECTIONS_MAX, "peer")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -132,6 +154,9 @@ class PeerServer:
                 case Note():
                     self._notes.add(request.recorded)
                     await pipe.send(Done())
+                case Offer() | Covered():
+                    self.heard(request)
+                    await pipe.send(Done())
                 case Recollect():
                     for note in self._notes.of(request.rank):
                         await pipe.send(Note(recorded=note))
@@ -158,7 +183,7 @@ class PeerServer:
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, broken))
             else:
                 view = await asyncio.to_thread(berth.receive, request.header)
-                fresh = _Broken(berth, request.header, Incoming(view, request.header))
+                fresh = _Broken(berth, request.header, Incoming(view, request.header, transport=self._transport))
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, fresh))
         self.changed()
         await pipe.send(Done())
@@ -184,9 +209,13 @@ class PeerServer:
         if not slot.is_stamped():
             await asyncio.to_thread(slot.stamp_payload)
         source = Source.of(key, slot)
-        if request.streams and len(source.body) > HAULED_BYTES:
+        if request.head:
+            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)])))
+        elif request.end:
+            await self._give_part(pipe, request, source, slot)
+        elif request.streams and len(source.body) > HAULED_BYTES:
             have = request.have if request.header == source.header else ()
-            work = Outgoing(source.body, have=have, unmoved=source.unmoved)
+            work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
             async with self._haul(pipe, work, request.streams) as haul:
                 await pipe.send(Found(header=source.header, haul=haul.name))
                 await haul.hauled(len(source.body))
@@ -197,8 +226,32 @@ class PeerServer:
             raise SnapshotMissing(f"{key}: overwritten while it was being sent")
         await pipe.send(Done())
 
+    async def _give_part(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
+        """For parity. A writer that came back too soon is asked for patience for a while (hold.py): others' stripes wait for this one."""
+        if request.header != source.header:
+            raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
+        if not 0 <= request.begin < request.end <= len(source.body):
+            raise ProtocolError(f"{request.begin} to {request.end} of a body of {len(source.body)} bytes asked for")
+        work = Outgoing(
+            source.body[request.begin : request.end],
+            have=request.have,
+            limit=self._limit if request.limited else None,
+            unmoved=source.unmoved,
+            sums=True,
+            transport=self._transport,
+        )
+        patience = slot.held() if self._overtaken.get(request.rank, 0.0) > time.monotonic() else contextlib.nullcontext()
+        try:
+            with patience:
+                async with self._haul(pipe, work, request.streams) as haul:
+                    await pipe.send(Found(header=source.header, haul=haul.name))
+                    await haul.hauled(request.end - request.begin)
+        finally:
+            if not source.unmoved():
+                self._overtaken[request.rank] = time.monotonic() + OVERTAKEN_S
+
     @contextlib.asynccontextmanager
-    async def _haul(self, pipe: Pipe, work: Outgoing | Incoming, streams: int) -> AsyncIterator[_Haul]:
+    async def _haul(self, pipe: Pipe, work: Work, streams: int) -> AsyncIterator[_Haul]:
         """Within this, connections may join; afterwards none of them is at work any more."""
         if not 0 < streams <= STREAMS_MAX:
             raise ProtocolError(f"a haul over {streams} connections, at most {STREAMS_MAX} taken")
@@ -214,13 +267,15 @@ class PeerServer:
         haul = self._hauls.get(request.haul)
         if haul is None:
             raise ProtocolError("a connection for a haul that is over, or never was")
+        if request.transport != self._transport.name:
+            raise ProtocolError(f"transport {self._transport.name!r} expected, {request.transport!r} found (see --data-transport)")
         await haul.carry(pipe, self._threads)
 
 
 class _Haul:
     """A haul at the server: the connections that are at work for it, each in its own task."""
 
-    def __init__(self, control: Pipe, work: Outgoing | Incoming, streams: int) -> None:
+    def __init__(self, control: Pipe, work: Work, streams: int) -> None:
         self.name = secrets.token_bytes(8)
         self._control = control
         self._work = work
@@ -263,6 +318,7 @@ class _Haul:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)  # a thread whose socket was shut ends at once, and nothing may write here after this
+        self._work.close()
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ their own (checkpoint/haul.py), so that own state passes them by:
 (of a Get the pieces go the other way). A received copy is sealed last, after every digest was found right. When a transfer breaks off, the
 pieces that came stay where they are, and the next transfer of the same snapshot, which is one with the same header, brings only the
 others; its payload's digest is checked as a whole all the same. Anything unexpected closes the connection with one log line. Nothing is
-encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py).
-Rejected: parts of a snapshot (nothing could verify them); the sender hashing too (the receiver does, before it seals).
+encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py). For parity (checkpoint/parity.py)
+`pull` fetches part of a body, each piece with its digest, and lays it over what is there; vaults `say` when that can be done, and has been.
+Rejected: the sender hashing whole snapshots too (the receiver does, before it seals).
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, Incoming, Limit, Outgoing, Source
+from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Work
+from resilient.checkpoint.parity import Fold
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
     Carry,
     Catalogue,
+    Covered,
     Done,
     Drop,
     Failed,
@@ -46,6 +49,7 @@ from resilient.checkpoint.pipe import (
     Hauled,
     Listed,
     Note,
+    Offer,
     Pipe,
     Put,
     Ready,
@@ -55,6 +59,7 @@ from resilient.checkpoint.pipe import (
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import Buffer, announced_bytes
 from resilient.checkpoint.tier import Landing, SnapshotKey, landing
+from resilient.checkpoint.transport import Transport
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import (
     CheckpointError,
@@ -78,9 +83,20 @@ _ERRORS: Final[dict[str, type[CheckpointError]]] = {
 class Peer:
     """Another node's vault, as a client on the event loop sees it. One request at a time, and beside it one haul."""
 
-    def __init__(self, address: str, *, token: str, run: str, name: str, streams: int = STREAMS, limit: Limit | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        run: str,
+        name: str,
+        streams: int = STREAMS,
+        limit: Limit | None = None,
+        transport: Transport = TCP,
+    ) -> None:
         """`address`: host:port. `name`: who we are, for the other side's log. `streams`: of a haul. `limit`: of what is put there."""
         self.address = address
+        self._transport = transport
         self._limit = limit
         self._talk, self._haul, *self._streams = (Caller(address, token=token, run=run, name=name) for _ in range(2 + streams))
         self._threads = ThreadPoolExecutor(streams, "peer")
@@ -115,7 +131,7 @@ class Peer:
         async with self._haul.conversation() as pipe:
             await pipe.send(msgspec.structs.replace(request, streams=len(self._streams)))
             ready = await _expect(pipe, Ready, num_bytes)
-            work = Outgoing(source.body, have=ready.have, limit=self._limit, unmoved=source.unmoved)
+            work = Outgoing(source.body, have=ready.have, limit=self._limit, unmoved=source.unmoved, transport=self._transport)
             await self._carry(pipe, ready.haul, work, num_bytes)
             await _expect(pipe, Done, num_bytes)
 
@@ -136,7 +152,8 @@ class Peer:
             if broken is not None and found.header == broken[1]:
                 incoming = broken[2]
             else:
-                incoming = Incoming(await asyncio.to_thread(target.receive, found.header), found.header)
+                body = await asyncio.to_thread(target.receive, found.header)
+                incoming = Incoming(body, found.header, transport=self._transport)
             if found.haul:
                 try:
                     await self._carry(pipe, found.haul, incoming, num_bytes)
@@ -149,13 +166,46 @@ class Peer:
             await checked(target, key, num_bytes, incoming.digest() if found.haul else None)
         return num_bytes
 
-    async def _carry(self, pipe: Pipe, name: bytes, work: Outgoing | Incoming, num_bytes: int) -> None:
+    async def head(self, key: SnapshotKey) -> tuple[bytes, bytes]:
+        """(header, what follows up to the payload) of what lies there. Nothing of it has been checked."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(Get(rank=key.rank, step=key.step, kind=key.kind, head=True))
+            found = await _expect(pipe, Found, 0)
+            await _expect(pipe, Done, 0)
+        return found.header, found.head
+
+    async def pull(self, key: SnapshotKey, header: bytes, begin: int, end: int, fold: Fold, *, limited: bool = False) -> None:
+        """Lay part of a snapshot's body over what is in `fold`, which goes on where it broke off. SnapshotMissing if it is another one."""
+        request = Get(
+            rank=key.rank,
+            step=key.step,
+            kind=key.kind,
+            streams=len(self._streams),
+            header=header,
+            have=fold.have(),
+            begin=begin,
+            end=end,
+            limited=limited,
+        )
+        async with self._haul.conversation() as pipe:
+            await pipe.send(request)
+            found = await _expect(pipe, Found, 0)
+            await self._carry(pipe, found.haul, fold, end - begin)
+            await _expect(pipe, Done, 0)
+
+    async def say(self, word: Offer | Covered) -> None:
+        """Something that the other side only has to hear."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(word)
+            await _expect(pipe, Done, 0)
+
+    async def _carry(self, pipe: Pipe, name: bytes, work: Work, num_bytes: int) -> None:
         """All connections at work, until the last one has come to its end. When this returns or raises, none of them is."""
 
         async def one(stream: Caller) -> None:
             try:
                 async with stream.conversation() as lent:
-                    await lent.send(Carry(haul=name))
+                    await lent.send(Carry(haul=name, transport=self._transport.name))
                     await lent.lend(work.carry, self._threads)
             except BaseException:
                 work.stop()
@@ -171,6 +221,8 @@ class Peer:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
+        finally:
+            work.close()
         await pipe.send(Hauled())
 
     async def list(self) -> tuple[SnapshotKey, ...]:

@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any, Final
 
-from resilient.checkpoint import haul
 from resilient.checkpoint.tier import Kind
 from resilient.core.messages import Msg, Recorded
 from resilient.errors import ProtocolError, TierUnavailable
@@ -52,6 +51,10 @@ class Get(Msg, frozen=True):
     streams: int = 0
     header: bytes = b""  # of a transfer that broke off: if it is the same snapshot still, go on with what is missing
     have: tuple[int, ...] = ()
+    head: bool = False  # nothing but the head, in Found
+    begin: int = 0  # with `end`: that part of the body, of the snapshot with this header, each piece with its digest
+    end: int = 0
+    limited: bool = False  # by what the sender may send to keep copies elsewhere
 
 
 class Drop(Msg, frozen=True):
@@ -84,12 +87,14 @@ class Found(Msg, frozen=True):
 
     header: bytes
     haul: bytes = b""
+    head: bytes = b""  # what lies between header and payload, if that was all that was asked for
 
 
 class Carry(Msg, frozen=True):
     """From here on this connection carries pieces of that haul, until their END."""
 
     haul: bytes
+    transport: str = "tcp"  # by which; both ends have to have been given the same
 
 
 class Hauled(Msg, frozen=True):
@@ -119,7 +124,24 @@ class Recollect(Msg, frozen=True):
     rank: int
 
 
-Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled
+class Offer(Msg, frozen=True):
+    """A rank's snapshot is sealed at its own node: a stripe of it may be fetched for parity."""
+
+    rank: int
+    step: int
+    header: bytes
+    vault: str  # where
+
+
+class Covered(Msg, frozen=True):
+    """The stripe of that rank's snapshot is in the parity that the node at this address keeps, and that parity is sealed."""
+
+    rank: int
+    step: int
+    keeper: str
+
+
+Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled | Offer | Covered
 Answer = Ready | Found | Done | Failed | Listed | Note
 
 
@@ -179,11 +201,10 @@ class Pipe:
             await self._fill(view)
 
     async def lend(self, work: Callable[[socket.socket], None], threads: Executor) -> None:
-        """`work(socket)` in a thread, with the socket made ready for a haul. When this has ended, so has the thread.
+        """`work(socket)` in a thread: the connection is the transport's for that time. When this has ended, so has the thread.
 
         Raises what the work raises. Cancelled, it ends the connection, and so the work.
         """
-        haul.prepare(self._socket)
         future = asyncio.get_running_loop().run_in_executor(threads, work, self._socket)
         try:
             await asyncio.shield(future)

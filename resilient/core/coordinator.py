@@ -73,7 +73,7 @@ class Coordinator:
         self.settings = settings
         self.stage: Stage = "gathering"
         self.state: RunState = "forming"
-        self.round = Round(settings.copies)
+        self.round = Round(settings.copies, settings.parity)
         self._evidence = 0  # the incident whose stacks are to be saved
         self.nodes: dict[str, Node] = {}
         self._lost = 0  # how many of them are not alive

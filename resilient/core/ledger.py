@@ -40,6 +40,7 @@ class Copy(Msg):
     own_steps: tuple[int, ...] = ()
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
+    rebuilt: bool = False  # lies nowhere as it is: it would be put together from parity
 
 
 class Account(Msg):
@@ -174,6 +175,7 @@ def _sound(account: Account, poison: Collection[Poison]) -> Account:
             own_steps=tuple(s for s in c.own_steps if s not in bad),
             gate_step=NONE if c.gate_step in bad else c.gate_step,
             snapshots=tuple(s for s in c.snapshots if s not in bad),
+            rebuilt=c.rebuilt,
         )
         for c in account.copies
     )
@@ -190,4 +192,4 @@ def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
         return step in copy.own_steps or (account.rank in plan.repeat and step - 1 in copy.own_steps)
 
     able = [c for c in account.copies if serves(c)]
-    return min(able, key=lambda c: (not c.seated, c.gate_step != step, c.node != near, c.node), default=None)
+    return min(able, key=lambda c: (not c.seated, c.rebuilt, c.gate_step != step, c.node != near, c.node), default=None)

@@ -23,8 +23,10 @@ from resilient.core.messages import (
     Holding,
     Layout,
     Marked,
+    Member,
     Msg,
     Pace,
+    Parity,
     Persisted,
     Record,
     Recorded,
@@ -169,6 +171,7 @@ class Vaulted(Msg):
     available: tuple[int, ...] | None = None  # committed steps at the checkpoint URL; () if there is no URL; None = not listed yet
     fetched: tuple[Fetch, ...] = ()  # those of `VaultDo.fetch` that lie verified in this node's memory tier
     committed: int = NONE  # newest step whose commit marker this node wrote
+    parities: tuple[Parity, ...] = ()  # kept here
 
 
 class Warned(Msg):
@@ -321,6 +324,7 @@ class VaultDo(Msg):
     checkpoint: int = NONE  # the pages ask their workers to seal this step (or the first after it) for the persistent tier
     rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
     distrusted: tuple[int, ...] = ()  # committed steps that are damaged: not counted when old ones are removed, and written anew
+    group: tuple[Member, ...] = ()  # keep parity of snapshots with these, instead of whole copies at `peers`
 
 
 class Log(Msg):
@@ -366,6 +370,7 @@ class CoordinatorSettings(Msg):
     checkpoint_auto: bool = False  # instead: as often as is worth it (core/cadence.py)
     checkpoint_budget: float = 0.01  # share of the time that checkpoints may cost
     copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
+    parity: int = 0  # so many nodes keep parity of their snapshots together, instead of whole copies; 0 = whole copies
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
 
 

@@ -119,6 +119,15 @@ class Holding(Msg):
     own_steps: tuple[int, ...] = ()  # as in Chair
 
 
+class Parity(Msg):
+    """What this node keeps to give back one of several lost snapshots: stripes of them, laid over each other (checkpoint/parity.py)."""
+
+    rank: int  # under which its vault keeps it; nobody's
+    step: int
+    stripes: int  # into how many a snapshot is cut
+    parts: tuple[tuple[int, int], ...]  # (rank, number of the stripe), of each snapshot that is in it
+
+
 class Persisted(Msg):
     """One rank's snapshot that lies complete on the persistent tier; not yet a checkpoint."""
 
@@ -183,6 +192,7 @@ class Report(Msg):
     pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
     data_host: str = ""  # address at which other nodes reach its vault; "": that of `host`
     failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
+    parities: tuple[Parity, ...] = ()
 
     @property
     def vault(self) -> str:
@@ -214,6 +224,20 @@ class Plan(Msg):
     starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
 
 
+class Member(Msg):
+    """A node of a group that keeps parity together."""
+
+    vault: str  # "host:port"
+    ranks: tuple[int, ...]  # that sit there, ascending
+
+
+class Rebuild(Msg):
+    """Where a lost snapshot's stripes are to be had, in order, and the other snapshots that are in there with them."""
+
+    stripes: tuple[tuple[str, int], ...]  # (vault, rank under which it keeps the parity)
+    others: tuple[tuple[int, str], ...]  # (rank, vault that has its snapshot of that step)
+
+
 class Fetch(Msg):
     """A copy that must be brought into this node's memory tier before `rank` can be seated here."""
 
@@ -222,6 +246,7 @@ class Fetch(Msg):
     tier: TierName  # "peer" or "persistent"
     source: str = ""  # "host:port" of the vault that holds it
     round: int = 0  # the round that needs it: the same copy may be wanted again later, when it has been overwritten
+    rebuild: Rebuild | None = None  # the snapshot is to be put together from parity; what else there is of the rank lies at `source`
 
 
 class Assignment(Msg):
@@ -255,6 +280,7 @@ class Assignment(Msg):
     rescue: int = NONE  # state failed: bring what is sealed of this step to the persistent tier
     wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
     distrusted: tuple[int, ...] = ()  # committed steps that somebody found damaged: whoever comes past one writes it anew
+    group: tuple[Member, ...] = ()  # this node and those with which it keeps parity of their snapshots; () = whole copies go to `peers`
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)

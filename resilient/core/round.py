@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resilient.core import holders
-from resilient.core.messages import NONE, Assignment, Chair, ChairState, Report, Seat
+from resilient.core import groups, holders
+from resilient.core.messages import NONE, Assignment, Chair, ChairState, Member, Report, Seat
 from resilient.core.seating import Seating
 
 
 class Round:
     """The newest round."""
 
-    def __init__(self, copies: int = 1) -> None:
-        """Round 0: nobody is seated. copies: on how many other nodes each node's ranks are kept."""
-        self._copies = copies
+    def __init__(self, copies: int = 1, parity: int = 0) -> None:
+        """Round 0: nobody is seated. copies: on how many other nodes each node is kept. parity: how many nodes keep it together, or 0."""
+        self._copies, self._parity = copies, parity
         self.number = self.fence = self.restart = 0
         self.seating = Seating(places={})
         self.ranks: dict[str, tuple[int, ...]] = {}  # node -> its ranks, ascending
@@ -31,6 +31,8 @@ class Round:
         self._fresh: frozenset[int] = frozenset()  # ranks whose script starts from its first line
         self._order: dict[str, int] = {}  # node -> torchrun's GROUP_RANK
         self._holders: dict[str, tuple[str, ...]] = {}  # node -> those that keep its copies
+        self._groups: groups.Groups = ()  # of nodes that keep parity together
+        self._group: dict[str, tuple[str, ...]] = {}  # node -> the one that it is in
         self._vaults: dict[str, str] = {}  # node -> address
 
     def seat(self, seating: Seating, reports: Mapping[str, Report]) -> None:
@@ -46,7 +48,11 @@ class Round:
         self.ranks = {node: tuple(held) for node, held in ranks.items()}
         self._order = {node: i for i, node in enumerate(self.ranks)}
         self._vaults = {node: reports[node].vault for node in self.ranks}
-        self._holders = holders.choose({node: reports[node].failure_domain for node in self.ranks}, self._copies, self._holders)
+        domains = {node: reports[node].failure_domain for node in self.ranks}
+        self._holders = holders.choose(domains, self._copies, self._holders)
+        if self._parity:
+            self._groups = groups.choose(domains, self._parity, self._groups)
+            self._group = {node: group for group in self._groups for node in group if len(group) > 1}
         self.uncommitted, self.unfinished = set(self.ranks), set(self.ranks)
         self._states.clear()
 
@@ -94,4 +100,5 @@ class Round:
             peers=tuple(self._vaults[holder] for holder in self._holders.get(node, ())),
             fetch=seating.fetch.get(node, ()),
             restart=self.restart,
+            group=tuple(Member(vault=self._vaults[member], ranks=self.ranks[member]) for member in self._group.get(node, ())),
         )

@@ -19,9 +19,11 @@ from collections.abc import Set as AbstractSet
 
 import msgspec
 
+from resilient.core import rebuild
 from resilient.core.ledger import Account, Choice, Copy, Poison, best_copy, choose
-from resilient.core.messages import NONE, Chair, Fetch, Holding, Msg, Plan, Report
+from resilient.core.messages import NONE, Chair, Fetch, Holding, Msg, Plan, Rebuild, Report
 from resilient.core.placement import Place, Room, seat_emptied
+from resilient.core.rebuild import Sources
 
 WHY_MAX = 64  # lines of reasons kept per round
 
@@ -61,6 +63,9 @@ def seat(hall: Hall) -> Seating:
     over = {r for r, c in chairs.items() if c.state == "finished" and (not hall.managed or (c.record and c.record.phase == "done"))}
     gone = {r for r in hall.places if r not in over and not _sits(chairs.get(r), hall.condemned)}
     copies = _copies(hall)
+    sources = rebuild.sources(hall.places, {node: report.parities for node, report in hall.reports.items()}, copies)
+    for rank, steps in sources.items():
+        copies[rank] = (*copies.get(rank, ()), Copy(node="", snapshots=tuple(sorted(steps)), rebuilt=True))
     places, moved, homeless, why = _places(hall, copies)
     if homeless:
         return Seating(places=hall.places, homeless=homeless)
@@ -71,7 +76,7 @@ def seat(hall: Hall) -> Seating:
     reached = choice.reached
     emptied = gone | (over & set(choice.plan.receivers))
     again = hall.again or not hall.managed or (starting and len(gone) == len(places))
-    if not again and (stranded := _stranded(emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies))):
+    if not again and (stranded := _stranded(emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies, sources))):
         why.append(f"nobody would bring the minutes of the set-up of rank {stranded[0]}: the group starts again")
         again = True
     if again:
@@ -82,7 +87,7 @@ def seat(hall: Hall) -> Seating:
     if again:
         kept = {r for r in places if starting and hall.managed and r not in gone and r not in moved and _unseated(chairs[r])}
         emptied = set(places) - kept
-    fetch = _fetches(hall, choice, places, chairs, emptied, copies)
+    fetch = _fetches(hall, choice, places, chairs, emptied, copies, sources)
     plan = msgspec.structs.replace(choice.plan, starting=starting or again)
     if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
         plan = msgspec.structs.replace(plan, tier="peer")
@@ -214,6 +219,7 @@ def _fetches(
     chairs: Mapping[int, Chair],
     emptied: AbstractSet[int],
     copies: Mapping[int, tuple[Copy, ...]],
+    sources: Mapping[int, Mapping[int, Sources]],
 ) -> dict[str, tuple[Fetch, ...]]:
     """What each node has to bring into its memory before its ranks can be seated."""
     plan = choice.plan
@@ -227,12 +233,26 @@ def _fetches(
         copy = best_copy(Account(rank=rank, copies=copies.get(rank, ())), plan, node)
         if torn_only or copy is None or copy.seated:
             continue
-        fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
+        if copy.rebuilt:
+            fetch.setdefault(node, []).append(_from_parity(hall, rank, plan.step, sources[rank][plan.step], copies[rank]))
+        else:
+            fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
     if plan.lender != NONE:
         lent = [c for c in copies.get(plan.lender, ()) if plan.step in c.snapshots]
         for node in sorted({places[rank].node for rank in plan.receivers} - {c.node for c in lent}):
             fetch.setdefault(node, []).append(_from_peer(hall, lent[0].node, plan.lender, plan.step))
     return {node: tuple(items) for node, items in fetch.items()}
+
+
+def _from_parity(hall: Hall, rank: int, step: int, sources: Sources, copies: tuple[Copy, ...]) -> Fetch:
+    """Its own state, and the minutes of its set-up, lie whole on another node."""
+    whole = max((c for c in copies if not c.rebuilt), key=lambda c: max(c.own_steps, default=NONE), default=None)
+    put_together = Rebuild(
+        stripes=tuple((hall.reports[node].vault, kept_as) for node, kept_as in sources.stripes),
+        others=tuple((other, hall.reports[node].vault) for other, node in sources.others),
+    )
+    source = hall.reports[whole.node].vault if whole is not None else ""
+    return Fetch(rank=rank, step=step, tier="peer", source=source, round=hall.round, rebuild=put_together)
 
 
 def _from_peer(hall: Hall, node: str, rank: int, step: int) -> Fetch:

@@ -62,6 +62,7 @@ def vault_do(new: Assignment) -> VaultDo:
         checkpoint=new.checkpoint,
         rescue=new.rescue,
         distrusted=new.distrusted,
+        group=new.group,
     )
 
 
@@ -96,6 +97,7 @@ def report(
         available=vault.available,
         fetched=tuple(sorted({f.rank for f in vault.fetched})),
         committed=vault.committed,
+        parities=vault.parities,
         pace=_pace(crew),
     )
 

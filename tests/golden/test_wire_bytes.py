@@ -36,6 +36,8 @@ def sample(kind: inspect.Type):
             return kind.values[-1]
         case inspect.VarTupleType():
             return (sample(kind.item_type),)
+        case inspect.TupleType():
+            return tuple(sample(item) for item in kind.item_types)
         case inspect.DictType():
             return {sample(kind.key_type): sample(kind.value_type)}
         case inspect.UnionType():

@@ -21,7 +21,7 @@ from resilient_agents.copies import Copies
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
 
-from resilient.checkpoint import haul, memory
+from resilient.checkpoint import haul, memory, transport
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.haul import PIECE_BYTES, Incoming, Limit
 from resilient.checkpoint.holder import PeerServer
@@ -32,6 +32,7 @@ from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.ring import OwnSegment, Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import HEADER_BYTES, slot_bytes, stamped_digest
+from resilient.checkpoint.tcp import Tcp
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Fetch, Layout
@@ -270,8 +271,20 @@ async def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
         tier.unlink()
 
 
+async def test_a_node_with_another_transport_is_refused_by_name(tmp_path, caplog):
+    async with holder(tmp_path / "n1") as (server, proxy, _):
+        rail = Tcp()
+        rail.name = "rail"
+        peer = Peer(proxy.address, token="secret", run="run", name="test", transport=rail)
+        with pytest.raises(TierUnavailable):
+            await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
+        assert "transport 'tcp' expected, 'rail' found (see --data-transport)" in caplog.text
+        assert not held(server, 1)
+        peer.close()
+
+
 async def test_a_wire_on_which_nothing_moves_any_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(haul, "STALL_S", 1.0)
+    monkeypatch.setattr(transport, "STALL_S", 1.0)
     async with holder(tmp_path / "n1") as (server, proxy, peer):
         slot = seal(ring_at(tmp_path, "source"), 1)
         proxy.stop_at = SIZE // 2
@@ -343,7 +356,6 @@ def started(code: str, *arguments: str):
 def carried(incoming: Incoming, *words: bytes) -> None:
     """Let a connection say this to the receiving side."""
     near, far = socket.socketpair()
-    haul.prepare(far)
     with near, far:
         speaker = threading.Thread(target=lambda: (near.sendall(b"".join(words)), near.shutdown(socket.SHUT_WR)))
         speaker.start()
@@ -484,7 +496,7 @@ async def test_a_receiver_that_stops_reading_holds_up_nobody(tmp_path):
             seal(rings[0], 2)
             seal(rings[1], 2, rank=1)
             await until(lambda: held(server, 2) and held(server, 2, rank=1), poke=origin.poke)
-            assert time.monotonic() - begin < haul.STALL_S
+            assert time.monotonic() - begin < transport.STALL_S
             there.close()
             await origin.close()
 

@@ -9,6 +9,9 @@ from resilient.core import lines
 from resilient.core.coordinator import Coordinator
 from resilient.core.machine import Announce, Assign, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
 from resilient.core.messages import Chair, Finding, Pace, Persisted, Record, Report, Standby
+from resilient.core.placement import Place
+from resilient.core.round import Round
+from resilient.core.seating import Seating
 
 
 class House:
@@ -254,6 +257,20 @@ def test_a_silent_node_is_lost_after_its_lease():
     for _ in range(4):
         house.report("n0", chairs=chairs(), spares=2, after=2.5)
     assert house.told(lines.FindingLine)[0].kind == "node_lost"
+
+
+def test_nodes_are_told_with_whom_they_keep_parity():
+    round_ = Round(copies=1, parity=2)
+    places = {rank: Place(node=f"n{rank // 2}", local_rank=rank % 2, why="") for rank in range(10)}
+    reports = {
+        f"n{i}": Report(run="r", node=f"n{i}", boot=1, seq=1, host=f"n{i}", data_port=7, failure_domain="ab"[i % 2]) for i in range(5)
+    }
+    round_.seat(Seating(places=places), reports)
+    groups = {round_.sheet("r", node).group for node in reports}
+    assert sorted(len(group) for group in groups) == [2, 3]
+    assert {member.vault: member.ranks for group in groups for member in group} == {f"n{i}:7": (2 * i, 2 * i + 1) for i in range(5)}
+    assert all(len(round_.sheet("r", node).peers) == 1 for node in reports), "own state goes whole"
+    assert not Round(copies=1).sheet("r", "n0").group
 
 
 def test_a_chair_without_room_waits_for_a_node_and_not_for_ever():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient.core.messages import Chair, Fetch, Holding, Record, Report
+from resilient.core.messages import Chair, Fetch, Holding, Parity, Rebuild, Record, Report
 from resilient.core.placement import Place
 from resilient.core.seating import Hall, seat
 
@@ -59,6 +59,25 @@ def test_a_moved_shard_is_fetched_from_its_holder():
     sheet = seat(hall(report("n0", chair(0, **shard), spares=5), holder, ranks=ranks))
     assert sheet.plan.tier in ("memory", "peer")
     assert sheet.places[1].node == "n2", "the holder has room"
+
+
+def test_a_lost_shard_is_put_together_from_parity():
+    """Its own state lies whole on n1; the step is the newest that is in parity everywhere and that the others still have."""
+    places = {rank: Place(node=f"n{rank}", local_rank=0, why="") for rank in range(3)}
+
+    def survivor(rank, *steps, number, slots=1, **more):
+        parities = tuple(Parity(rank=1 << 24, step=s, stripes=2, parts=((0, number), (3 - rank, 1 - number))) for s in steps)
+        shard = {"replicated": False, "snapshots": (4, 5)}
+        return report(f"n{rank}", chair(rank, **shard), parities=parities, slots=slots, **more)
+
+    held = (Holding(rank=0, own_step=5, own_steps=(4, 5)),)
+    reports = (survivor(1, 3, 4, number=0, holdings=held), survivor(2, 4, 5, number=1), report("new"))
+    sheet = seat(hall(*reports, ranks=places))
+    assert (sheet.plan.tier, sheet.plan.step, sheet.places[0].node) == ("peer", 4, "new")
+    sources = Rebuild(stripes=(("n1:7", 1 << 24), ("n2:7", 1 << 24)), others=((1, "n1:7"), (2, "n2:7")))
+    assert sheet.fetch["new"] == (Fetch(rank=0, step=4, tier="peer", source="n1:7", round=2, rebuild=sources),)
+    refused = seat(hall(*reports, ranks=places, poison=frozenset({("peer", 4, 0)}), committed=frozenset({2})))
+    assert (refused.plan.tier, refused.plan.step) == ("persistent", 2)
 
 
 def test_a_newcomer_without_the_minutes_of_its_set_up_makes_the_group_start_again():
