@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ARRIVE_TIMEOUT: Final = timedelta(hours=2)  # a newcomer's set-up may be long; a newer round ends the wait at once
 CONNECT_TIMEOUT: Final = timedelta(seconds=30)  # everybody has arrived: only connections are still to be made
+CONNECTING_S: Final = 1.0  # for the round before, whose socket would be taken for ours; it may hang at a store that is gone
+_CONNECTING: Final = threading.Lock()
 
 
 class Build(threading.Thread):
@@ -117,9 +119,14 @@ class Build(threading.Thread):
 
     def _connect(self) -> Any:
         host, _, port = self._seated.store.rpartition(":")
-        before = tcp_sockets()
-        client = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
-        line = [sock for sock in _duplicates(tcp_sockets() - before) if _peer_port(sock) == int(port)]
+        alone = _CONNECTING.acquire(timeout=CONNECTING_S)
+        try:
+            before = tcp_sockets()
+            client = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
+            line = [sock for sock in _duplicates(tcp_sockets() - before) if _peer_port(sock) == int(port)]
+        finally:
+            if alone:
+                _CONNECTING.release()
         with self._lock:
             self._line = line
             if self._cancelled:

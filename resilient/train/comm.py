@@ -70,6 +70,7 @@ class Comm:
         self._counts: dict[tuple[int, ...], int] = {}
         self._build: Build | None = None  # of the round in use
         self._next: Build | None = None  # being made
+        self._given_up: list[Build] = []  # whose threads may not have come to their end
         # Votes and state go over a group of their own: a rank that votes while another is in the script's collective must make both wait
         # (a hang has a culprit), not meet it (gloo ends the process when sizes differ).
         everybody = tuple(range(world_size))
@@ -246,6 +247,7 @@ class Comm:
         with self._lock:
             if self._next is not None and self._next.round <= round_:
                 self._next.cancel()
+                self._given_up = [build for build in (*self._given_up, self._next) if build.is_alive()]
                 self._next = None
             if self.mode != "live" or self.round > round_:
                 return False
@@ -307,11 +309,14 @@ class Comm:
             self.rank = rank
 
     def close(self) -> None:
-        """The process ends: cut and drop the inner groups while the interpreter still stands (gloo's threads must be joined)."""
+        """The process ends: cut and drop the inner groups while the interpreter still stands (gloo's threads must be joined).
+
+        A thread of ours that comes back from torch's C++ when it does not ends the process by SIGABRT.
+        """
         with self._lock:
             self.mode = "broken"
             inners = [group.inner for group in self.groups if group.inner is not None]
-            builds = [build for build in (self._build, self._next) if build is not None]
+            builds = [build for build in (self._build, self._next, *self._given_up) if build is not None]
         for inner in inners:
             inner.cut()
         for build in builds:
