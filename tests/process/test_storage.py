@@ -5,11 +5,13 @@ from __future__ import annotations
 import pathlib
 import time
 
+import msgspec
 import pytest
 from launched import Launched
 
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.rankfile import ZSTD
+from resilient_agents.tenancy import Tenant, encode
 
 pytestmark = pytest.mark.process
 
@@ -58,11 +60,12 @@ def test_a_second_run_with_the_same_url_is_refused(tmp_path: pathlib.Path) -> No
     mark = tmp_path / "kept" / "IN-USE.json"
     assert not mark.exists()
     with Launched(tmp_path, kept, "job.py", ["--out", str(tmp_path / "out3"), *arguments], name="fourth") as fourth:
-        theirs = fourth.until(lambda: mark.exists() and mark.read_text(), "its claim").replace('"nonce": "', '"nonce": "x')
+        ours = fourth.until(lambda: mark.exists() and msgspec.json.decode(mark.read_bytes(), type=Tenant), "its claim")
+        theirs = encode(msgspec.structs.replace(ours, nonce="another", run=f"later-{ours.run}"))
         fourth.until_step(20)
         end = time.monotonic() + 30
         while fourth.process.poll() is None and time.monotonic() < end:
-            mark.write_text(theirs.replace('"run": "', '"run": "later-'))  # after a partition, say: the later one goes on
+            mark.write_bytes(theirs)  # after a partition, say: the later one goes on
             time.sleep(0.5)
         assert fourth.wait(5) == 1, fourth.text()
     assert "one run per URL expected, run later-" in fourth.text()
