@@ -8,10 +8,10 @@ import time
 import msgspec
 import pytest
 from launched import Launched
+from resilient_agents.tenancy import Tenant, encode
 
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.rankfile import ZSTD
-from resilient_agents.tenancy import Tenant, encode
 
 pytestmark = pytest.mark.process
 
