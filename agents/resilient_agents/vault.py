@@ -103,6 +103,7 @@ class Vault:
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
+        self._coming: set[int] = set()  # ranks of which copies are just being fetched
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._sweep = inventory.Sweep(self._memory)
         self._hashing = Hashing(self._lane)
@@ -294,8 +295,9 @@ class Vault:
         """A look happened: start to copy, to hash, to write what is new."""
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
         for chest in seated:
-            self._copies.look(chest)
-            self._parities.look(chest)
+            if chest.rank not in self._coming:  # half of what comes must not go back to where the other half still has to be fetched
+                self._copies.look(chest)
+                self._parities.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
@@ -309,6 +311,7 @@ class Vault:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
         peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source not in ("", self._address) else None
         berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
+        self._coming.add(wanted.rank)
         try:
             while wanted in self._fetches:
                 try:
@@ -321,6 +324,7 @@ class Vault:
                         return
                 await asyncio.sleep(FETCH_PAUSE_S)
         finally:
+            self._coming.discard(wanted.rank)
             if peer is not None:
                 peer.close()
         self._tell_notes(wanted.rank)
