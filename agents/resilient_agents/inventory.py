@@ -9,13 +9,15 @@ past, and copies that their owner sends elsewhere now.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.tier import KINDS
 from resilient.core.machine import Seals
 from resilient.core.messages import NONE, Holding, Layout, Segments
+from resilient.errors import TierUnavailable
 
 FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
 SWEEP_STEPS: Final = 10
@@ -44,7 +46,31 @@ def holding(rank: int, chest: Chest) -> Holding | None:
         gate_step=found.gate_step,
         snapshots=tuple(found.snapshots),
         own_steps=found.own_steps,
+        native=chest.native,
     )
+
+
+def allocate(chest: Chest, layout: Layout, make_room: Callable[[], bool]) -> Segments:
+    """Room for what its rank will seal. make_room: asked once where there is too little. Raises TierUnavailable, OSError."""
+    chest.replicated, chest.often = layout.replicated, layout.often
+    try:
+        own, ring = _grown(chest, layout)
+    except TierUnavailable:
+        if not make_room():
+            raise
+        own, ring = _grown(chest, layout)
+    return Segments(
+        rank=layout.rank,
+        own=chest.own_path,
+        own_bytes=own.own_bytes,
+        slots=tuple(slot.path for slot in ring.slots) if ring is not None else (),
+        snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
+    )
+
+
+def _grown(chest: Chest, layout: Layout) -> tuple[OwnSegment, Ring | None]:
+    own = chest.grow_own(own_slot_bytes(layout.own_bytes))
+    return own, chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
 
 
 def no_segments(layout: Layout, error: str) -> Segments:
@@ -57,6 +83,14 @@ def drop_outdated(chest: Chest) -> None:
     step = chest.fetched.newest_step() if chest.fetched is not None else NONE
     if step != NONE and chest.start_step() > step + 1:
         chest.drop_fetched()
+
+
+def end_futures(chest: Chest, step: int) -> None:
+    """A round begins at `step`: copies of later ones are of an attempt that was given up, and must not be mixed with what comes now."""
+    for kind in KINDS:
+        for held, slot in chest.sealed(kind).items():
+            if held > max(step, 0) + (kind == "gate"):
+                slot.unseal()
 
 
 class Sweep:

@@ -145,10 +145,10 @@ class Host:
         """Trouble may be coming."""
         self._driver.put(m.Warned(text=text))
 
-    def abort(self, exit_code: int, message: str) -> None:
-        """End now: everything is killed in `close`."""
+    def abort(self, exit_code: int, message: str, *, over: bool = False) -> None:
+        """End now: everything is killed in `close`. over: the run is; else what it holds in memory is left to a successor."""
         if self._finished is None:
-            self._finished = m.Finished(exit_code=exit_code, message=message)
+            self._finished = m.Finished(exit_code=exit_code, message=message, over=over)
         self._driver.finish()
 
     def root_error(self) -> str:
@@ -176,12 +176,14 @@ class Host:
         await self._nursery.close()
         await self._uplink.close()
         await self._doors.close()
-        await self._vault.close(unlink=True)
+        over = self._finished is None or self._finished.over
+        await self._vault.close(unlink=over)
         for worker in self._workers.values():
             self._console.ended(worker.name)
             worker.forget()
         orphans.kill_sessions({worker.pid for worker in self._workers.values()}, CLEANUP_S)
-        memory.remove_all(self._memory_dir, self._key)
+        if over:
+            memory.remove_all(self._memory_dir, self._key)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:

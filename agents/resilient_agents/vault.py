@@ -20,7 +20,6 @@ from typing import Final
 
 import msgspec
 
-from resilient.checkpoint import memory
 from resilient.checkpoint.chest import SLOT_COUNT, Berth, Chest, MemoryTier
 from resilient.checkpoint.haul import Limit
 from resilient.checkpoint.holder import PeerServer
@@ -36,6 +35,7 @@ from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, S
 from resilient_agents import inventory
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
+from resilient_agents.heir import Heir
 from resilient_agents.lane import Errands, Lane
 
 HASH_SHARE: Final = 0.05  # of one core may go into hashing snapshots that nobody else asks for
@@ -64,15 +64,20 @@ class Vault:
         host: str = "127.0.0.1",
         bind: str = "127.0.0.1",
         data_rate: int = 0,
+        keep_s: float = 0.0,
+        position: int = NONE,
+        alone: bool = False,
     ) -> None:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
         `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
         `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
-        Raises TierUnavailable if the URL is of a kind that cannot be opened.
+        `keep_s`, `position`, `alone`: see heir.py. Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
-        self._directory, self._key, self._host, self._bind = directory, key, host, bind
+        self._host, self._bind = host, bind
+        url = checkpoint_url or ""
+        self.heir = Heir(directory, key, run=run, url=url, node=node, position=position, keep_s=keep_s, alone=alone)
         self._memory = MemoryTier(directory, key)
         self._notes = Notes()
         self._lane = Lane("memory", threads=2)
@@ -93,7 +98,7 @@ class Vault:
             )
         self._every, self._rescue = checkpoint_every, NONE
         self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
-        self._claim: memory.Claim | None = None
+        self._round, self._position = 0, NONE
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
@@ -110,10 +115,8 @@ class Vault:
     # ------------------------------------------------------------------ life
 
     async def start(self) -> int:
-        """Clear away what dead runs left, listen for peers, begin to list checkpoints. The data port."""
-        for path in memory.clean_stale(self._directory):
-            log.info("removed %s: its owner is gone", path)
-        self._claim = memory.Claim(self._directory, self._key)
+        """Take over what a dead agent of this run left, listen for peers, begin to list checkpoints. The data port."""
+        await self.heir.take(self._memory, self._lane)
         port = await self._server.start(self._bind)
         self._address = f"{self._host}:{port}"
         if self._drain is not None:
@@ -125,7 +128,7 @@ class Vault:
         return self._drain is None or await self._drain.settle(timeout_s)
 
     async def close(self, *, unlink: bool = True) -> None:
-        """Stop everything; with `unlink` remove the files."""
+        """Stop everything; with `unlink` remove the files, else leave them to a successor, if one may come."""
         await self._server.close()
         await self._errands.close()
         await self._copies.close()
@@ -134,8 +137,7 @@ class Vault:
         self._lane.close()
         if unlink:
             self._memory.unlink()
-            if self._claim is not None:
-                self._claim.release()
+        self.heir.close(over=unlink)
 
     def watch(
         self,
@@ -157,9 +159,7 @@ class Vault:
             return inventory.no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
-            chest.replicated, chest.often = layout.replicated, layout.often
-            own = chest.grow_own(own_slot_bytes(layout.own_bytes))
-            ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
+            return inventory.allocate(chest, layout, self.heir.make_room)
         except TierUnavailable as error:
             ranks = max(len(self._ranks), 1)
             total = ranks * (3 * own_slot_bytes(layout.own_bytes) + SLOT_COUNT * layout.snapshot_bytes)
@@ -168,13 +168,6 @@ class Vault:
             return inventory.no_segments(layout, f"memory tier: {error}")
         finally:
             chest.filling.release()
-        return Segments(
-            rank=layout.rank,
-            own=chest.own_path,
-            own_bytes=own.own_bytes,
-            slots=tuple(slot.path for slot in ring.slots) if ring is not None else (),
-            snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
-        )
 
     async def reshape(self, layout: Layout) -> Segments:
         """As `allocate`, and bring a step into these segments that was written in a world of another size."""
@@ -223,6 +216,7 @@ class Vault:
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
+            past=self.heir.past,
             available=drain.available if drain is not None else (),
             fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
             committed=drain.committed if drain is not None else NONE,
@@ -235,6 +229,9 @@ class Vault:
         self._ranks = frozenset(wish.ranks)
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
+            if wish.round > self._round and not chest.seated:
+                inventory.end_futures(chest, wish.step)
+        self._round, self._position = max(self._round, wish.round), wish.node_rank
         self.set_peers(wish.peers)
         self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
@@ -281,6 +278,7 @@ class Vault:
 
     def poke(self) -> None:
         """A look happened: start to copy, to hash, to write what is new."""
+        self.heir.seen(tuple(sorted(self._ranks)), self._position)
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
         for chest in seated:
             self._copies.look(chest)
@@ -348,7 +346,7 @@ class Vault:
         The gate of the one before may be missing: it was sealed last, and its node died before it was copied (train/loop.py).
         """
         chest = self._memory.chest(wanted.rank)
-        starts = chest.sealed("start") if wanted.tier == "peer" else {}
+        starts = chest.sealed("start") if wanted.tier != "persistent" else {}
         return wanted.step in chest.sealed("snapshot") or wanted.step in starts or wanted.step - 1 in starts
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:

@@ -74,6 +74,7 @@ class Agent:
         self._heard: float | None = None  # when the coordinator last said something
         self._store_at: float | None = None  # when to start the store
         self._end: tuple[int, str] | None = None  # winding down, with this exit code and message
+        self._over = True  # the whole run, as far as is known here
         self._end_at = self._report_at = 0.0
         self._sketch: object = None  # of the last report
         self._seq = 0
@@ -349,6 +350,7 @@ class Agent:
             self._out.append(m.StartStore())
         if self._end is None and now >= self._orphaned_at():
             silent_s = now - (self._heard or self._began or 0.0)
+            self._over = False
             self._wind_down(1, f"no word from the coordinator for {silent_s:.0f} s", now, SIGTERM)
         new = self.assignment
         if new is None:
@@ -529,4 +531,5 @@ class Agent:
         self._out.append(m.SendReport(report=msgspec.structs.replace(report, seq=self._seq)))
         if over and self._end is not None:
             self.finished = True
-            self._out.append(m.Finished(exit_code=self._end[0], message=self._end[1]))
+            over = self._over and (self.acted > 0 or self._leaving)  # of a run that did not come to its first round all is as it was
+            self._out.append(m.Finished(exit_code=self._end[0], message=self._end[1], over=over))

@@ -37,6 +37,7 @@ class Copy(Msg):
 
     node: str
     seated: bool = False  # in the segments of the rank's own chair, where a worker finds it; else it must be fetched first
+    native: bool = False  # as in Holding
     own_steps: tuple[int, ...] = ()
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
@@ -171,6 +172,7 @@ def _sound(account: Account, poison: Collection[Poison]) -> Account:
         Copy(
             node=c.node,
             seated=c.seated,
+            native=c.native,
             own_steps=tuple(s for s in c.own_steps if s not in bad),
             gate_step=NONE if c.gate_step in bad else c.gate_step,
             snapshots=tuple(s for s in c.snapshots if s not in bad),
@@ -190,4 +192,5 @@ def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
         return step in copy.own_steps or (account.rank in plan.repeat and step - 1 in copy.own_steps)
 
     able = [c for c in account.copies if serves(c)]
-    return min(able, key=lambda c: (not c.seated, c.gate_step != step, c.node != near, c.node), default=None)
+    gated = plan.tier == "live"  # only who repeats a step looks at the gate
+    return min(able, key=lambda c: (not c.seated, gated and c.gate_step != step, c.node != near, c.node), default=None)

@@ -169,6 +169,7 @@ class Vaulted(Msg):
     available: tuple[int, ...] | None = None  # committed steps at the checkpoint URL; () if there is no URL; None = not listed yet
     fetched: tuple[Fetch, ...] = ()  # those of `VaultDo.fetch` that lie verified in this node's memory tier
     committed: int = NONE  # newest step whose commit marker this node wrote
+    past: int = 0  # newest round of what was taken over from a dead agent
 
 
 class Warned(Msg):
@@ -320,6 +321,9 @@ class VaultDo(Msg):
     ranks: tuple[int, ...] = ()  # chairs of this node: segments of others may be dropped
     checkpoint: int = NONE  # the pages ask their workers to seal this step (or the first after it) for the persistent tier
     rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
+    round: int = 0  # in force
+    step: int = NONE  # at which it begins: of later steps nothing counts that was sealed before
+    node_rank: int = NONE  # position of this node in it
 
 
 class Log(Msg):
@@ -334,6 +338,7 @@ class Finished(Msg):
 
     exit_code: int
     message: str = ""
+    over: bool = True  # the run is; else only this agent is, and what its run holds in memory is left to a successor
 
 
 AgentAction: TypeAlias = (

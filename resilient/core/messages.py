@@ -117,6 +117,7 @@ class Holding(Msg):
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
     own_steps: tuple[int, ...] = ()  # as in Chair
+    native: bool = False  # written here by the rank's own worker, before this agent was started again
 
 
 class Persisted(Msg):
@@ -182,6 +183,7 @@ class Report(Msg):
     pace: Pace | None = None  # of rank 0, where it sits here: all ranks keep step
     data_host: str = ""  # address at which other nodes reach its vault; "": that of `host`
     failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
+    past: int = 0  # newest round of what a predecessor of this agent left here: the run's next one is a later one
 
     @property
     def vault(self) -> str:
@@ -218,8 +220,8 @@ class Fetch(Msg):
 
     rank: int
     step: int
-    tier: TierName  # "peer" or "persistent"
-    source: str = ""  # "host:port" of the vault that holds it
+    tier: TierName  # "peer" or "persistent"; "memory": it lies here, left by a predecessor of this agent
+    source: str = ""  # peer: "host:port" of the vault that holds it
     round: int = 0  # the round that needs it: the same copy may be wanted again later, when it has been overwritten
 
 

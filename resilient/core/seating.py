@@ -131,7 +131,7 @@ def _stranded(
 ) -> list[int]:
     """Newcomers whose agent has never had the minutes of their set-up, and is brought none: they come with a peer's copies."""
     newcomers = emptied | {rank for rank, chair in chairs.items() if chair.state in ("starting", "joined")}
-    brought = {f.rank for items in fetch.values() for f in items if f.tier == "peer"}
+    brought = {f.rank for items in fetch.values() for f in items if f.tier != "persistent"}
     had = {rank for rank, chair in chairs.items() if chair.minuted}
     return sorted(r for r in newcomers - brought - had if not any(c.seated for c in copies.get(r, ())))
 
@@ -150,7 +150,8 @@ def _copies(hall: Hall) -> dict[int, tuple[Copy, ...]]:
 
 def _copy(node: str, held: Chair | Holding, *, seated: bool) -> Copy:
     own = held.own_steps or ((held.own_step,) if held.own_step != NONE else ())
-    return Copy(node=node, seated=seated, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
+    native = isinstance(held, Holding) and held.native
+    return Copy(node=node, seated=seated, native=native, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
 
 
 def _places(hall: Hall, copies: Mapping[int, tuple[Copy, ...]]) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
@@ -227,7 +228,10 @@ def _fetches(
         copy = best_copy(Account(rank=rank, copies=copies.get(rank, ())), plan, node)
         if torn_only or copy is None or copy.seated:
             continue
-        fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
+        if copy.native and copy.node == node:
+            fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="memory", round=hall.round))
+        else:
+            fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
     if plan.lender != NONE:
         lent = [c for c in copies.get(plan.lender, ()) if plan.step in c.snapshots]
         for node in sorted({places[rank].node for rank in plan.receivers} - {c.node for c in lent}):

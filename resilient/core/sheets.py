@@ -61,6 +61,9 @@ def vault_do(new: Assignment) -> VaultDo:
         ranks=tuple(sorted(seat.rank for seat in new.seats)),
         checkpoint=new.checkpoint,
         rescue=new.rescue,
+        round=new.round if new.round > new.fence else 0,
+        step=new.plan.step,
+        node_rank=new.node_rank,
     )
 
 
@@ -96,6 +99,7 @@ def report(
         fetched=tuple(sorted({f.rank for f in vault.fetched})),
         committed=vault.committed,
         pace=_pace(crew),
+        past=vault.past,
     )
 
 

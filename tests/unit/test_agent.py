@@ -432,7 +432,7 @@ def test_without_a_coordinator_the_node_ends_with_a_clear_message(stage):
     assert {k.signal for k in of(done, m.Kill)} == {15}
     for worker in ("n0.1", "n0.2"):
         done = stage(m.Exited(worker=worker, exit_code=-15))
-    assert of(done, m.Finished) == [m.Finished(exit_code=1, message="no word from the coordinator for 30 s")]
+    assert of(done, m.Finished) == [m.Finished(exit_code=1, message="no word from the coordinator for 30 s", over=False)]
 
 
 def test_looks_are_frequent_while_a_round_forms_only():
