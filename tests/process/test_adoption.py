@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import pytest
 from launched import Launched, digests
-from test_faults import free_port, job
+from test_faults import job
 from test_recovery import undisturbed
 
 pytestmark = pytest.mark.process
