@@ -24,7 +24,7 @@ from resilient.checkpoint.chest import Chest, MemoryTier, rank_of
 from resilient.checkpoint.deed import Deed, Heap
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import KINDS
-from resilient.core.messages import NONE
+from resilient.core.messages import NONE, Recorded
 from resilient.errors import CheckpointError, SnapshotMissing
 from resilient_agents.lane import Lane
 
@@ -42,6 +42,8 @@ class Heir:
     ) -> None:
         """`position`: of this node among those of the run, NONE where it is not known. `alone`: no other node can come."""
         self.past = 0  # newest round that anything here is of
+        self.minutes: list[Recorded] = []  # of the set-up of ranks that sat here, as long as it counts
+        self._said: list[Recorded] = []  # since then, and not written yet
         self._directory, self._key, self._alone = directory, key, alone
         self._deed = Deed(run=run, url=url, kernel=deed.kernel(), keep_s=keep_s, agent=key, node=node, position=position)
         self._claims: dict[str, memory.Claim] = {}
@@ -58,6 +60,7 @@ class Heir:
         if self._deed.keep_s:
             for heaps in await asyncio.to_thread(self._heritage):
                 await self._enter_upon(heaps, tier, lane)
+            self.minutes = deed.minutes(self._directory, self._claims)
             self._write()
         for path in memory.clean_stale(self._directory, but=lambda key: deed.is_kept(self._directory, key)):
             log.info("removed %s: its owner is gone", path)
@@ -73,6 +76,22 @@ class Heir:
             self._write()
         except OSError as error:
             log.warning("what is in memory may not be found by a later agent: %s: %s", error.filename, error.strerror)
+
+    def keep(self, note: Recorded) -> None:
+        """A rank that sits here recorded something in its set-up: who takes its chair after our end will ask for it."""
+        if not self._deed.keep_s:
+            return
+        self._said.append(note)
+        if note in self.minutes:
+            return  # told to a newcomer, or said again
+        if self.minutes:  # the group starts again: what was said before is void
+            self.minutes = []
+            deed.forget_minutes(self._directory, self._claims)
+        while self._said:
+            try:
+                deed.add_minute(self._directory, self._key, self._said.pop(0))
+            except OSError as error:
+                log.warning("minutes of rank %d are not left to a later agent: %s", note.rank, error)
 
     def make_room(self) -> bool:
         """Clear away what dead runs left for a restart that may never come: those who live come first. Whether there was anything."""

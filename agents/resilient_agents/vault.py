@@ -87,18 +87,11 @@ class Vault:
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
-                checkpoint_url,
-                self._due,
-                keep=keep,
-                level=level,
-                run=run,
-                lane=self._lane,
-                changed=self._changed,
-                differ=self._differ,
+                checkpoint_url, self._due, keep=keep, level=level, run=run, lane=self._lane, changed=self._changed, differ=self._differ
             )
         self._every, self._rescue = checkpoint_every, NONE
         self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
-        self._round, self._position = 0, NONE
+        self._run, self._round, self._position, self._world_size = run, 0, NONE, 0
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
@@ -175,20 +168,26 @@ class Vault:
         if segments.error or layout.reshape == NONE:
             return segments
         try:
-            if self._drain is None:
-                raise SnapshotMissing("no checkpoint URL was given")
-            own_of = await self._drain.reshape(layout, self._memory.chest(layout.rank))
+            own_of = await self._cut(layout)
         except CheckpointError as error:
-            if isinstance(error, SnapshotCorrupt) and self._drain is not None:
+            if isinstance(error, SnapshotCorrupt) and self._drain is not None and not layout.origin:
                 self._drain.distrust(layout.reshape)
             return msgspec.structs.replace(segments, refused=str(error))
         segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
         return msgspec.structs.replace(segments, own_of=own_of)
 
+    async def _cut(self, layout: Layout) -> int:
+        if layout.origin:
+            allowed_s = COPY_S + (layout.origin + 1) * layout.snapshot_bytes / COPY_BYTES_S
+            return await self._lane.run(lambda: inventory.cut(self._memory, layout, self._run), deadline_s=allowed_s)
+        if self._drain is None:
+            raise SnapshotMissing("no checkpoint URL was given")
+        return await self._drain.reshape(layout, self._memory.chest(layout.rank))
+
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
-        return {rank: inventory.seals(chest) for rank, chest in sorted(self._memory.chests.items())}
+        return {rank: inventory.seals(chest, self._world_size) for rank, chest in sorted(self._memory.chests.items())}
 
     def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
         """(newest start, gate, snapshot steps) of one rank."""
@@ -212,7 +211,7 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if not chest.seated and (holding := inventory.holding(rank, chest)) is not None
+                for holding in inventory.holdings(rank, chest, self._world_size)
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
@@ -229,9 +228,9 @@ class Vault:
         self._ranks = frozenset(wish.ranks)
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
-            if wish.round > self._round and not chest.seated:
+            if wish.round > self._round and not (chest.seated and self._round):  # before our first round no worker has written here
                 inventory.end_futures(chest, wish.step)
-        self._round, self._position = max(self._round, wish.round), wish.node_rank
+        self._round, self._position, self._world_size = max(self._round, wish.round), wish.node_rank, wish.world_size
         self.set_peers(wish.peers)
         self._rescue = wish.rescue
         if self._drain is not None and wish.world_size:
@@ -263,6 +262,7 @@ class Vault:
     def keep(self, note: Recorded) -> None:
         """Copy this to the peers, beside the rank's own state."""
         self._copies.keep(note)
+        self.heir.keep(note)
 
     def commit(self, step: int, manifest: tuple[Persisted, ...]) -> None:
         """Write the commit marker of `step`."""
@@ -330,6 +330,8 @@ class Vault:
     async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
         """From `peer`, or, if that is None, from ourselves."""
         rank = wanted.rank
+        for note in self.heir.minutes if wanted.tier == "memory" else ():
+            self._notes.add(note)
         if peer is not None:
             for key in await peer.list():  # ascending by step, so that the newest start comes last
                 if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):

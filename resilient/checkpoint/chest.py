@@ -159,9 +159,9 @@ class Chest:
         """The step that the rank began last, as far as is known here."""
         return self.own.start_step() if self.own is not None else NONE
 
-    def sealed(self, kind: Kind) -> dict[int, Slot]:
-        """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
-        found = [(slot.sealed_step(), slot.generation(), slot) for slot in self.slots(kind)]
+    def sealed(self, kind: Kind, world_size: int = 0) -> dict[int, Slot]:
+        """Step -> slot of what is sealed, ascending: a few loads from mapped memory. world_size: only of such a world, 0 = of any."""
+        found = [(s.sealed_step(), s.generation(), s) for s in self.slots(kind) if world_size in (0, s.world_size())]
         return {step: slot for step, _, slot in sorted(found, key=lambda row: row[:2]) if step != NONE}
 
 

@@ -3,7 +3,8 @@
 Think of a left-luggage office: on each heap lies a slip with the traveller's name and the day he was last seen. He who comes back under
 that name is given his heap; nobody else is; and a heap whose owner has not come for long enough is cleared away.
 
-    resilient.<key>.deed    MessagePack, replaced as a whole
+    resilient.<key>.deed       MessagePack, replaced as a whole
+    resilient.<key>.minutes    frames (wire/frames.py), one `Recorded` each: what the ranks of that agent said in their set-up
 
 Contract: `heritage` gives the heaps of dead owners that were left by the same run (id, checkpoint URL, boot of this kernel) and are not
 older than they may grow, each with its claim (memory.py): of two agents that ask, one is given it. An agent that has been given a heap is
@@ -15,22 +16,26 @@ Rejected: renaming the files to the new owner's key (half of them may be renamed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 import msgspec
 
 from resilient.checkpoint import memory
-from resilient.core.messages import NONE
+from resilient.core.messages import NONE, Recorded
+from resilient.errors import ProtocolError
+from resilient.wire.frames import Decoder, encode
 from resilient.wire.page import is_occupied
 
 DYING_S: Final = 10.0  # workers are killed by the kernel in the moment in which their agent dies; a large one takes a while to be gone
 _WHAT: Final = "deed"
 _PAGE: Final = "page."
-STAYS: Final = frozenset({_WHAT, "lock"})  # of a heap, beside the chests
+_MINUTES: Final = "minutes"
+STAYS: Final = frozenset({_WHAT, _MINUTES, "lock"})  # of a heap, beside the chests
 
 
 class Deed(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +117,30 @@ def heritage(directory: Path | str, mine: Deed, *, everything: bool) -> Iterator
             yield heaps
             if not everything:
                 return
+
+
+def add_minute(directory: Path | str, key: str, note: Recorded) -> None:
+    """Add one. Raises OSError."""
+    fd = os.open(memory.segment_path(directory, key, _MINUTES), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, encode(note))
+    finally:
+        os.close(fd)
+
+
+def minutes(directory: Path | str, keys: Iterable[str]) -> list[Recorded]:
+    """All of these owners, in the order in which they were said; of a file that is damaged none."""
+    found: list[Recorded] = []
+    for key in keys:
+        with contextlib.suppress(FileNotFoundError, ProtocolError):
+            found += Decoder(Recorded).feed(Path(memory.segment_path(directory, key, _MINUTES)).read_bytes())
+    return found
+
+
+def forget_minutes(directory: Path | str, keys: Iterable[str]) -> None:
+    """They do not count any more."""
+    for key in keys:
+        memory.remove(memory.segment_path(directory, key, _MINUTES))
 
 
 def until_nobody_writes(directory: Path | str, key: str) -> bool:

@@ -117,7 +117,8 @@ class Holding(Msg):
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
     own_steps: tuple[int, ...] = ()  # as in Chair
-    native: bool = False  # written here by the rank's own worker, before this agent was started again
+    native: bool = False  # left by a predecessor of this agent: by the rank's own worker, with the minutes of its set-up
+    world_size: int = 0  # of the world that the snapshots are of; 0 = that of the run now
 
 
 class Persisted(Msg):
@@ -213,6 +214,7 @@ class Plan(Msg):
     lender: int = NONE  # a rank whose snapshot of `step` serves every receiver for its shared state, which is replicated
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
     starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
+    origin: int = 0  # tier memory, peer: the step was sealed in a world of so many ranks, and is cut for every rank of this one
 
 
 class Fetch(Msg):
@@ -282,6 +284,7 @@ class Layout(Msg):
     rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
     world_size: int = 0
     own: bytes = b""  # for that: the own state with which the script began; an imported step has none
+    origin: int = 0  # for that: not of the persistent tier, but from the snapshots of a world of so many ranks in this node's memory
 
 
 class Recorded(Msg):

@@ -36,6 +36,7 @@ class Killed:
     def start(self, *flags: str, world: int = WORLD, arguments: Sequence[str] | None = None) -> Launched:
         """The next life of it."""
         self.starts += 1
+        name, env = f"life{self.starts}", {"OMP_NUM_THREADS": "1"}  # torchrun sets it for several ranks on a node only
         head = [
             "--nproc-per-node",
             str(world),
@@ -49,7 +50,7 @@ class Killed:
             *flags,
         ]
         return Launched(
-            self.where, [*head, *self.keep, *flags], "job.py", arguments or self.arguments, name=f"life{self.starts}", standalone=False
+            self.where, [*head, *self.keep, *flags], "job.py", arguments or self.arguments, name=name, standalone=False, env=env
         )
 
     def segments(self) -> list[pathlib.Path]:
@@ -103,11 +104,9 @@ def test_a_byte_flipped_between_two_lives_is_found(tmp_path: pathlib.Path) -> No
     with lives.start() as run:
         newest = run.until(lambda: hashed(lives, 6), "all snapshots of step 6 to be hashed")
         kill(run)
-    with newest[1].open("r+b") as file:
-        file.seek(-7, 2)
-        byte = file.read(1)[0]
-        file.seek(-7, 2)
-        file.write(bytes([byte ^ 16]))
+    slot = Slot(str(newest[1]))
+    slot.memory[slot.sealed_bytes() - 100] ^= 16
+    slot.close()
     (tmp_path / "go").touch()
     with lives.start() as run:
         assert run.wait() == 0, run.text()
