@@ -301,6 +301,7 @@ class _Node:
             checkpoint_budget=options.checkpoint_budget,
             grace_s=options.grace_s if options.checkpoint else 0.0,
             copies=options.copies,
+            term=time.time_ns(),
         )
 
     def _position(self) -> int:

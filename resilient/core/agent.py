@@ -324,6 +324,9 @@ class Agent:
     # ------------------------------------------------------------------ what the coordinator said
 
     def _on_assigned(self, new: Assignment, now: float) -> None:
+        if self.assignment is not None and new.term != self.assignment.term:
+            self._abandon("the coordinator was started again, and this node with what it holds has to be as well", now)
+            return
         self._heard = now
         if self.assignment is not None and new.seq <= self.assignment.seq:
             return
@@ -350,8 +353,7 @@ class Agent:
             self._out.append(m.StartStore())
         if self._end is None and now >= self._orphaned_at():
             silent_s = now - (self._heard or self._began or 0.0)
-            self._over = False
-            self._wind_down(1, f"no word from the coordinator for {silent_s:.0f} s", now, SIGTERM)
+            self._abandon(f"no word from the coordinator for {silent_s:.0f} s", now)
         new = self.assignment
         if new is None:
             return
@@ -500,6 +502,11 @@ class Agent:
             elif worker.raised is None:
                 self._out.append(m.Kill(worker=worker.name, signal=signal))
                 worker.kill_at = now + patience_s
+
+    def _abandon(self, message: str, now: float) -> None:
+        """This node has lost its run, which may not be over."""
+        self._over = self._over and self._end is not None
+        self._wind_down(1, message, now, SIGTERM)
 
     def _waits(self) -> bool:
         """Whether what is sealed here may yet be brought to safety, and this node is needed for it."""

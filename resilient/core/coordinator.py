@@ -555,6 +555,7 @@ class Coordinator:
             checkpoint=self._named,
             rescue=self._rescue.step if self._rescue is not None and self.stage == "parting" else NONE,
             wait=self.stage == "parting",
+            term=self.settings.term,
         )
 
 

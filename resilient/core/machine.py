@@ -371,6 +371,7 @@ class CoordinatorSettings(Msg):
     checkpoint_budget: float = 0.01  # share of the time that checkpoints may cost
     copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
+    term: int = 0  # when it was started
 
 
 class Asked(Msg):

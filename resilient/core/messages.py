@@ -257,6 +257,7 @@ class Assignment(Msg):
     checkpoint: int = NONE  # besides those at a fixed interval: seal this step for the persistent tier, or the first one after it
     rescue: int = NONE  # state failed: bring what is sealed of this step to the persistent tier
     wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
+    term: int = 0  # of the coordinator: one that was started again has another, and knows nothing of what the first one said
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
