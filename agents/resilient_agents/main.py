@@ -176,14 +176,11 @@ class Host:
         await self._nursery.close()
         await self._uplink.close()
         await self._doors.close()
-        over = self._finished is None or self._finished.over
-        await self._vault.close(unlink=over)
         for worker in self._workers.values():
             self._console.ended(worker.name)
             worker.forget()
         orphans.kill_sessions({worker.pid for worker in self._workers.values()}, CLEANUP_S)
-        if over:
-            memory.remove_all(self._memory_dir, self._key)
+        await self._vault.close(unlink=self._finished is not None and self._finished.over)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
