@@ -320,7 +320,9 @@ class Coordinator:
             first = sorted(alive, key=lambda n: (n is not leader, n.joined))[: s.nodes_max]
             rooms = in_order([Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=i) for i, n in enumerate(first)])
             self.round.seating = Seating(places=seat_all(rooms))
-            self.round.number = self.round.fence = max(n.report.past for n in alive)
+            past = self.round.number = self.round.fence = max(n.report.past for n in alive)
+            for node in alive:  # who was not there to the end may hold steps that were made once more, and differently
+                node.report = node.report if node.report.past == past else msgspec.structs.replace(node.report, holdings=())
             self._tell(lines.RunStarted(run_id=s.run, world_size=len(self.round.seating.places), nodes=tuple(r.node for r in rooms)))
             self.stage = "broken"
             self._decide(now)
