@@ -205,8 +205,8 @@ async def test_an_agent_that_ends_without_its_run_leaves_what_is_in_memory(tmp_p
     async with heir(directory) as keeper:
         (key,) = set(memory.owners(directory)) - {keeper.heir._key}
         await keeper.close(unlink=False)
-    assert set(memory.segments(directory, key)) == {"deed", "lock", "rank-0.own", "rank-0.slot-0", "rank-0.slot-1"}
-    assert set(left(directory)) == {"own", "slot-0", "slot-1", "deed", "lock"}, "neither pages nor a socket"
+        assert set(memory.segments(directory, key)) == {"deed", "lock", "rank-0.own", "rank-0.slot-0", "rank-0.slot-1"}
+        assert set(left(directory)) == {"own", "slot-0", "slot-1", "deed", "lock"}, "neither pages nor a socket"
 
 
 async def test_nothing_is_taken_from_a_worker_that_still_writes(tmp_path, monkeypatch):
