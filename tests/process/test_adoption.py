@@ -70,7 +70,7 @@ def begun(run: Launched) -> tuple[str, int]:
     return first["tier"], first["step"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_killed_run_goes_on_from_memory(tmp_path: pathlib.Path, kind: str) -> None:
     """Killed at a random moment, and once more: hardly a step is lost although there is no checkpoint."""
     number = random.SystemRandom().randrange(1 << 30)
@@ -98,6 +98,7 @@ def test_a_killed_run_goes_on_from_memory(tmp_path: pathlib.Path, kind: str) -> 
     assert not lives.segments(), "the run is over"
 
 
+@pytest.mark.long
 def test_a_byte_flipped_between_two_lives_is_found(tmp_path: pathlib.Path) -> None:
     """All ranks stand in step 6; what they sealed before it is hashed by then. The step before is as good."""
     lives = Killed(tmp_path, "fsdp", "--hold", "6", steps=12)
@@ -141,6 +142,7 @@ class Pair(Killed):
         return self.start(*meet, "--nproc-per-node", "1", "--memory-dir", str(self.memory / f"node{node}"), "--lease-s", "3", *flags)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wiped", [False, True])
 def test_two_nodes_killed_go_on_from_both_memories_or_from_one(tmp_path: pathlib.Path, wiped: bool) -> None:
     """A node that comes back without its memory is given the copies that the other one kept for it."""
@@ -169,6 +171,7 @@ def copied(lives: Killed, node: int) -> bool:
     return any(slot.sealed_step() == 9 for slot in slots)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_node_whose_agent_is_started_again_brings_what_it_had(tmp_path: pathlib.Path, kind: str) -> None:
     """The other node lives on; no copies go between the two."""
