@@ -24,6 +24,7 @@ from resilient.errors import SnapshotMissing, TierUnavailable
 
 FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
 SWEEP_STEPS: Final = 10
+FILLING_S: Final = 60.0  # a copy that comes in while a rank is cut anew: none is on its way then
 log = logging.getLogger("resilient.vault")
 
 
@@ -68,13 +69,18 @@ def cut(memory: MemoryTier, wanted: Layout, run: str) -> int:
         return own_rank(wanted.rank, wanted.origin)  # for somebody who sat here a moment ago
     sources = {}
     for rank in range(wanted.origin):
-        slot = memory.chest(rank).sealed("snapshot", wanted.origin).get(step)
+        old = memory.chests.get(rank)
+        slot = old.sealed("snapshot", wanted.origin).get(step) if old is not None else None
         if slot is None:
             raise SnapshotMissing(f"snapshot rank={rank} step={step}, of {wanted.origin} ranks: not in this node's memory")
         sources[rank] = slot
     rows, size = decode(wanted.rows), wanted.world_size
-    with chest.filling:
+    if not chest.filling.acquire(timeout=FILLING_S):
+        raise TierUnavailable(f"snapshot rank={wanted.rank} step={step}: another copy of that rank is just coming in")
+    try:
         return recut(sources, rows, chest.grow_snapshots, run=run, rank=wanted.rank, world_size=size, step=step)
+    finally:
+        chest.filling.release()
 
 
 def allocate(chest: Chest, layout: Layout, make_room: Callable[[], bool]) -> Segments:
