@@ -56,6 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint_keep_every: NonNegative = 0
     checkpoint_zstd: ZstdLevel = 0  # a disk is faster than zstd, and training state shrinks by a tenth only
     memory_dir: str = "/dev/shm"  # noqa: S108 - shared memory is the point
+    memory_keep_s: SecondsOrNone | Literal["auto"] = "auto"  # docs/decisions/0015-adoption.md
     copies: NonNegative = 1
     parity: NonNegative = 0
     failure_domain: str = ""
@@ -81,6 +82,7 @@ HELP: Final[dict[str, str]] = {
     "checkpoint_keep_every": "Also kept, for good: those whose step is a multiple of this (0: none).",
     "checkpoint_zstd": "Level of zstandard by which checkpoints are compressed, 1 to 22 (0: not at all).",
     "memory_dir": "Directory of the shared-memory segments.",
+    "memory_keep_s": "Seconds that state in memory waits for a killed run's restart ('auto': 3600 with --rdzv-id and --checkpoint).",
     "copies": "On how many other nodes the copies of each node's ranks are kept (that of the node with the coordinator counts).",
     "parity": "So many nodes keep XOR parity of their snapshots together, in place of whole copies: one of them may be lost (0: copies).",
     "failure_domain": "What this node shares with others that would be lost with it (a rack, a switch): copies go to other domains.",

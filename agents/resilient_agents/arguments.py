@@ -117,12 +117,16 @@ def _launch(torchrun: Any, args: argparse.Namespace) -> Launch:
 
 
 def _apply_standalone(torchrun: Any, args: argparse.Namespace) -> bool:
-    """What `torchrun.run` does before it looks at anything else. True: one node, any port, a run id of our own."""
+    """What `torchrun.run` does before it looks at anything else. True: one node, any port, a run id of our own if none is given.
+
+    Torchrun gives such a run a new id even then; ours keeps the user's, by which a restart is known for the same run.
+    """
     alone = bool(args.standalone)
     if not alone and args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None:
         alone = torchrun.parse_min_max_nnodes(args.nnodes)[1] == 1
     if alone:
-        args.nnodes, args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "1", "c10d", "localhost:0", ""
+        args.nnodes, args.rdzv_backend, args.rdzv_endpoint = "1", "c10d", "localhost:0"
+        args.rdzv_id = "" if args.rdzv_id == "none" else args.rdzv_id
     if args.master_port is None:
         args.master_port = 29500
     return alone

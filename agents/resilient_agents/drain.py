@@ -97,6 +97,8 @@ class Drain:
     def look(self, chest: Chest) -> None:
         """Start to write what is due."""
         for slot in chest.snapshots.slots if chest.snapshots is not None else ():
+            if chest.native and slot.world_size() != self.tier.world_size:
+                continue  # left by a world of another size: it is a part of nothing that this one commits
             now = (slot.generation(), slot.sealed_step())
             if (chest.rank, now[1]) in self._brought and now[1] not in self._distrusted:
                 continue

@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -50,6 +51,7 @@ USAGE_EXIT: Final = 2
 CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this long does without them
 FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
 ALONE_S: Final = 0.2  # there is nobody to tell
+MEMORY_KEEP_S: Final = 3600.0  # a scheduler that brings a job back does it sooner; docs/decisions/0015-adoption.md
 WARNING: Final = signal.SIGUSR1  # schedulers send it some time before the end (Slurm: --signal=B:USR1@300)
 log = logging.getLogger("resilient")
 
@@ -133,6 +135,15 @@ def _standbys(launch: Launch, options: config.Options) -> int:
     return launch.slots if options.shadows == "all" else options.standbys
 
 
+def _keep_s(launch: Launch, options: config.Options, meeting: Meeting) -> float:
+    """How long what this run holds in memory waits for its restart, if its agents are killed."""
+    if meeting.run_id == launch.run_id and launch.run_id not in {"", "none"}:
+        return (MEMORY_KEEP_S if options.checkpoint else 0.0) if options.memory_keep_s == "auto" else options.memory_keep_s
+    if options.memory_keep_s not in {"auto", 0.0}:
+        raise ConfigError("--memory-keep-s: a run id by which a restart is known for the same run expected (--rdzv-id), none found")
+    return 0.0
+
+
 # --------------------------------------------------------------------------- one node
 
 
@@ -146,6 +157,7 @@ class _Node:
         self._meeting = meeting
         self._run_dir = Path(options.run_dir or Path("runs", meeting.run_id)).absolute()
         self._signals = 0
+        self._keep_s = _keep_s(launch, options, meeting)
 
     async def run(self) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
@@ -182,7 +194,7 @@ class _Node:
         vault, data_port = await self._vault(key, node, data_host)
         self._host = host = Host(
             launch=launch,
-            settings=self._agent_settings(node, data_host, data_port, hosts=service is not None),
+            settings=self._agent_settings(node, data_host, data_port, vault.heir.position, hosts=service is not None),
             key=key,
             memory_dir=options.memory_dir,
             token=meeting.token,
@@ -198,7 +210,7 @@ class _Node:
         )
         self._listen_to_signals()
         if tenancy is not None:
-            tenancy.hold(lambda reason: host.abort(1, reason))
+            tenancy.hold(lambda reason: host.abort(1, reason, over=True))
         try:
             return await self._both(host, service, console)
         finally:
@@ -236,13 +248,16 @@ class _Node:
                 bind=data_host or (LOOPBACK if meeting.local else ""),
                 data_rate=options.data_rate,
                 transport=transport.find(options.data_transport),
+                keep_s=self._keep_s,
+                position=self._position(),
+                alone=meeting.alone,
             )
         except TierUnavailable as error:
             raise ConfigError(f"--checkpoint {options.checkpoint}: {error}") from error
         try:
             return vault, await vault.start()
         except OSError as error:
-            await vault.close(unlink=True)
+            await vault.close(unlink=False)
             raise ConfigError(f"--memory-dir {options.memory_dir}: cannot be used ({error.strerror})") from error
 
     async def _both(self, host: Host, service: Service | None, console: logs.Console) -> int:
@@ -292,11 +307,17 @@ class _Node:
             grace_s=options.grace_s if options.checkpoint else 0.0,
             copies=options.copies,
             parity=options.parity,
+            term=time.time_ns(),
         )
 
-    def _agent_settings(self, node: str, data_host: str, data_port: int, *, hosts: bool) -> AgentSettings:
+    def _position(self) -> int:
+        """Of this node among all; NONE where only the order of coming tells."""
+        if self._meeting.alone:
+            return 0
+        return self._launch.node_rank if self._launch.backend == "static" else NONE
+
+    def _agent_settings(self, node: str, data_host: str, data_port: int, position: int, *, hosts: bool) -> AgentSettings:
         launch, options = self._launch, self._options
-        static = launch.backend == "static" and not self._meeting.alone
         return AgentSettings(
             run=self._meeting.run_id,
             node=node,
@@ -307,7 +328,7 @@ class _Node:
             data_host=data_host,
             data_port=data_port,
             failure_domain=options.failure_domain,
-            node_rank=launch.node_rank if static else NONE,
+            node_rank=position,
             hosts_store=hosts,
             managed=launch.program.kind in {"script", "run_path"} and names_us(launch.program.target),
             first_step_timeout_s=options.first_step_timeout_s,
@@ -340,7 +361,7 @@ class _Node:
             self._console.say(f"{name}: ending the workers{rescue} (a second signal kills at once)")
             self._host.stop(number)
         else:
-            self._host.abort(1, f"{name} again: killed")
+            self._host.abort(1, f"{name} again: killed", over=True)
 
 
 def _seconds(conf: dict[str, str], key: str, default: float) -> float:

@@ -147,10 +147,10 @@ class Host:
         """Trouble may be coming."""
         self._driver.put(m.Warned(text=text))
 
-    def abort(self, exit_code: int, message: str) -> None:
-        """End now: everything is killed in `close`."""
+    def abort(self, exit_code: int, message: str, *, over: bool = False) -> None:
+        """End now: everything is killed in `close`. over: the run is; else what it holds in memory is left to a successor."""
         if self._finished is None:
-            self._finished = m.Finished(exit_code=exit_code, message=message)
+            self._finished = m.Finished(exit_code=exit_code, message=message, over=over)
         self._driver.finish()
 
     def root_error(self) -> str:
@@ -178,12 +178,11 @@ class Host:
         await self._nursery.close()
         await self._uplink.close()
         await self._doors.close()
-        await self._vault.close(unlink=True)
         for worker in self._workers.values():
             self._console.ended(worker.name)
             worker.forget()
         orphans.kill_sessions({worker.pid for worker in self._workers.values()}, CLEANUP_S)
-        memory.remove_all(self._memory_dir, self._key)
+        await self._vault.close(unlink=self._finished is not None and self._finished.over)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:

@@ -45,7 +45,7 @@ def meeting_of(launch: Launch, options: Options) -> Meeting:
     """Settle all of it, and take the place if it is ours. Raises ConfigError."""
     alone = launch.nodes_max == 1
     run_id = launch.run_id
-    if launch.standalone or (alone and run_id in {"", "none"}):
+    if alone and run_id in {"", "none"}:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     local = alone or _is_loopback(launch.host)
     token = _token(options, run_id, alone=alone, local=local)

@@ -20,7 +20,6 @@ from typing import Final
 
 import msgspec
 
-from resilient.checkpoint import memory
 from resilient.checkpoint.chest import SLOT_COUNT, Berth, MemoryTier
 from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
@@ -35,9 +34,10 @@ from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
-from resilient_agents.copies import Copies
+from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.drain import Drain
 from resilient_agents.hashing import Hashing
+from resilient_agents.heir import Heir
 from resilient_agents.lane import Errands, Lane
 from resilient_agents.parities import Parities
 
@@ -67,15 +67,20 @@ class Vault:
         bind: str = "127.0.0.1",
         data_rate: int = 0,
         transport: Transport = TCP,
+        keep_s: float = 0.0,
+        position: int = NONE,
+        alone: bool = False,
     ) -> None:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
         `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
 
         `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
-        Raises TierUnavailable if the URL is of a kind that cannot be opened.
+        `keep_s`, `position`, `alone`: see heir.py. Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
-        self._directory, self._key, self._host, self._bind = directory, key, host, bind
+        self._host, self._bind = host, bind
+        url = checkpoint_url or ""
+        self.heir = Heir(directory, key, run=run, url=url, node=node, position=position, keep_s=keep_s, alone=alone)
         self._memory = MemoryTier(directory, key)
         self._notes = Notes()
         self._lane = Lane("memory", threads=2)
@@ -88,18 +93,11 @@ class Vault:
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
-                checkpoint_url,
-                self._due,
-                keep=keep,
-                level=level,
-                run=run,
-                lane=self._lane,
-                changed=self._changed,
-                differ=self._differ,
+                checkpoint_url, self._due, keep=keep, level=level, run=run, lane=self._lane, changed=self._changed, differ=self._differ
             )
         self._every, self._rescue = checkpoint_every, NONE
         self._sealed: dict[int, int] = {}  # rank -> newest step that it sealed for the persistent tier
-        self._claim: memory.Claim | None = None
+        self._run, self._round, self._position, self._world_size = run, 0, NONE, 0
         self._address = ""
         self._ranks: frozenset[int] = frozenset()
         self._fetches: dict[Fetch, bool] = {}  # those wanted -> whether they are here
@@ -115,10 +113,8 @@ class Vault:
     # ------------------------------------------------------------------ life
 
     async def start(self) -> int:
-        """Clear away what dead runs left, listen for peers, begin to list checkpoints. The data port."""
-        for path in memory.clean_stale(self._directory):
-            log.info("removed %s: its owner is gone", path)
-        self._claim = memory.Claim(self._directory, self._key)
+        """Take over what a dead agent of this run left, listen for peers, begin to list checkpoints. The data port."""
+        await self.heir.take(self._memory, self._lane)
         port = await self._server.start(self._bind)
         self._address = f"{self._host}:{port}"
         if self._drain is not None:
@@ -130,7 +126,7 @@ class Vault:
         return self._drain is None or await self._drain.settle(timeout_s)
 
     async def close(self, *, unlink: bool = True) -> None:
-        """Stop everything; with `unlink` remove the files."""
+        """Stop everything; with `unlink` remove the files, else leave them to a successor, if one may come."""
         await self._server.close()
         await self._errands.close()
         await self._hashing.close()
@@ -141,8 +137,7 @@ class Vault:
         self._lane.close()
         if unlink:
             self._memory.unlink()
-            if self._claim is not None:
-                self._claim.release()
+        self.heir.close(over=unlink)
 
     def watch(
         self,
@@ -165,9 +160,7 @@ class Vault:
             return inventory.no_segments(layout, "a copy that is being brought in did not arrive")
         try:
             chest.seated = True
-            chest.replicated, chest.often = layout.replicated, layout.often
-            own = chest.grow_own(own_slot_bytes(layout.own_bytes))
-            ring = chest.grow_snapshots(layout.snapshot_bytes) if layout.snapshot_bytes else None
+            return inventory.allocate(chest, layout, self.heir.make_room)
         except TierUnavailable as error:
             ranks = max(len(self._ranks), 1)
             total = ranks * (3 * own_slot_bytes(layout.own_bytes) + SLOT_COUNT * layout.snapshot_bytes)
@@ -176,13 +169,6 @@ class Vault:
             return inventory.no_segments(layout, f"memory tier: {error}")
         finally:
             chest.filling.release()
-        return Segments(
-            rank=layout.rank,
-            own=chest.own_path,
-            own_bytes=own.own_bytes,
-            slots=tuple(slot.path for slot in ring.slots) if ring is not None else (),
-            snapshot_bytes=ring.slots[0].num_bytes if ring is not None else 0,
-        )
 
     async def reshape(self, layout: Layout) -> Segments:
         """As `allocate`, and bring a step into these segments that was written in a world of another size."""
@@ -190,20 +176,26 @@ class Vault:
         if segments.error or layout.reshape == NONE:
             return segments
         try:
-            if self._drain is None:
-                raise SnapshotMissing("no checkpoint URL was given")
-            own_of = await self._drain.reshape(layout, self._memory.chest(layout.rank))
+            own_of = await self._cut(layout)
         except CheckpointError as error:
-            if isinstance(error, SnapshotCorrupt) and self._drain is not None:
+            if isinstance(error, SnapshotCorrupt) and self._drain is not None and not layout.origin:
                 self._drain.distrust(layout.reshape)
             return msgspec.structs.replace(segments, refused=str(error))
         segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
         return msgspec.structs.replace(segments, own_of=own_of)
 
+    async def _cut(self, layout: Layout) -> int:
+        if layout.origin:
+            allowed_s = COPY_S + (layout.origin + 1) * layout.snapshot_bytes / COPY_BYTES_S
+            return await self._lane.run(lambda: inventory.cut(self._memory, layout, self._run), deadline_s=allowed_s)
+        if self._drain is None:
+            raise SnapshotMissing("no checkpoint URL was given")
+        return await self._drain.reshape(layout, self._memory.chest(layout.rank))
+
     def all_seals(self) -> dict[int, Seals]:
         """What every chest holds, by rank; and start to copy what is new."""
         self.poke()
-        return {rank: inventory.seals(chest) for rank, chest in sorted(self._memory.chests.items())}
+        return {rank: inventory.seals(chest, self._world_size) for rank, chest in sorted(self._memory.chests.items())}
 
     def seals(self, rank: int) -> tuple[int, int, tuple[int, ...]]:
         """(newest start, gate, snapshot steps) of one rank."""
@@ -227,10 +219,12 @@ class Vault:
             holdings=tuple(
                 holding
                 for rank, chest in sorted(self._memory.chests.items())
-                if rank < PARITY and not chest.seated and (holding := inventory.holding(rank, chest)) is not None
+                if rank < PARITY
+                for holding in inventory.holdings(rank, chest, self._world_size)
             ),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
+            past=self.heir.past,
             available=drain.available if drain is not None else (),
             fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
             committed=drain.committed if drain is not None else NONE,
@@ -244,6 +238,9 @@ class Vault:
         self._ranks = frozenset(wish.ranks)
         for rank, chest in sorted(self._memory.chests.items()):
             chest.seated = rank in self._ranks
+            if wish.round > self._round and not (chest.seated and self._round):  # before our first round no worker has written here
+                inventory.end_futures(chest, wish.step)
+        self._round, self._position, self._world_size = max(self._round, wish.round), wish.node_rank, wish.world_size
         self.set_peers(wish.peers)
         self._copies.whole = not wish.group
         self._parities.set_group(wish.group, self._address)
@@ -278,6 +275,7 @@ class Vault:
     def keep(self, note: Recorded) -> None:
         """Copy this to the peers, beside the rank's own state."""
         self._copies.keep(note)
+        self.heir.keep(note)
 
     def commit(self, step: int, manifest: tuple[Persisted, ...]) -> None:
         """Write the commit marker of `step`."""
@@ -293,6 +291,7 @@ class Vault:
 
     def poke(self) -> None:
         """A look happened: start to copy, to hash, to write what is new."""
+        self.heir.seen(tuple(sorted(self._ranks)), self._position)
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
         for chest in seated:
             if chest.rank not in self._coming:  # half of what comes must not go back to where the other half still has to be fetched
@@ -349,6 +348,8 @@ class Vault:
     async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
         """From `peer`, or, if that is None, from ourselves."""
         rank = wanted.rank
+        for note in self.heir.minutes if wanted.tier == "memory" else ():
+            self._notes.add(note)
         if peer is not None:
             for key in await peer.list():  # ascending by step, so that the newest start comes last
                 if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
@@ -368,7 +369,7 @@ class Vault:
         The gate of the one before may be missing: it was sealed last, and its node died before it was copied (train/loop.py).
         """
         chest = self._memory.chest(wanted.rank)
-        starts = chest.sealed("start") if wanted.tier == "peer" and wanted.rebuild is None else {}
+        starts = chest.sealed("start") if wanted.tier != "persistent" and wanted.rebuild is None else {}
         return wanted.step in chest.sealed("snapshot") or wanted.step in starts or wanted.step - 1 in starts
 
     def _refuse(self, wanted: Fetch, error: CheckpointError) -> None:

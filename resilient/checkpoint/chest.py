@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from resilient.checkpoint.tier import KINDS, Kind, Landing, SnapshotKey, check, 
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
+_FILE: Final = re.compile(r"rank-(\d+)\.(?:own|slot-\d|fetched)")
 SLOT_COUNT: Final = 2  # one is being filled while the other is whole
 
 
@@ -42,6 +44,7 @@ class Chest:
         self.seated = False  # the rank sits on this node: its worker writes here, no peer
         self.replicated = False  # its shared state lies on every other rank as well
         self.often = False  # its worker overwrites what is being read
+        self.native = False  # taken over, and written by a worker of this node: no copy that another node sent
         self.filling = threading.Lock()
         self.own: OwnSegment | None = None
         self.snapshots: Ring | None = None
@@ -71,7 +74,7 @@ class Chest:
     def grow_snapshots(self, num_bytes: int) -> Ring:
         """Room for two snapshots of up to `num_bytes`. Raises TierUnavailable, with the old ones untouched."""
         old = self.snapshots
-        if old is not None and old.slots[0].num_bytes >= num_bytes:
+        if old is not None and self._room() >= num_bytes:
             return old
         spares: list[str] = []
         try:
@@ -96,13 +99,28 @@ class Chest:
             fits = self.own is not None and (self.seated or self.own.own_bytes >= num_bytes)
             own = self.own if self.own is not None and fits else self.grow_own(own_slot_bytes(2 * num_bytes))
             return own.starts if key.kind == "start" else own.gate
-        if self.snapshots is not None and self.snapshots.slots[0].num_bytes >= num_bytes:
+        if self.snapshots is not None and self._room() >= num_bytes:
             return self.snapshots
         if not self.seated:
             return self.grow_snapshots(num_bytes)
         self.drop_fetched()
         self.fetched = Ring.open([create(self._fetched_path, num_bytes)])
         return self.fetched
+
+    def _room(self) -> int:
+        """Bytes of the smallest of the two slots: a predecessor may have died while it made them larger."""
+        slots = self.snapshots.slots if self.snapshots is not None else ()
+        return min(slot.num_bytes for slot in slots) if len(slots) == SLOT_COUNT else 0
+
+    def reopen(self) -> None:
+        """Map what a dead owner of these files left. What in it is sound is not looked at; what cannot be mapped is removed."""
+        own_bytes = os.path.getsize(self._own_path) // 3 if os.path.exists(self._own_path) else 0
+        if own_bytes % 64 == 0 and own_bytes >= HEADER_BYTES:
+            self.own = OwnSegment(self._own_path, own_bytes)
+        slots = [slot for path in self._slot_paths if (slot := _reopened(path)) is not None]
+        self.snapshots = Ring(slots) if slots else None
+        fetched = _reopened(self._fetched_path)
+        self.fetched = Ring([fetched]) if fetched is not None else None
 
     def drop_fetched(self) -> None:
         """The fetched snapshot is no longer needed."""
@@ -141,10 +159,26 @@ class Chest:
         """The step that the rank began last, as far as is known here."""
         return self.own.start_step() if self.own is not None else NONE
 
-    def sealed(self, kind: Kind) -> dict[int, Slot]:
-        """Step -> slot of what is sealed, ascending: a few loads from mapped memory."""
-        found = [(slot.sealed_step(), slot.generation(), slot) for slot in self.slots(kind)]
+    def sealed(self, kind: Kind, world_size: int = 0) -> dict[int, Slot]:
+        """Step -> slot of what is sealed, ascending: a few loads from mapped memory. world_size: only of such a world, 0 = of any."""
+        found = [(s.sealed_step(), s.generation(), s) for s in self.slots(kind) if world_size in (0, s.world_size())]
         return {step: slot for step, _, slot in sorted(found, key=lambda row: row[:2]) if step != NONE}
+
+
+def rank_of(what: str) -> int:
+    """Whose segment that is, NONE if it is none of a chest."""
+    match = _FILE.fullmatch(what)
+    return int(match[1]) if match else NONE
+
+
+def _reopened(path: str) -> Slot | None:
+    try:
+        return Slot(path)
+    except SnapshotMissing:
+        return None
+    except SnapshotCorrupt:
+        remove(path)
+        return None
 
 
 def _create_anew(path: str, num_bytes: int, of_bytes: int = 0) -> str:

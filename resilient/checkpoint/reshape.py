@@ -83,7 +83,7 @@ def assemble(whole: Checkpoint, rows: Layout, payload: memoryview, called: Mappi
                 old = described.rows[item.row]
                 key = old.key if called is None else called.get(old.key, "")
                 row, begin = places.get(key, (old, 0))
-                common = _overlap(old, row)
+                common = overlap(old, row)
                 if key not in lacking or common is None or (old.key, old.offsets) in seen:
                     continue
                 seen.add((old.key, old.offsets))
@@ -96,7 +96,7 @@ def assemble(whole: Checkpoint, rows: Layout, payload: memoryview, called: Mappi
             raise SnapshotMissing(f"checkpoint step={whole.manifest.step}: {count} elements of {key} are in none of its files")
 
 
-def _overlap(a: Row, b: Row) -> Box | None:
+def overlap(a: Row, b: Row) -> Box | None:
     """The box that both hold; () of two scalars, None if there is none."""
     if len(a.shape) != len(b.shape):
         return None

@@ -38,6 +38,7 @@ from resilient.checkpoint.snapshot import (
     STAMP,
     STAMP_ALL,
     STEP,
+    WORLD_SIZE,
     Snapshot,
     announced_bytes,
     parse,
@@ -197,6 +198,10 @@ class Slot:
     def sealed_step(self) -> int:
         """The step sealed here, NONE if none. One load."""
         return (self._words[SEAL] & SEALED) - 1
+
+    def world_size(self) -> int:
+        """Of the run that sealed what is here."""
+        return self._words[WORLD_SIZE]
 
     def generation(self) -> int:
         """Counts the writes of this slot; the slots of a Ring are ordered by it."""

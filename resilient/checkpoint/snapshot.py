@@ -37,7 +37,7 @@ from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 ALIGN: Final = 4096
 HEADER_BYTES: Final = 256
 MAGIC: Final = 0x3230_5041_4E53_5352  # "RSSNAP02"
-SEAL, ECHO, STAMP, STEP = 1, 2, 3, 8  # words
+SEAL, ECHO, STAMP, STEP, WORLD_SIZE = 1, 2, 3, 8, 10  # words
 LAYOUT_BYTES, OWN_BYTES, PAYLOAD_AT, PAYLOAD_BYTES = 12, 13, 14, 15
 STAMP_ALL: Final = slice(24, 48)
 PAYLOAD_DIGEST: Final = slice(32, 48)

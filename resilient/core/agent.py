@@ -74,6 +74,7 @@ class Agent:
         self._heard: float | None = None  # when the coordinator last said something
         self._store_at: float | None = None  # when to start the store
         self._end: tuple[int, str] | None = None  # winding down, with this exit code and message
+        self._over = True  # the whole run, as far as is known here
         self._end_at = self._report_at = 0.0
         self._sketch: object = None  # of the last report
         self._seq = 0
@@ -323,6 +324,9 @@ class Agent:
     # ------------------------------------------------------------------ what the coordinator said
 
     def _on_assigned(self, new: Assignment, now: float) -> None:
+        if self.assignment is not None and new.term != self.assignment.term:
+            self._abandon("the coordinator was started again, and this node with what it holds has to be as well", now)
+            return
         self._heard = now
         if self.assignment is not None and new.seq <= self.assignment.seq:
             return
@@ -349,7 +353,7 @@ class Agent:
             self._out.append(m.StartStore())
         if self._end is None and now >= self._orphaned_at():
             silent_s = now - (self._heard or self._began or 0.0)
-            self._wind_down(1, f"no word from the coordinator for {silent_s:.0f} s", now, SIGTERM)
+            self._abandon(f"no word from the coordinator for {silent_s:.0f} s", now)
         new = self.assignment
         if new is None:
             return
@@ -409,7 +413,7 @@ class Agent:
                 continue
             if worker.seated is not None and worker.seated.round >= new.round:
                 continue
-            if any(f.rank in (place.rank, new.plan.lender) and f not in self._vault.fetched for f in new.fetch):
+            if any((new.plan.origin or f.rank in (place.rank, new.plan.lender)) and f not in self._vault.fetched for f in new.fetch):
                 continue
             worker.seated = sheets.seated(new, place, self._seals)
             self._out.append(m.Tell(worker=worker.name, message=worker.seated))
@@ -499,6 +503,11 @@ class Agent:
                 self._out.append(m.Kill(worker=worker.name, signal=signal))
                 worker.kill_at = now + patience_s
 
+    def _abandon(self, message: str, now: float) -> None:
+        """This node has lost its run, which may not be over."""
+        self._over = self._over and self._end is not None
+        self._wind_down(1, message, now, SIGTERM)
+
     def _waits(self) -> bool:
         """Whether what is sealed here may yet be brought to safety, and this node is needed for it."""
         new = self.assignment
@@ -529,4 +538,5 @@ class Agent:
         self._out.append(m.SendReport(report=msgspec.structs.replace(report, seq=self._seq)))
         if over and self._end is not None:
             self.finished = True
-            self._out.append(m.Finished(exit_code=self._end[0], message=self._end[1]))
+            over = self._over and (self.acted > 0 or self._leaving)  # of a run that did not come to its first round all is as it was
+            self._out.append(m.Finished(exit_code=self._end[0], message=self._end[1], over=over))

@@ -318,9 +318,13 @@ class Coordinator:
         called = self._enough is not None and (came >= s.nodes_max or now >= self._enough + s.last_call_s)
         leader = self.nodes.get(s.leader)
         if called and leader is not None and leader.alive and leader.report.store and leader.report.available is not None:
-            first = sorted(self._alive(), key=lambda n: (n is not leader, n.joined))[: s.nodes_max]
+            alive = self._alive()
+            first = sorted(alive, key=lambda n: (n is not leader, n.joined))[: s.nodes_max]
             rooms = in_order([Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=i) for i, n in enumerate(first)])
             self.round.seating = Seating(places=seat_all(rooms))
+            past = self.round.number = self.round.fence = max(n.report.past for n in alive)
+            for node in alive:  # who was not there to the end may hold steps that were made once more, and differently
+                node.report = node.report if node.report.past == past else msgspec.structs.replace(node.report, holdings=())
             self._tell(lines.RunStarted(run_id=s.run, world_size=len(self.round.seating.places), nodes=tuple(r.node for r in rooms)))
             self.stage = "broken"
             self._decide(now)
@@ -556,6 +560,7 @@ class Coordinator:
             rescue=self._rescue.step if self._rescue is not None and self.stage == "parting" else NONE,
             wait=self.stage == "parting",
             distrusted=tuple(sorted(self._commits.wrong)),
+            term=self.settings.term,
         )
 
 

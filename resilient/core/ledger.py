@@ -37,6 +37,7 @@ class Copy(Msg):
 
     node: str
     seated: bool = False  # in the segments of the rank's own chair, where a worker finds it; else it must be fetched first
+    native: bool = False  # as in Holding
     own_steps: tuple[int, ...] = ()
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
@@ -74,13 +75,21 @@ def claim(record: Record) -> int:
     return record.step + 1 if record.phase == "committing" else record.step
 
 
-def choose(accounts: Sequence[Account], committed: Collection[int], poison: Collection[Poison] = ()) -> Choice:
-    """The plan for the next round. committed: steps with a commit marker on the persistent tier."""
+def choose(
+    accounts: Sequence[Account],
+    committed: Collection[int],
+    poison: Collection[Poison] = (),
+    elder: tuple[int, int] = (NONE, 0),
+) -> Choice:
+    """The plan for the next round. committed: steps with a commit marker on the persistent tier.
+
+    elder: (step, ranks) of a world of another size that all lies in memory: every rank's state can be cut from it.
+    """
     reached = min((s for a in accounts if (s := _known(a)) != NONE), default=NONE)
     accounts = [_sound(a, poison) for a in accounts] if poison else accounts
     records = [(a, a.record) for a in accounts if a.record is not None and a.record.phase != "setup"]
     if not records:
-        back = _back(accounts, max((s for a in accounts for s in _snapshots(a)), default=NONE), reached, committed, poison)
+        back = _back(accounts, max((s for a in accounts for s in _snapshots(a)), default=NONE), reached, committed, poison, elder)
         if back.fresh and any(a.initial and a.record is not None for a in accounts):
             return Choice(reached=reached, why="no rank has come to its first step: those that live go on with their set-up")
         return back
@@ -110,16 +119,26 @@ def choose(accounts: Sequence[Account], committed: Collection[int], poison: Coll
     if lender != NONE and all(a.replicated for a in seated) and all(_owns(a, step) for a in seated if a.rank in needy):
         plan = Plan(step=step, tier="memory", receivers=receivers, lender=lender, over=over)
         return Choice(plan=plan, reached=reached, why=f"rank {lender}'s snapshot of step {step} is in memory, and own states are")
-    return _back(accounts, step, reached, committed, poison)
+    return _back(accounts, step, reached, committed, poison, elder)
 
 
-def _back(accounts: Sequence[Account], newest: int, reached: int, committed: Collection[int], poison: Collection[Poison]) -> Choice:
+def _back(
+    accounts: Sequence[Account],
+    newest: int,
+    reached: int,
+    committed: Collection[int],
+    poison: Collection[Poison],
+    elder: tuple[int, int],
+) -> Choice:
     """Everybody goes back to the newest step, up to `newest`, of which every rank has a copy."""
     everyone = tuple(a.rank for a in accounts)
     memory = max((s for s in _common(accounts) if s <= newest), default=NONE)
     refused = {s for t, s, _ in poison if t == "persistent"}
     persistent = max((s for s in committed if s not in refused), default=NONE)
     step, tier = (memory, "memory") if memory >= persistent else (persistent, "persistent")
+    if elder[0] > step:
+        why = f"step {elder[0]} of a world of {elder[1]} ranks is in memory, whole"
+        return Choice(plan=Plan(step=elder[0], tier="memory", receivers=everyone, origin=elder[1]), reached=reached, why=why)
     if step != NONE:
         plan = Plan(step=step, tier=tier, receivers=everyone)  # type: ignore[arg-type]
         return Choice(plan=plan, reached=reached, why=f"step {step} is the newest of which every rank has a copy ({tier})")
@@ -172,6 +191,7 @@ def _sound(account: Account, poison: Collection[Poison]) -> Account:
         Copy(
             node=c.node,
             seated=c.seated,
+            native=c.native,
             own_steps=tuple(s for s in c.own_steps if s not in bad),
             gate_step=NONE if c.gate_step in bad else c.gate_step,
             snapshots=tuple(s for s in c.snapshots if s not in bad),
@@ -192,4 +212,5 @@ def best_copy(account: Account, plan: Plan, near: str) -> Copy | None:
         return step in copy.own_steps or (account.rank in plan.repeat and step - 1 in copy.own_steps)
 
     able = [c for c in account.copies if serves(c)]
-    return min(able, key=lambda c: (not c.seated, c.rebuilt, c.gate_step != step, c.node != near, c.node), default=None)
+    gated = plan.tier == "live"  # only who repeats a step looks at the gate
+    return min(able, key=lambda c: (not c.seated, c.rebuilt, gated and c.gate_step != step, c.node != near, c.node), default=None)

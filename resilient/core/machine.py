@@ -172,6 +172,7 @@ class Vaulted(Msg):
     fetched: tuple[Fetch, ...] = ()  # those of `VaultDo.fetch` that lie verified in this node's memory tier
     committed: int = NONE  # newest step whose commit marker this node wrote
     parities: tuple[Parity, ...] = ()  # kept here
+    past: int = 0  # newest round of what was taken over from a dead agent
 
 
 class Warned(Msg):
@@ -325,6 +326,9 @@ class VaultDo(Msg):
     rescue: int = NONE  # what is sealed of this step goes to the persistent tier now
     distrusted: tuple[int, ...] = ()  # committed steps that are damaged: not counted when old ones are removed, and written anew
     group: tuple[Member, ...] = ()  # keep parity of snapshots with these, instead of whole copies at `peers`
+    round: int = 0  # in force
+    step: int = NONE  # at which it begins: of later steps nothing counts that was sealed before
+    node_rank: int = NONE  # position of this node in it
 
 
 class Log(Msg):
@@ -339,6 +343,7 @@ class Finished(Msg):
 
     exit_code: int
     message: str = ""
+    over: bool = True  # the run is; else only this agent is, and what its run holds in memory is left to a successor
 
 
 AgentAction: TypeAlias = (
@@ -372,6 +377,7 @@ class CoordinatorSettings(Msg):
     copies: int = 1  # on how many other nodes the copies of each node's ranks are kept
     parity: int = 0  # so many nodes keep parity of their snapshots together, instead of whole copies; 0 = whole copies
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
+    term: int = 0  # when it was started
 
 
 class Asked(Msg):

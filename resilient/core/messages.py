@@ -117,6 +117,8 @@ class Holding(Msg):
     gate_step: int = NONE
     snapshots: tuple[int, ...] = ()
     own_steps: tuple[int, ...] = ()  # as in Chair
+    native: bool = False  # left by a predecessor of this agent: by the rank's own worker, with the minutes of its set-up
+    world_size: int = 0  # of the world that the snapshots are of; 0 = that of the run now
 
 
 class Parity(Msg):
@@ -193,6 +195,7 @@ class Report(Msg):
     data_host: str = ""  # address at which other nodes reach its vault; "": that of `host`
     failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
     parities: tuple[Parity, ...] = ()
+    past: int = 0  # newest round of what a predecessor of this agent left here: the run's next one is a later one
 
     @property
     def vault(self) -> str:
@@ -222,6 +225,7 @@ class Plan(Msg):
     lender: int = NONE  # a rank whose snapshot of `step` serves every receiver for its shared state, which is replicated
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
     starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
+    origin: int = 0  # tier memory, peer: the step was sealed in a world of so many ranks, and is cut for every rank of this one
 
 
 class Member(Msg):
@@ -243,8 +247,8 @@ class Fetch(Msg):
 
     rank: int
     step: int
-    tier: TierName  # "peer" or "persistent"
-    source: str = ""  # "host:port" of the vault that holds it
+    tier: TierName  # "peer" or "persistent"; "memory": it lies here, left by a predecessor of this agent
+    source: str = ""  # peer: "host:port" of the vault that holds it
     round: int = 0  # the round that needs it: the same copy may be wanted again later, when it has been overwritten
     rebuild: Rebuild | None = None  # the snapshot is to be put together from parity; what else there is of the rank lies at `source`
 
@@ -281,6 +285,7 @@ class Assignment(Msg):
     wait: bool = False  # state failed: do not end yet when all workers are gone; something sealed may be brought to safety
     distrusted: tuple[int, ...] = ()  # committed steps that somebody found damaged: whoever comes past one writes it anew
     group: tuple[Member, ...] = ()  # this node and those with which it keeps parity of their snapshots; () = whole copies go to `peers`
+    term: int = 0  # of the coordinator: one that was started again has another, and knows nothing of what the first one said
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
@@ -308,6 +313,7 @@ class Layout(Msg):
     rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
     world_size: int = 0
     own: bytes = b""  # for that: the own state with which the script began; an imported step has none
+    origin: int = 0  # for that: not of the persistent tier, but from the snapshots of a world of so many ranks in this node's memory
 
 
 class Recorded(Msg):

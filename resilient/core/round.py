@@ -38,7 +38,7 @@ class Round:
     def seat(self, seating: Seating, reports: Mapping[str, Report]) -> None:
         """A new plan is up. reports: of the nodes that live."""
         if seating.again:
-            self.restart += self.number > 0
+            self.restart += bool(self.ranks)
             self.activated.clear()
         self.number, self.seating = self.fence + 1, seating
         self._fresh = frozenset(seating.emptied) if seating.again else frozenset()

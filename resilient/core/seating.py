@@ -72,15 +72,21 @@ def seat(hall: Hall) -> Seating:
     starting = not set(hall.places) <= hall.activated
 
     accounts = [_account(r, chairs, copies, gone, over, starting=starting) for r in sorted(places)]
-    choice = choose(accounts, hall.committed, hall.poison)
+    elders = _elders(hall)
+    elder = max(((step, world) for step, world, _ in elders), default=(NONE, 0))
+    choice = choose(accounts, hall.committed, hall.poison, elder)
     reached = choice.reached
     emptied = gone | (over & set(choice.plan.receivers))
     again = hall.again or not hall.managed or (starting and len(gone) == len(places))
-    if not again and (stranded := _stranded(emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies, sources))):
+    if not again and (
+        stranded := _stranded(
+            emptied, chairs, copies, _fetches(hall, choice, places, chairs, emptied, copies, sources), _left(hall, places)
+        )
+    ):
         why.append(f"nobody would bring the minutes of the set-up of rank {stranded[0]}: the group starts again")
         again = True
     if again:
-        choice = choose([msgspec.structs.replace(a, record=None, finished=False) for a in accounts], hall.committed, hall.poison)
+        choice = choose([msgspec.structs.replace(a, record=None, finished=False) for a in accounts], hall.committed, hall.poison, elder)
     if choice.error:
         return Seating(places=places, error=choice.error)
     again = again or choice.fresh
@@ -88,6 +94,8 @@ def seat(hall: Hall) -> Seating:
         kept = {r for r in places if starting and hall.managed and r not in gone and r not in moved and _unseated(chairs[r])}
         emptied = set(places) - kept
     fetch = _fetches(hall, choice, places, chairs, emptied, copies, sources)
+    if again:  # nobody asks for the minutes of a set-up that is made anew
+        fetch = {node: tuple(f for f in items if f.tier != "memory") for node, items in fetch.items()}
     plan = msgspec.structs.replace(choice.plan, starting=starting or again)
     if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
         plan = msgspec.structs.replace(plan, tier="peer")
@@ -133,12 +141,21 @@ def _stranded(
     chairs: Mapping[int, Chair],
     copies: Mapping[int, tuple[Copy, ...]],
     fetch: Mapping[str, tuple[Fetch, ...]],
+    left: AbstractSet[int],
 ) -> list[int]:
-    """Newcomers whose agent has never had the minutes of their set-up, and is brought none: they come with a peer's copies."""
+    """Newcomers whose agent has never had the minutes of their set-up, and is brought none: they come with a peer's copies.
+
+    left: ranks whose minutes a predecessor of their agent left there.
+    """
     newcomers = emptied | {rank for rank, chair in chairs.items() if chair.state in ("starting", "joined")}
     brought = {f.rank for items in fetch.values() for f in items if f.tier == "peer"}
-    had = {rank for rank, chair in chairs.items() if chair.minuted}
+    had = {rank for rank, chair in chairs.items() if chair.minuted} | left
     return sorted(r for r in newcomers - brought - had if not any(c.seated for c in copies.get(r, ())))
+
+
+def _left(hall: Hall, places: Mapping[int, Place]) -> frozenset[int]:
+    held = {(node, h.rank) for node, report in hall.reports.items() for h in report.holdings if h.native}
+    return frozenset(rank for rank, place in places.items() if (place.node, rank) in held)
 
 
 def _copies(hall: Hall) -> dict[int, tuple[Copy, ...]]:
@@ -148,14 +165,28 @@ def _copies(hall: Hall) -> dict[int, tuple[Copy, ...]]:
         for chair in report.chairs:
             if chair.rank in hall.places and hall.places[chair.rank].node == node:
                 found.setdefault(chair.rank, []).append(_copy(node, chair, seated=True))
-        for held in report.holdings:
+        for held in (h for h in report.holdings if h.world_size in (0, len(hall.places))):
             found.setdefault(held.rank, []).append(_copy(node, held, seated=False))
     return {rank: tuple(c for c in cs if c.own_steps or c.snapshots) for rank, cs in found.items()}
 
 
+def _elders(hall: Hall) -> list[tuple[int, int, dict[int, tuple[str, ...]]]]:
+    """(step, world size, rank -> nodes) of every step of a world of another size of which all ranks' snapshots lie in some memory."""
+    found: dict[tuple[int, int], dict[int, tuple[str, ...]]] = {}
+    for node, report in hall.reports.items():
+        for held in report.holdings:
+            if held.world_size not in (0, len(hall.places)):
+                for step in held.snapshots:
+                    nodes = found.setdefault((step, held.world_size), {})
+                    nodes[held.rank] = (*nodes.get(held.rank, ()), node)
+    bad = {step for tier, step, _ in hall.poison if tier in ("memory", "peer")}
+    return [(step, world, ranks) for (step, world), ranks in found.items() if len(ranks) == world and step > 0 and step not in bad]
+
+
 def _copy(node: str, held: Chair | Holding, *, seated: bool) -> Copy:
     own = held.own_steps or ((held.own_step,) if held.own_step != NONE else ())
-    return Copy(node=node, seated=seated, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
+    native = isinstance(held, Holding) and held.native
+    return Copy(node=node, seated=seated, native=native, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
 
 
 def _places(hall: Hall, copies: Mapping[int, tuple[Copy, ...]]) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
@@ -224,6 +255,12 @@ def _fetches(
     """What each node has to bring into its memory before its ranks can be seated."""
     plan = choice.plan
     fetch: dict[str, list[Fetch]] = {}
+    if plan.origin:
+        (ranks,) = (ranks for step, world, ranks in _elders(hall) if (step, world) == (plan.step, plan.origin))
+        for node in sorted({place.node for place in places.values()}):
+            lacking = (rank for rank in sorted(ranks) if node not in ranks[rank])
+            fetch[node] = [_from_peer(hall, ranks[rank][0], rank, plan.step) for rank in lacking]
+        return {node: tuple(items) for node, items in fetch.items() if items}
     for rank in plan.receivers:
         node, chair = places[rank].node, chairs.get(rank)
         if plan.tier == "persistent":
@@ -235,6 +272,8 @@ def _fetches(
             continue
         if copy.rebuilt:
             fetch.setdefault(node, []).append(_from_parity(hall, rank, plan.step, sources[rank][plan.step], copies[rank]))
+        elif copy.native and copy.node == node:
+            fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="memory", round=hall.round))
         else:
             fetch.setdefault(node, []).append(_from_peer(hall, copy.node, rank, plan.step))
     if plan.lender != NONE:

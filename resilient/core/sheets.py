@@ -63,6 +63,9 @@ def vault_do(new: Assignment) -> VaultDo:
         rescue=new.rescue,
         distrusted=new.distrusted,
         group=new.group,
+        round=new.round if new.round > new.fence else 0,
+        step=new.plan.step,
+        node_rank=new.node_rank,
     )
 
 
@@ -99,6 +102,7 @@ def report(
         committed=vault.committed,
         parities=vault.parities,
         pace=_pace(crew),
+        past=vault.past,
     )
 
 

@@ -218,8 +218,9 @@ class Rounds:
     def _load(self, seated: Seated, plan: Plan) -> None:
         """From this chair's own slots, else from where the agent put what it fetched; shared state perhaps from a lender's."""
         lent = plan.lender != NONE
-        if plan.tier == "persistent" and not seated.snapshot and not self.tier0.sealed(plan.step):
-            source = self.tier0.open(self.comm.rank, self.comm.world_size, adopt=True, reshape=plan.step, begun=self.begun)
+        rank, world_size = self.comm.rank, self.comm.world_size
+        if (plan.origin or plan.tier == "persistent") and not seated.snapshot and not self.tier0.sealed(plan.step, world_size):
+            source = self.tier0.open(rank, world_size, adopt=True, reshape=plan.step, origin=plan.origin, begun=self.begun)
             self.spread, self.reshaped = source != self.comm.rank, True
         with self.tier0.reading(plan.step, seated.snapshot, lent=lent) as slot:
             found = slot.read(rank=plan.lender if lent else self.comm.rank, step=plan.step, threads=self.tier0.threads)

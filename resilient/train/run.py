@@ -250,6 +250,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
     standby = env["RESILIENT_ROLE"] == "standby"
     rank, world_size, run_id = int(env["RANK"]), int(env["WORLD_SIZE"]), env["RESILIENT_RUN_ID"]
     page = Page(env["RESILIENT_PAGE"])
+    page.occupy()
     line = AgentLine.connect(env["RESILIENT_SOCKET"])
     desk = Desk(line, standby=standby)
     scope, ledger, tracked = Scope(), Ledger(page), Tracked()

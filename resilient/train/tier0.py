@@ -71,12 +71,12 @@ class Tier0:
         self._launch_s = 0.0
         self._settling_s: float | None = None  # since when the training thread has been waiting for it
 
-    def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, begun: bytes = b"") -> int:
+    def open(self, rank: int, world_size: int, *, adopt: bool, reshape: int = NONE, origin: int = 0, begun: bytes = b"") -> int:
         """Get this chair's segments. adopt: keep what is sealed there (a newcomer); otherwise an earlier group's seals are void.
 
-        reshape: have that step of the persistent tier, which another world wrote, cut for this rank; gives the old rank whose own state
-        comes with it. begun: own state for a step that comes without it. Raises TierUnavailable if there is no room, SnapshotMissing if
-        that step cannot be had.
+        reshape: have that step of the persistent tier, which another world wrote, cut for this rank (origin: from that many ranks'
+        snapshots in memory); gives the old rank whose own state comes with it. begun: own state for a step that comes without it.
+        Raises TierUnavailable if there is no room, SnapshotMissing if that step cannot be had.
         """
         self.close()
         self._rank, self._world_size = rank, world_size
@@ -97,6 +97,7 @@ class Tier0:
             rows=rows if reshape != NONE else b"",
             world_size=world_size,
             own=begun if len(begun) <= _BEGUN_BYTES_MAX else b"",
+            origin=origin,
         )
         segments = self._desk.segments_for(wish)
         self._own = OwnSegment(segments.own, segments.own_bytes, run=self._run_id, rank=rank)
@@ -288,10 +289,11 @@ class Tier0:
         """Of the newest snapshot, about; 0 = none can be taken."""
         return self._ring.slots[0].num_bytes if self._ring is not None else 0
 
-    def sealed(self, step: int) -> bool:
-        """Whether a snapshot of `step` is there."""
+    def sealed(self, step: int, world_size: int = 0) -> bool:
+        """Whether a snapshot of `step` is there. world_size: of such a world, 0 = of any."""
         self.settle()
-        return self._ring is not None and self._ring.find(step) is not None
+        slot = self._ring.find(step) if self._ring is not None else None
+        return slot is not None and world_size in (0, slot.world_size())
 
 
 def _rounded(count: int) -> int:

@@ -13,6 +13,8 @@ sees COMMITTING, or the worker sees the fence and waits to be told. Both sides p
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import threading
@@ -80,6 +82,15 @@ class Page:
         """Unmap. The file stays; its owner unlinks it."""
         self._words.release()
         self._map.close()
+
+    def occupy(self) -> None:
+        """As long as this process lives, `is_occupied` says so; whoever finds our agent dead waits for that.
+
+        A lock of the kind that a forked child does not have: data loaders may outlive us and write nothing.
+        """
+        self._lock = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)  # closed by nobody: with any file of this page the lock would go
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody is taken for living
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     # ------------------------------------------------------------------ the worker's half
 
@@ -213,3 +224,18 @@ class Page:
             if seq % 2 == 0 and w[_SEQ] == seq:
                 break
         return row
+
+
+def is_occupied(path: str) -> bool:
+    """Whether the worker of that page lives."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False

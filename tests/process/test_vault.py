@@ -174,7 +174,7 @@ def killed(command: list[str]):
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"ready\n"
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from resilient.core import machine as m
@@ -432,7 +433,19 @@ def test_without_a_coordinator_the_node_ends_with_a_clear_message(stage):
     assert {k.signal for k in of(done, m.Kill)} == {15}
     for worker in ("n0.1", "n0.2"):
         done = stage(m.Exited(worker=worker, exit_code=-15))
-    assert of(done, m.Finished) == [m.Finished(exit_code=1, message="no word from the coordinator for 30 s")]
+    assert of(done, m.Finished) == [m.Finished(exit_code=1, message="no word from the coordinator for 30 s", over=False)]
+
+
+def test_a_coordinator_that_was_started_again_is_not_obeyed(stage):
+    """It knows nothing of the round in force; what this node holds is left to its next start."""
+    new = msgspec.structs.replace(stage.agent.assignment, term=7, seq=1, state="forming", round=0)
+    done = stage(m.Assigned(assignment=new))
+    assert {k.signal for k in of(done, m.Kill)} == {15}
+    for worker in ("n0.1", "n0.2"):
+        done = stage(m.Exited(worker=worker, exit_code=-15))
+    (finished,) = of(done, m.Finished)
+    assert (finished.exit_code, finished.over) == (1, False)
+    assert "the coordinator was started again" in finished.message
 
 
 def test_looks_are_frequent_while_a_round_forms_only():

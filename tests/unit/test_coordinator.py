@@ -8,7 +8,7 @@ import pytest
 from resilient.core import lines
 from resilient.core.coordinator import Coordinator
 from resilient.core.machine import Announce, Assign, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
-from resilient.core.messages import Chair, Finding, Pace, Persisted, Record, Report, Standby
+from resilient.core.messages import NONE, Chair, Finding, Holding, Pace, Persisted, Record, Report, Standby
 from resilient.core.placement import Place
 from resilient.core.round import Round
 from resilient.core.seating import Seating
@@ -105,6 +105,18 @@ def test_the_run_starts_when_store_and_checkpoints_are_known():
         [(0, 0, True), (1, 1, True)],
     )
     assert house.told(lines.RunStarted)[0].world_size == 2
+
+
+def test_what_a_predecessor_left_is_gone_on_with_in_a_later_round():
+    """Of a node that was lost before the end, nothing is taken: it may hold a step of a future that was given up."""
+    held = tuple(Holding(rank=rank, snapshots=(7, 8), native=True) for rank in range(2))
+    for stale, step in ((False, 8), (True, NONE)):
+        first = Report(run="r", node="n0", boot=1, seq=1, slots=1, store="s:1", available=(), past=5, holdings=held[:1])
+        second = Report(run="r", node="n1", boot=1, seq=1, slots=1, past=4 if stale else 5, holdings=held[1:])
+        coordinator = Coordinator(CoordinatorSettings(run="r", leader="n0", nodes_min=2, nodes_max=2))
+        sheets = [a.assignment for report in (first, second) for a in coordinator.step(report, 1.0) if isinstance(a, Assign)]
+        newest = max(sheets, key=lambda sheet: sheet.round)
+        assert (newest.round, newest.fence, newest.restart, newest.plan.step) == (6, 5, 0, step)
 
 
 def test_min_and_max_nodes_and_the_last_call():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from resilient.core.messages import Chair, Fetch, Holding, Parity, Rebuild, Record, Report
 from resilient.core.placement import Place
 from resilient.core.seating import Hall, seat
@@ -161,3 +163,29 @@ def test_a_group_of_which_nobody_is_left_in_its_set_up_starts_again():
     chairs = (chair(0, "dead", **setting_up), chair(1, "dead", **setting_up))
     assert seat(hall(report("n0", *chairs), activated=frozenset())).again
     assert seat(hall(report("n0", *chairs), activated=frozenset(), committed=frozenset({7}))).again
+
+
+def test_what_a_world_of_another_size_left_is_cut_for_everybody():
+    """Four ranks were, two are: all four snapshots are brought to both nodes; what looks like a rank's own is another world's."""
+    held = [Holding(rank=rank, snapshots=(6, 7), world_size=4, native=True) for rank in range(4)]
+    reports = {"n0": Report(run="r", node="n0", boot=1, seq=1, host="a", data_port=1, holdings=tuple(held[:2]))}
+    reports["n1"] = Report(run="r", node="n1", boot=1, seq=1, host="b", data_port=1, holdings=tuple(held[2:]))
+    places = {rank: Place(node=f"n{rank}", local_rank=0, why="") for rank in range(2)}
+    start = Hall(round=1, places=places, reports=reports, managed=True, committed=frozenset({5}))
+    found = seat(start)
+    assert (found.plan.tier, found.plan.step, found.plan.origin) == ("peer", 7, 4)
+    assert [(f.rank, f.source) for f in found.fetch["n0"]] == [(2, "b:1"), (3, "b:1")]
+    assert [(f.rank, f.source) for f in found.fetch["n1"]] == [(0, "a:1"), (1, "a:1")]
+    refused = seat(msgspec.structs.replace(start, poison=frozenset({("memory", 7, 2)})))
+    assert (refused.plan.step, refused.plan.origin) == (6, 4)
+    newer = seat(msgspec.structs.replace(start, committed=frozenset({7})))
+    assert (newer.plan.tier, newer.plan.origin) == ("persistent", 0)
+
+
+def test_what_a_predecessor_left_is_used_where_it_lies():
+    held = [Holding(rank=rank, snapshots=(6, 7 + rank), world_size=2, native=True) for rank in range(2)]
+    report = Report(run="r", node="n0", boot=1, seq=1, holdings=tuple(held))
+    places = {rank: Place(node="n0", local_rank=rank, why="") for rank in range(2)}
+    found = seat(Hall(round=1, places=places, reports={"n0": report}, managed=True))
+    assert (found.plan.tier, found.plan.step) == ("memory", 6)
+    assert not any(found.fetch.values())

@@ -1,9 +1,10 @@
 """A training whose losses do not depend on how many ranks share a batch: to be gone on with in a world of another size.
 
-    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary]
+    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary] [--hold N]
 
 Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl. `--flip`: before that step one
-bit of that rank's optimizer state changes, as a device that computes wrongly would leave it.
+bit of that rank's optimizer state changes, as a device that computes wrongly would leave it. `--hold`: in that step all ranks wait for the file
+DIR/go.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import time
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ parser.add_argument("--kind", default="ddp")
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--flip", default="")
 parser.add_argument("--canary", action="store_true")
+parser.add_argument("--hold", type=int, default=-1)
 args = parser.parse_args()
 
 run = resilient.init()
@@ -59,6 +62,11 @@ if args.canary:
     run.canary(lambda: model(kept).square().mean())
 
 for step in run.steps(args.steps):
+    if step == args.hold:
+        with run.section("hold"):
+            (args.out / f"held-{run.rank}").touch()
+            while not (args.out / "go").exists():
+                time.sleep(0.01)
     if args.flip == f"{run.rank}:{step}" and run.sound:
         moment = optimizer.state[next(model.parameters())]["exp_avg"]
         getattr(moment, "_local_tensor", moment).view(torch.uint8)[0, 2] ^= 64
