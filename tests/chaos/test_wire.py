@@ -19,7 +19,7 @@ import sealing
 import tally
 from test_vault import vault
 
-from resilient.checkpoint import haul, pipe
+from resilient.checkpoint import pipe, transport
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import Recorded
@@ -198,7 +198,7 @@ async def tried(where: pathlib.Path, port: int, rank: int, deed: Deed, at: float
 @pytest.mark.parametrize("trials", TRIALS)
 async def test_a_damaged_wire(tmp_path: pathlib.Path, trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "ANSWER_S", 1.0)  # a length that has grown is waited for
-    monkeypatch.setattr(haul, "STALL_S", 1.0)
+    monkeypatch.setattr(transport, "STALL_S", 1.0)
     number = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     print(f"seed {number}")
     dice, gate, ranks = random.Random(number), asyncio.Semaphore(AT_ONCE), iter(range(1 << 20))

@@ -176,7 +176,7 @@ def test_a_scheduler_that_signals_the_workers_too(tmp_path):
 
 
 def test_sigterm_with_too_little_time_commits_nothing(tmp_path):
-    with launched(tmp_path, "--steps", "100000", "--pause", "0.03", flags=("--grace-s", "0.02")) as run:
+    with launched(tmp_path, "--steps", "100000", "--pause", "0.03", flags=("--grace-s", "0.0005")) as run:
         run.until_step(20)
         message = stopped(run)
     assert kept(tmp_path) == ()
