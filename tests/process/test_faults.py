@@ -125,7 +125,7 @@ def two_nodes(where: pathlib.Path, arguments: list[str]) -> tuple[Launched, Laun
 
 
 @pytest.mark.parametrize(
-    ("kind", "every"), [("ddp", "1"), ("fsdp", "1"), ("fsdp", "auto"), pytest.param("fsdp", "6", marks=pytest.mark.long)]
+    ("kind", "every"), [("ddp", "1"), ("fsdp", "auto"), *(pytest.param("fsdp", every, marks=pytest.mark.long) for every in ("1", "6"))]
 )
 def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str, every: str) -> None:
     """Of sharded state nothing but what was sealed last, and what is on its way to the other node, is lost."""
@@ -149,7 +149,7 @@ def test_a_lost_node_is_made_up_for_by_the_other(tmp_path: pathlib.Path, monkeyp
     assert tuple(digests(tmp_path, 4)) == expected
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_node_lost_when_the_loop_is_over_loses_nothing(tmp_path: pathlib.Path, kind: str) -> None:
     """Its ranks finish on the other node, from what that has in memory: under DDP their own states and anybody's snapshot."""
     expected = undisturbed(kind, "dropout,sched", world=4, steps=20)
@@ -192,7 +192,7 @@ def kill_everything(run: Launched) -> None:
     run.process.wait()
 
 
-@pytest.mark.parametrize(("kind", "damage"), [("ddp", False), ("fsdp", True)])
+@pytest.mark.parametrize(("kind", "damage"), [pytest.param("ddp", False, marks=pytest.mark.long), ("fsdp", True)])
 def test_everything_killed_continues_from_the_persistent_tier(tmp_path: pathlib.Path, kind: str, damage: bool) -> None:
     steps, features = 60, "dropout,sched,stream"
     expected = undisturbed(kind, features, steps=steps)

@@ -133,7 +133,7 @@ def test_after_the_loss_of_a_node_its_copies_are_made_again_elsewhere(copies):
         assert peers[host.name] - {"n3:1"} <= set(host.orders.peers), "a copy moved that was not lost"
 
 
-@pytest.mark.parametrize("block", range(2))
+@pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_checkpoints_go_on_after_the_storm_and_a_sigterm_loses_nothing_sealed(block):
     """Intervals chosen by the run, wishes from outside, bad weather; then steps to make up for it, and SIGTERM to one node."""
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
