@@ -48,7 +48,7 @@ def torment(run: Launched, dice: random.Random, kills: int) -> int:
     return blows
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_twenty_kills(tmp_path: pathlib.Path, kind: str) -> None:
     seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     print(f"seed {seed}")

@@ -45,6 +45,7 @@ def test_an_endless_loop_is_found_and_its_rank_named_not_its_victims(tmp_path: p
     assert run.incidents()[0]["cause"] == "stalled"
 
 
+@pytest.mark.long
 def test_a_long_section_and_a_slow_first_step_are_no_hangs(tmp_path: pathlib.Path) -> None:
     with Launched(tmp_path, [*flags(), "--first-step-timeout", "60"], "quiet.py", ["--out", str(tmp_path)]) as run:
         assert run.wait() == 0, run.text()
@@ -170,6 +171,7 @@ def test_a_node_lost_when_the_loop_is_over_loses_nothing(tmp_path: pathlib.Path,
     assert tuple(digests(tmp_path, 4)) == expected
 
 
+@pytest.mark.long
 def test_the_loss_of_the_coordinators_node_ends_everything_with_a_clear_message(tmp_path: pathlib.Path) -> None:
     first, second = two_nodes(tmp_path, job(tmp_path, *SLOW, steps=2000))
     with first, second:
