@@ -61,7 +61,7 @@ class Sealing:
         """A round begins at `step`: what later ones sealed is gone, and somebody may be new."""
         self._alike = False
         if self.newest > step:
-            self.newest = NONE  # the step sealed last
+            self.newest = NONE
 
     def wish(self, step: int, *, rank: int, sharded: bool, asked: bool) -> int:
         """For the step that will be `step`. sharded: other ranks do not hold what this one does; asked: a checkpoint is wanted."""
