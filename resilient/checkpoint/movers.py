@@ -6,8 +6,8 @@ ones stand in the yard, and whoever has his hands free takes the next.
 Contract: every byte of every move is copied before `move` returns, whatever it raises: no thread writes into memory that its caller has
 given away. Sources and targets do not overlap, and stay where they are meanwhile. The caller is one of the threads. The others are made
 when first needed, never at import (workers are forked from a process with one thread), and once; a forked child makes its own.
-Numbers: one memcpy pass; a hundred microseconds to call the others; 0.3 us for each small move. Large moves are cut, so that the work is
-shared by bytes and nobody waits for longer than one piece takes (0.5 ms).
+Numbers: one pass of memory (stream.py); a hundred microseconds to call the others; 0.3 us for each small move. Large moves are cut, so
+that the work is shared by bytes and nobody waits for longer than one piece takes (0.5 ms).
 Rejected: tensor.copy_ (half of memcpy's speed on one thread of some machines: it reads what it is about to overwrite); one share per
 thread cut beforehand (a thread that is late, or sits on a busy core, keeps all others waiting).
 """
@@ -20,6 +20,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final
 
+from resilient.checkpoint import stream
 from resilient.errors import TierUnavailable
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ _ALONE: Final = 2 * PIECE  # less than this is copied before the others are awak
 _PATIENCE_S: Final = 60.0  # with a thread that does not come back, plus the time for the bytes
 _PATIENCE_BYTES_S: Final = 100 << 20
 
-_copy: Final = ctypes.memmove  # without the lock of the interpreter
 _copy_small = ctypes.PyDLL(None).memmove  # with it: nobody is woken for a few bytes
 _copy_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _copy_small.restype = None
@@ -90,4 +90,4 @@ def _work(pieces: deque[Move]) -> None:
             target, source, count = pieces.popleft()
         except IndexError:
             return  # somebody else took the last one
-        _copy(target, source, count)
+        stream.copy(target, source, count)

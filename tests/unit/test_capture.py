@@ -200,7 +200,7 @@ def test_what_a_thread_raises_is_raised_here_and_the_rest_is_copied(monkeypatch)
     source, target = bytearray(os.urandom(1 << 20)), bytearray(1 << 20)
     pieces = movers.cut((address(target), address(source), 1 << 20))
     there = threading.Barrier(2, timeout=30)
-    copy, first = movers._copy, []
+    copy, first = movers.stream.copy, []
 
     def failing(*move):
         if not first:
@@ -213,7 +213,7 @@ def test_what_a_thread_raises_is_raised_here_and_the_rest_is_copied(monkeypatch)
         work(pieces_left)
 
     work = movers._work
-    monkeypatch.setattr(movers, "_copy", failing)
+    monkeypatch.setattr(movers.stream, "copy", failing)
     monkeypatch.setattr(movers, "_work", both)
     with pytest.raises(MemoryError, match="no room for one"):
         Movers(2).move([], pieces)
