@@ -18,7 +18,8 @@ import msgspec
 from resilient.checkpoint import safetensors
 from resilient.checkpoint.committed import directory_of
 from resilient.checkpoint.disk import METADATA, DiskTier
-from resilient.checkpoint.storage import Input, Output, Storage, put
+from resilient.checkpoint.output import Output, put
+from resilient.checkpoint.storage import Input, Storage
 from resilient.checkpoint.tally import PIECE
 from resilient.checkpoint.tensors import Entry, Tensors
 from resilient.errors import CheckpointError, SnapshotMissing

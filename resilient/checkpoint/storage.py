@@ -5,7 +5,7 @@ Think of a goods lift: it knows nothing of what is in the crates, only how to br
 Contract: paths are relative to the URL. A file is there whole or not at all: a local one is written under another name, fsynced, renamed,
 and its directory fsynced; an object store shows an object when its upload is complete. Errors of storage are TierUnavailable with the URL;
 what is not there is FileNotFoundError. Blocks: whoever must not wait calls it from a thread. Any number of threads at once.
-How files are written and read: local.py, remote.py.
+How files are written and read: output.py, local.py, remote.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from resilient.checkpoint import local, remote
+from resilient.checkpoint.output import Output, put
 from resilient.errors import TierUnavailable
 
 # what drivers raise that is no OSError, as far as they are loaded
@@ -35,28 +36,6 @@ _FAILURES: Final = (
 )
 
 
-class Output(Protocol):
-    """A file that is being written, from its start to its end."""
-
-    position: int  # bytes so far
-
-    def room(self, wanted: int) -> memoryview:
-        """Memory to be filled, of 1 to `wanted` bytes; then say `filled`."""
-        ...
-
-    def filled(self, count: int) -> None:
-        """So many bytes of the last `room` are the next ones of the file."""
-        ...
-
-    def lend(self, view: memoryview) -> None:
-        """The next bytes, from memory that nobody uses for anything else before `finish`."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing comes any more: bring all of it to where it will be."""
-        ...
-
-
 class Input(Protocol):
     """A file that is there."""
 
@@ -65,16 +44,6 @@ class Input(Protocol):
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` on. Raises SnapshotCorrupt if the file is too short."""
         ...
-
-
-def put(output: Output, data: bytes | memoryview) -> None:
-    """The next bytes, from memory of one's own."""
-    view = memoryview(data).cast("B")
-    while view:
-        room = output.room(len(view))
-        room[:] = view[: len(room)]
-        output.filled(len(room))
-        view = view[len(room) :]
 
 
 class Storage:
