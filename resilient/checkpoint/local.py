@@ -34,6 +34,14 @@ _LENT_MIN: Final = 64 << 10  # less than this is copied sooner than its pages ar
 _VIEWS_MAX: Final = 512  # in one call; Linux takes 1024
 
 
+def in_the_way(directory: str) -> str:
+    """The file that stands where this directory, or one above it, should be; "" if none does."""
+    place = directory or "/"
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return "" if os.path.isdir(place) else place
+
+
 class LocalInput:
     """As `Input`."""
 

@@ -52,7 +52,7 @@ class Storage:
     """What lies under one URL."""
 
     def __init__(self, url: str, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL.
+        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for such a URL.
 
         wanted: whether somebody still waits for what this thread does. What hung and was given up must not change anything afterwards.
         """
@@ -60,11 +60,13 @@ class Storage:
         self._wanted = wanted
         try:
             fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other nodes write there too
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, TypeError, AttributeError, OSError) as error:  # drivers say in many ways what a URL lacks
             raise TierUnavailable(f"checkpoint URL {url!r}: {error}") from error
         self._fs: Any = fs
         self._root = str(root).rstrip("/")
         self._local = isinstance(fs, LocalFileSystem)
+        if self._local and (file := local.in_the_way(self._root)):
+            raise TierUnavailable(f"checkpoint URL {url!r}: a directory expected, a file found ({file})")
 
     def where(self, path: str) -> str:
         """For people."""
