@@ -104,7 +104,13 @@ def _run(command: Callable[[argparse.Namespace, Bar], int], args: argparse.Names
 
 
 def _ls(args: argparse.Namespace, bar: Bar) -> int:
-    return _each(args, bar, _tier(args.url, bar), lambda _step: {})
+    tier = _tier(args.url, bar)
+
+    def there(step: int) -> Facts:
+        tier.check_sizes(tier.manifest(step))
+        return {}
+
+    return _each(args, bar, tier, there)
 
 
 def _verify(args: argparse.Namespace, bar: Bar) -> int:

@@ -20,12 +20,11 @@ from typing import Final
 
 import msgspec
 
-from resilient.checkpoint.chest import SLOT_COUNT, Berth, MemoryTier
+from resilient.checkpoint.chest import SLOT_COUNT, MemoryTier
 from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.parity import PARITY
-from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
@@ -35,6 +34,7 @@ from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Re
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
+from resilient_agents.courier import Courier
 from resilient_agents.drain import Drain
 from resilient_agents.hashing import Hashing
 from resilient_agents.heir import Heir
@@ -308,13 +308,13 @@ class Vault:
 
     async def _fetch(self, wanted: Fetch) -> None:
         patient_until = time.monotonic() + FETCH_PATIENCE_S
-        peer = self._copies.peer(wanted.source) if wanted.tier == "peer" and wanted.source not in ("", self._address) else None
-        berths: dict[SnapshotKey, Berth] = {}  # the same ones at the next try, which goes on where this one broke off
+        elsewhere = wanted.tier == "peer" and wanted.source not in ("", self._address)
+        courier = Courier(wanted, self._copies.peer(wanted.source), self._memory, self._notes) if elsewhere else None
         self._coming.add(wanted.rank)
         try:
             while wanted in self._fetches:
                 try:
-                    await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted, peer, berths))
+                    await (self._fetch_persistent(wanted) if wanted.tier == "persistent" else self._fetch_peer(wanted, courier))
                     break
                 except CheckpointError as error:
                     if not isinstance(error, TierUnavailable) or time.monotonic() > patient_until:
@@ -324,8 +324,8 @@ class Vault:
                 await asyncio.sleep(FETCH_PAUSE_S)
         finally:
             self._coming.discard(wanted.rank)
-            if peer is not None:
-                peer.close()
+            if courier is not None:
+                courier.close()
         self._tell_notes(wanted.rank)
         if wanted in self._fetches:
             self._fetches[wanted] = True
@@ -345,18 +345,13 @@ class Vault:
         with self._memory.berth(key) as berth:
             await self._drain.fetch(key, berth)
 
-    async def _fetch_peer(self, wanted: Fetch, peer: Peer | None, berths: dict[SnapshotKey, Berth]) -> None:
-        """From `peer`, or, if that is None, from ourselves."""
+    async def _fetch_peer(self, wanted: Fetch, courier: Courier | None) -> None:
+        """From another node; None: from ourselves."""
         rank = wanted.rank
         for note in self.heir.minutes if wanted.tier == "memory" else ():
             self._notes.add(note)
-        if peer is not None:
-            for key in await peer.list():  # ascending by step, so that the newest start comes last
-                if key.rank == rank and (key.kind != "snapshot" or key.step == wanted.step):
-                    with berths.setdefault(key, self._memory.berth(key)) as berth:
-                        await peer.get(key, berth)
-            for note in await peer.notes(rank):
-                self._notes.add(note)
+        if courier is not None:
+            await courier.bring()
         if wanted.rebuild is not None and wanted.step not in self._memory.chest(rank).sealed("snapshot"):
             with self._memory.berth(SnapshotKey(rank, wanted.step)) as berth:
                 await self._parities.rebuild(wanted, berth)

@@ -73,6 +73,19 @@ def load(parts: Sequence[Part], payload: memoryview) -> None:
     Packing(parts, Movers(1)).load(payload)
 
 
+def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Values of the same shape into a tensor, in place; into one that was expanded, where it has memory."""
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor, values = tensor.narrow(axis, 0, 1), values.narrow(axis, 0, 1)
+    tensor.copy_(values)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values as bytes, (n,) uint8: its own memory if that is plain."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
 class Passage:
     """Copies under way out of tensors that are expected to stay as they are meanwhile."""
 
@@ -115,7 +128,7 @@ class _Host:
     other: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # not plain bytes, and their offsets
 
     def add(self, tensor: torch.Tensor, offset: int, count: int) -> None:
-        if not _plain(tensor):
+        if not plain(tensor):
             self.other.append((tensor, offset))
         else:
             (self.large if count > SMALL else self.small).append(tensor)
@@ -138,7 +151,10 @@ class _Host:
             with torch.no_grad():
                 for tensor, offset in self.other:
                     packed = flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-                    (packed if out else tensor).copy_(tensor if out else packed)
+                    if out:
+                        packed.copy_(tensor)
+                    else:
+                        fill(tensor, packed)
             movers.move(small, [piece for move in large for piece in cut(move)])
             memory.clear()
 
@@ -235,7 +251,7 @@ def _mark(part: Part) -> tuple[int, int]:
     return part.version, part.local.data_ptr()
 
 
-def _plain(tensor: torch.Tensor) -> bool:
+def plain(tensor: torch.Tensor) -> bool:
     """Whether its values are just the bytes behind data_ptr, in the order of its shape."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -157,7 +157,7 @@ class DiskTier:
         if [entry.rank for entry in entries] != list(range(len(entries))) or not entries:
             raise CheckpointError(f"checkpoint step={step}: ranks 0..n-1 expected, {[entry.rank for entry in entries]} given")
         manifest = Manifest(format=FORMAT, step=step, world_size=len(entries), run=run, ranks=entries, origin=origin)
-        self._check_sizes(manifest)
+        self.check_sizes(manifest)
         whole = Checkpoint(self._storage, manifest)
         tails = whole.all_tails()
         if differences := replicas.compare({rank: (described, tail.digests) for rank, (tail, described) in tails.items()}):
@@ -228,7 +228,7 @@ class DiskTier:
     def verify(self, step: int) -> None:
         """Read every byte of a committed step and compare all digests. Raises SnapshotCorrupt, SnapshotMissing naming the file."""
         whole = self.checkpoint(step)
-        self._check_sizes(whole.manifest)
+        self.check_sizes(whole.manifest)
         index = f"{directory_of(step)}/{METADATA}"
         try:
             found = xxhash.xxh3_128_hexdigest(self._storage.read(index))
@@ -250,16 +250,18 @@ class DiskTier:
         return Checkpoint(self._storage, manifest)
 
     def _directories(self) -> tuple[int, ...]:
-        return tuple(sorted(int(match[1]) for name in self._storage.names() if (match := _STEP_NAME.fullmatch(name))))
+        found = ((int(match[1]), name) for name in self._storage.names() if (match := _STEP_NAME.fullmatch(name)))
+        return tuple(sorted(step for step, name in found if name == directory_of(step)))  # step-000000001 is somebody else's
 
     def _is_whole(self, step: int) -> bool:
         try:
-            self._check_sizes(self.manifest(step))
+            self.check_sizes(self.manifest(step))
         except (SnapshotCorrupt, SnapshotMismatch, SnapshotMissing):
             return False
         return True
 
-    def _check_sizes(self, manifest: Manifest) -> None:
+    def check_sizes(self, manifest: Manifest) -> None:
+        """All files of that step are there in full length: one listing. Raises SnapshotMissing, SnapshotCorrupt naming the file."""
         there = self._storage.sizes(directory_of(manifest.step))
         for entry in manifest.ranks:
             where = self._storage.where(f"{directory_of(manifest.step)}/{entry.file}")

@@ -5,12 +5,14 @@ Think of a certified copy: every page is compared with the register before it le
 Contract: `export` copies what torch.distributed.checkpoint reads: the rank files, then `.metadata`. `export_safetensors` writes the
 parameters and buffers of one module, put together from all ranks, under the names that the plain module has, tied tensors once, as Hugging
 Face users have them: `model.safetensors`, or numbered shards and, last, their index. Every byte is checked on the way. What is there stays:
-a directory that holds a checkpoint is refused. Memory: one piece of a file, or one tensor, at a time.
+a directory that holds one of the files is refused, and an export that is broken off takes its own files away again. Memory: one piece of a
+file, or one tensor, at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -18,10 +20,11 @@ import msgspec
 from resilient.checkpoint import safetensors
 from resilient.checkpoint.committed import directory_of
 from resilient.checkpoint.disk import METADATA, DiskTier
-from resilient.checkpoint.storage import Input, Output, Storage, put
+from resilient.checkpoint.output import Output, put
+from resilient.checkpoint.storage import Input, Storage
 from resilient.checkpoint.tally import PIECE
 from resilient.checkpoint.tensors import Entry, Tensors
-from resilient.errors import CheckpointError, SnapshotMissing
+from resilient.errors import CheckpointError, SnapshotMissing, TierUnavailable
 
 
 class Exported(NamedTuple):
@@ -38,47 +41,56 @@ def export(tier: DiskTier, step: int, directory: str) -> Exported:
 
     Raises SnapshotMissing, SnapshotCorrupt (naming the file) of what is read, CheckpointError for a directory that is taken.
     """
-    target = Storage(directory)
-    _check_free(target, METADATA)
-    tier.verify(step)
     whole = tier.checkpoint(step)
     tensors, total = set(), 0
-    for entry in whole.manifest.ranks:
-        tail, described = whole.tail(entry.rank)
-        tensors |= {described.rows[item.row].key for item in tail.items}
-        with whole.reading(entry.rank) as file, target.writing(entry.file) as output:
-            _copy(file, output, entry.tail_at)
-        total += entry.tail_at
-    target.write(METADATA, whole.storage.read(f"{directory_of(step)}/{METADATA}"))
+    with _into(directory, METADATA, *(entry.file for entry in whole.manifest.ranks)) as target:
+        tier.verify(step)
+        for entry in whole.manifest.ranks:
+            tail, described = whole.tail(entry.rank)
+            tensors |= {described.rows[item.row].key for item in tail.items}
+            with whole.reading(entry.rank) as file, target.writing(entry.file) as output:
+                _copy(file, output, entry.tail_at)
+            total += entry.tail_at
+        target.write(METADATA, whole.storage.read(f"{directory_of(step)}/{METADATA}"))
     return Exported(step, len(tensors), total, len(whole.manifest.ranks) + 1)
 
 
 def export_safetensors(tier: DiskTier, step: int, directory: str, *, name: str, shard_bytes_max: int) -> Exported:
     """Write the module that was tracked as `name`. Raises as `export`; SnapshotMissing if there is none of that name."""
-    target = Storage(directory)
-    _check_free(target, safetensors.INDEX, "model" + safetensors.SUFFIX)
     tensors = Tensors(tier.checkpoint(step))
     if not (entries := tensors.of(name)):
         names = sorted({str(entry.path[0]) for entry in tensors.entries.values() if len(entry.path) == 2})
         raise SnapshotMissing(f"{tier.url} step {step}: module {name!r} expected, {', '.join(names) or 'none'} found")
     shards = list(_shards(entries, shard_bytes_max))
+    numbers = [f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "" for number in range(1, len(shards) + 1)]
+    files = ["model" + number + safetensors.SUFFIX for number in numbers]
     total = 0
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model" + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + safetensors.SUFFIX
-        _write_file(target, file, tensors, shard)
-        where |= dict.fromkeys((_name(entry) for entry in shard), file)
-        total += sum(entry.num_bytes for entry in shard)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        target.write(safetensors.INDEX, msgspec.json.format(msgspec.json.encode(index), indent=2))
+    with _into(directory, safetensors.INDEX, "model" + safetensors.SUFFIX, *files) as target:
+        for file, shard in zip(files, shards, strict=True):
+            _write_file(target, file, tensors, shard)
+            where |= dict.fromkeys((_name(entry) for entry in shard), file)
+            total += sum(entry.num_bytes for entry in shard)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            target.write(safetensors.INDEX, msgspec.json.format(msgspec.json.encode(index), indent=2))
     return Exported(step, len(entries), total, len(shards) + (len(shards) > 1))
 
 
-def _check_free(target: Storage, *names: str) -> None:
-    for name in names:
-        if target.exists(name):
-            raise CheckpointError(f"export to {target.url}: a directory without {name} expected, it is there already")
+@contextlib.contextmanager
+def _into(directory: str, *names: str) -> Iterator[Storage]:
+    """Where files of these names come: none of them is there before, and none stays if the block ends with an exception."""
+    target = Storage(directory)
+    there = set(target.names())
+    if taken := [name for name in names if name in there]:
+        raise CheckpointError(f"export to {target.url}: a directory without {taken[0]} expected, it is there already")
+    try:
+        yield target
+    except BaseException:
+        for name in dict.fromkeys(names):
+            with contextlib.suppress(TierUnavailable):  # the first error is the one to be told
+                target.remove(name)
+        raise
 
 
 def _name(entry: Entry) -> str:

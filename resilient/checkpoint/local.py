@@ -2,7 +2,7 @@
 
 Think of the back door of a warehouse: goods that nobody will ask for soon are not carried through the shop.
 
-Contract: as Output and Input (storage.py). A file is written under another name, made durable, and renamed.
+Contract: as Output (output.py) and Input (storage.py). A file is written under another name, made durable, and renamed.
 Numbers: written past the page cache (O_DIRECT), so that nothing of training's memory is pushed out, while the next bytes are hashed: twice
 the speed of a buffered write with fsync. What lies in memory as in the file is written from there, for a third of what a copy costs. Beside
 training on all cores as fast as a bare loop of O_DIRECT writes, hashing included. Read through the page cache with a wide read-ahead: as
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Final
 
+from resilient.checkpoint.output import put
 from resilient.errors import SnapshotCorrupt
 
 BUFFER_BYTES: Final = 8 << 20
@@ -31,6 +32,14 @@ _BATCH_BYTES: Final = 32 << 20  # that are lent: a thread of low priority has to
 _BLOCK: Final = 4096  # what O_DIRECT wants lengths and addresses to be multiples of
 _LENT_MIN: Final = 64 << 10  # less than this is copied sooner than its pages are pinned
 _VIEWS_MAX: Final = 512  # in one call; Linux takes 1024
+
+
+def in_the_way(directory: str) -> str:
+    """The file that stands where this directory, or one above it, should be; "" if none does."""
+    place = directory or "/"
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return "" if os.path.isdir(place) else place
 
 
 class LocalInput:
@@ -110,15 +119,15 @@ class LocalOutput:
         edge = -self.position % _BLOCK
         inside = (len(view) - edge) // _BLOCK * _BLOCK
         if inside < _LENT_MIN or (_address(view) + edge) % _BLOCK:
-            self._copy(view)
+            put(self, view)
             return
-        self._copy(view[:edge])
+        put(self, view[:edge])
         self._gather()
         self._batch.append(view[edge : edge + inside])
         self.position += inside
         if self.position - self._begin >= _BATCH_BYTES:
             self._flush()
-        self._copy(view[edge + inside :])
+        put(self, view[edge + inside :])
 
     def finish(self) -> None:
         """Write what is left, cut to the true length, make it durable."""
@@ -134,13 +143,6 @@ class LocalOutput:
         """Once, whether finished or not."""
         self._writer.close()
         os.close(self._fd)
-
-    def _copy(self, view: memoryview) -> None:
-        while view:
-            room = self.room(len(view))
-            room[:] = view[: len(room)]
-            self.filled(len(room))
-            view = view[len(room) :]
 
     def _gather(self) -> None:
         """What was copied goes before what comes. In whole blocks."""

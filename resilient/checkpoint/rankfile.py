@@ -22,8 +22,9 @@ import zstandard
 
 from resilient.checkpoint import extras, layout
 from resilient.checkpoint.layout import Layout, Row
+from resilient.checkpoint.output import Output, put
 from resilient.checkpoint.source import Source
-from resilient.checkpoint.storage import Input, Output, put
+from resilient.checkpoint.storage import Input
 from resilient.checkpoint.tally import PIECE, Tally, tensor_digest
 from resilient.checkpoint.torchfile import cover
 from resilient.errors import SnapshotCorrupt

@@ -2,9 +2,9 @@
 
 Think of moving house with a few vans instead of one: the boxes are numbered, arrive in any order, and the door is locked when all are in.
 
-Contract: as Output and Input (storage.py). On s3 a file appears when its last part is there and the upload is completed; what was begun and
-not completed is taken back, or, where the process was killed, left to the bucket's rule for incomplete uploads. Memory: PARTS parts while
-writing, twice that while reading. Waits end by the driver's own timeouts.
+Contract: as Output (output.py) and Input (storage.py). On s3 a file appears when its last part is there and the upload is completed; what
+was begun and not completed is taken back, or, where the process was killed, left to the bucket's rule for incomplete uploads. Memory: PARTS
+parts while writing, twice that while reading. Waits end by the driver's own timeouts.
 Numbers: one connection to an object store carries about 100 MB/s, whatever stands behind it. S3 takes at most 10,000 parts, so parts of a
 file that is announced as large are larger.
 Rejected: fsspec's file objects for s3 (one part at a time, and no more than 10,000 of them); several files per rank (everything that reads
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from fsspec.spec import AbstractBufferedFile
 
+from resilient.checkpoint.output import put
 from resilient.errors import SnapshotCorrupt
 
 PARTS: Final = 6  # being sent or fetched at a time
@@ -44,27 +45,7 @@ def writing(fs: Any, path: str, about_bytes: int, failures: tuple[type[Exception
         raise
 
 
-class _Copying:
-    """What goes over a wire is copied first: a part that fails is sent again."""
-
-    def lend(self, view: memoryview) -> None:
-        """As `Output.lend`."""
-        while view:
-            room = self.room(len(view))
-            room[:] = view[: len(room)]
-            self.filled(len(room))
-            view = view[len(room) :]
-
-    def room(self, wanted: int) -> memoryview:
-        """As `Output.room`."""
-        raise NotImplementedError
-
-    def filled(self, count: int) -> None:
-        """As `Output.filled`."""
-        raise NotImplementedError
-
-
-class Parts(_Copying):
+class Parts:
     """A multi-part upload to s3."""
 
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:
@@ -91,6 +72,10 @@ class Parts(_Copying):
         if self._used == self._part_bytes:
             self._send(self._buffer)
             self._buffer = self._spare.pop() if self._spare else bytearray(self._part_bytes)
+
+    def lend(self, view: memoryview) -> None:
+        """As `Output.lend`: copied, for a part that fails is sent again."""
+        put(self, view)
 
     def finish(self) -> None:
         """As `Output.finish`."""
@@ -136,7 +121,7 @@ def _word(answer: dict[str, Any], name: str) -> str:
     return str(answer[name])
 
 
-class Whole(_Copying):
+class Whole:
     """A file as the driver writes it, one part after the other."""
 
     def __init__(self, fs: Any, path: str, part_bytes: int) -> None:
@@ -160,6 +145,10 @@ class Whole(_Copying):
         self._used += count
         if self._used == len(self._buffer):
             self._flush()
+
+    def lend(self, view: memoryview) -> None:
+        """As `Output.lend`: copied, for a part that fails is sent again."""
+        put(self, view)
 
     def finish(self) -> None:
         """As `Output.finish`."""

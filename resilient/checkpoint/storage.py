@@ -5,7 +5,7 @@ Think of a goods lift: it knows nothing of what is in the crates, only how to br
 Contract: paths are relative to the URL. A file is there whole or not at all: a local one is written under another name, fsynced, renamed,
 and its directory fsynced; an object store shows an object when its upload is complete. Errors of storage are TierUnavailable with the URL;
 what is not there is FileNotFoundError. Blocks: whoever must not wait calls it from a thread. Any number of threads at once.
-How files are written and read: local.py, remote.py.
+How files are written and read: output.py, local.py, remote.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from resilient.checkpoint import local, remote
+from resilient.checkpoint.output import Output, put
 from resilient.errors import TierUnavailable
 
 # what drivers raise that is no OSError, as far as they are loaded
@@ -34,27 +35,7 @@ _FAILURES: Final = (
     ("azure.core.exceptions", "AzureError"),
 )
 
-
-class Output(Protocol):
-    """A file that is being written, from its start to its end."""
-
-    position: int  # bytes so far
-
-    def room(self, wanted: int) -> memoryview:
-        """Memory to be filled, of 1 to `wanted` bytes; then say `filled`."""
-        ...
-
-    def filled(self, count: int) -> None:
-        """So many bytes of the last `room` are the next ones of the file."""
-        ...
-
-    def lend(self, view: memoryview) -> None:
-        """The next bytes, from memory that nobody uses for anything else before `finish`."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing comes any more: bring all of it to where it will be."""
-        ...
+_WILD: Final = frozenset("*?[")
 
 
 class Input(Protocol):
@@ -67,21 +48,11 @@ class Input(Protocol):
         ...
 
 
-def put(output: Output, data: bytes | memoryview) -> None:
-    """The next bytes, from memory of one's own."""
-    view = memoryview(data).cast("B")
-    while view:
-        room = output.room(len(view))
-        room[:] = view[: len(room)]
-        output.filled(len(room))
-        view = view[len(room) :]
-
-
 class Storage:
     """What lies under one URL."""
 
     def __init__(self, url: str, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for this kind of URL.
+        """Nothing is opened yet but fsspec's own driver. Raises TierUnavailable if there is none for such a URL.
 
         wanted: whether somebody still waits for what this thread does. What hung and was given up must not change anything afterwards.
         """
@@ -89,11 +60,13 @@ class Storage:
         self._wanted = wanted
         try:
             fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other nodes write there too
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, TypeError, AttributeError, OSError) as error:  # drivers say in many ways what a URL lacks
             raise TierUnavailable(f"checkpoint URL {url!r}: {error}") from error
         self._fs: Any = fs
         self._root = str(root).rstrip("/")
         self._local = isinstance(fs, LocalFileSystem)
+        if self._local and (file := local.in_the_way(self._root)):
+            raise TierUnavailable(f"checkpoint URL {url!r}: a directory expected, a file found ({file})")
 
     def where(self, path: str) -> str:
         """For people."""
@@ -134,9 +107,15 @@ class Storage:
 
     def remove_tree(self, path: str) -> None:
         """All below `path`."""
+        where = self.where(path)
         with self._answering(), contextlib.suppress(FileNotFoundError):
             self._still_wanted()
-            self._fs.rm(self.where(path), recursive=True)
+            if self._local or _WILD.isdisjoint(where):
+                self._fs.rm(where, recursive=True)
+                return
+            for file in self._fs.find(where):  # many drivers' `rm` would take it for a pattern, and remove what is another run's
+                self._fs.rm_file(file)
+            self._fs.rmdir(where)
 
     # ------------------------------------------------------------------ reading
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parameter import is_lazy
 
-from resilient.checkpoint.layout import Row
+from resilient.checkpoint.layout import ITEMSIZES, Row
+from resilient.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +61,12 @@ class Item:
 
 
 def item_of(key: str, tensor: Tensor, owner: Owner | None = None, *, steady: bool = False) -> Item:
-    """The label of `tensor`."""
+    """The label of `tensor`. Raises UsageError if its memory is nothing that could be copied."""
     local = local_part(tensor)
+    if why := oddity(local):
+        raise UsageError(f"{key}: a tensor with memory of its own expected, {why} found")
+    if (dtype := str(local.dtype).removeprefix("torch.")) not in ITEMSIZES:
+        raise UsageError(f"{key}: a tensor of one of {', '.join(ITEMSIZES)} expected, {dtype} found")
     if isinstance(tensor, DTensor):
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     else:
@@ -70,3 +77,14 @@ def item_of(key: str, tensor: Tensor, owner: Owner | None = None, *, steady: boo
 def local_part(tensor: Tensor) -> Tensor:
     """Of a DTensor its local tensor; to_local() inside no_grad would give an alias whose version counter is its own."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001
+
+
+def oddity(tensor: Tensor) -> str:
+    """What keeps this tensor from being copied as plain values, for people; "" if nothing does."""
+    if is_lazy(tensor):
+        return "one that a lazy module has not made yet"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"one of layout {'nested' if tensor.is_nested else tensor.layout}"
+    if tensor.is_meta:
+        return "one on the meta device"
+    return "a quantized one" if tensor.is_quantized else ""

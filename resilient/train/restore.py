@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from resilient.checkpoint import capture
 from resilient.core.messages import Plan, Refused
 from resilient.errors import SnapshotMismatch
 from resilient.train.group import Several
@@ -60,7 +61,7 @@ def take(comm: Comm, tracked: Tracked, plan: Plan) -> None:
     _recv(comm, [layout], source)
     tracked.shape_like(layout.numpy().tobytes(), f"live state of rank {source}")
     batches = list(_batches(tracked.shared()))
-    flats = [_bytes(b[0]) if _whole(b) else torch.empty(sum(i.num_bytes for i in b), dtype=torch.uint8) for b in batches]
+    flats = [capture.as_bytes(b[0].local) if _whole(b) else torch.empty(sum(i.num_bytes for i in b), dtype=torch.uint8) for b in batches]
     _recv(comm, flats, source)
     for flat, items in zip(flats, batches, strict=True):
         _unpack(flat, items)
@@ -88,19 +89,15 @@ def _batches(items: list[Item]) -> Iterator[list[Item]]:
         yield pack
 
 
-def _bytes(item: Item) -> torch.Tensor:
-    return item.local.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
 def _whole(items: list[Item]) -> bool:
-    return len(items) == 1 and items[0].local.is_contiguous() and items[0].local.device.type == "cpu"
+    return len(items) == 1 and capture.plain(items[0].local)
 
 
 def _packed(items: list[Item]) -> torch.Tensor:
     """One host tensor of bytes; of a single contiguous host tensor, the tensor itself."""
     if _whole(items):
-        return _bytes(items[0])
-    return torch.cat([_bytes(item).cpu() for item in items])
+        return capture.as_bytes(items[0].local)
+    return torch.cat([capture.as_bytes(item.local).cpu() for item in items])
 
 
 def _unpack(flat: torch.Tensor, items: list[Item]) -> None:
@@ -110,7 +107,7 @@ def _unpack(flat: torch.Tensor, items: list[Item]) -> None:
     with torch.no_grad():
         for item in items:
             raw = flat[offset : offset + item.num_bytes].clone()  # a fresh start: views of other dtypes want alignment
-            item.local.copy_(raw.view(item.local.dtype).view(item.local.shape))
+            capture.fill(item.local, raw.view(item.local.dtype).view(item.local.shape))
             offset += item.num_bytes
 
 

@@ -36,7 +36,8 @@ from resilient.checkpoint import capture, codec
 from resilient.checkpoint.layout import ALIGN, Layout, Row, decode
 from resilient.errors import SnapshotMismatch, UsageError
 from resilient.train import rng, twins, wrappers
-from resilient.train.item import Item, item_of, local_part
+from resilient.train.buffers import Buffers
+from resilient.train.item import Item, item_of, local_part, oddity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,7 @@ class Tracked:
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Optimizer] = {}
         self.others: dict[str, Any] = {}
+        self._buffers: dict[str, Buffers] = {}  # of the modules that have own ones
         self._items: list[Item] | None = None
         self._layout: tuple[bytes, str] | None = None  # of `_items`, once somebody asked
         self._keys: dict[int, str] = {}  # id of a parameter -> its key in `shared`
@@ -68,6 +70,8 @@ class Tracked:
             raise UsageError(msg)
         if isinstance(thing, nn.Module):
             self.modules[name] = thing
+            if not gated(thing):
+                self._buffers[name] = Buffers(name, thing)
         elif isinstance(thing, Optimizer):
             self.optimizers[name] = thing
         elif isinstance(thing, torch.Generator) or all(
@@ -155,7 +159,7 @@ class Tracked:
     @property
     def has_buffers(self) -> bool:
         """Whether modules have buffers that are own state (BatchNorm's statistics)."""
-        return any(True for module in self.modules.values() if not gated(module) for _ in _persistent_buffers(module))
+        return any(self._buffers.values())
 
     def by_hand(self) -> list[Tensor]:
         """Shared tensors that no optimizer and no gate moves: an EMA that the body updates itself, frozen layers."""
@@ -264,9 +268,8 @@ class Tracked:
         """This rank's own state, encoded. Raises CheckpointError naming the key of anything that is not plain data."""
         present = [i for i, p in enumerate(self.trained()) if p.grad is not None]
         tree: dict[str, Any] = {_RNG: rng.take(), _GRADS: present, _CANARY: self.canary}
-        for name, module in self.modules.items():
-            if not gated(module):
-                tree[name] = dict(_persistent_buffers(module))
+        for name, buffers in self._buffers.items():
+            tree[name] = buffers.take()
         for name, optimizer in self.optimizers.items():
             tree[name] = _optimizer_own(optimizer)
         for name, thing in self.others.items():
@@ -276,14 +279,12 @@ class Tracked:
     def load_own(self, encoded: bytes) -> None:
         """Put own state back. Raises CheckpointError if it is not this rank's kind of state."""
         tree = codec.decode(encoded, leaf=_unleaf)
-        wanted = {_RNG, _GRADS, _CANARY, *self.optimizers, *self.others, *(n for n, m in self.modules.items() if not gated(m))}
+        wanted = {_RNG, _GRADS, _CANARY, *self.optimizers, *self.others, *self._buffers}
         if set(tree) != wanted:
             msg = f"own state: {sorted(wanted)} expected, {sorted(tree)} found"
             raise SnapshotMismatch(msg)
-        for name, module in self.modules.items():
-            if not gated(module):
-                for fqn, buffer in _persistent_buffers(module):
-                    buffer.data.copy_(tree[name][fqn])
+        for name, buffers in self._buffers.items():
+            buffers.put(tree[name])
         for name, optimizer in self.optimizers.items():
             _load_optimizer_own(optimizer, tree[name])
         for name, thing in self.others.items():
@@ -336,13 +337,6 @@ def gated(module: nn.Module) -> bool:
     return isinstance(module, AveragedModel)
 
 
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, sub in module.named_modules():
-        for name, buffer in sub._buffers.items():  # noqa: SLF001  named_buffers() does not tell the persistent ones
-            if buffer is not None and name not in sub._non_persistent_buffers_set:  # noqa: SLF001
-                yield f"{prefix}.{name}" if prefix else name, buffer
-
-
 def _optimizer_own(optimizer: Optimizer) -> dict[str, Any]:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -369,10 +363,10 @@ def _load_optimizer_own(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 def _leaf(thing: Any) -> tuple[str, bytes, memoryview] | None:
     """codec's hook: a tensor becomes (kind, header, bytes)."""
-    if isinstance(thing, DTensor) or not isinstance(thing, Tensor):
+    if isinstance(thing, DTensor) or not isinstance(thing, Tensor) or oddity(thing):
         return None
     header = msgspec.msgpack.encode([str(thing.dtype).removeprefix("torch."), list(thing.shape), thing.device.type])
-    flat = thing.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    flat = capture.as_bytes(thing).cpu()
     return "tensor", header, flat.numpy().data
 
 

@@ -23,7 +23,7 @@ def test_every_collective_in_two_rounds() -> None:
             out, err = member.communicate(timeout=120)
             lines = out.splitlines()
             assert [line for line in lines if not line.startswith("ok ")] == ["end"], f"rank {rank}: {out}\n{err}"
-            assert len(lines) >= 39  # every check of both rounds and of the broken one was reached
+            assert len(lines) >= 38  # every check of both rounds and of the broken one was reached; before torch 2.13 two fewer
             assert member.returncode == 0, err
     finally:
         for member in members:

@@ -138,6 +138,14 @@ async def holder(directory: Path):
         tier.unlink()
 
 
+def backwards(proxy: Proxy) -> Proxy:
+    """The same wire, seen from the other end: it counts, damages and cuts what comes from the server."""
+    back = Proxy(int(proxy.address.rpartition(":")[2]))
+    carry = back._carry
+    back._carry = lambda near, far, counts: carry(near, far, not counts)
+    return back
+
+
 def held(server: PeerServer, step: int, rank: int = 0) -> bool:
     """Whether that copy is there, and every byte of it right."""
     with contextlib.suppress(SnapshotMissing):
@@ -193,9 +201,7 @@ async def test_a_bit_flipped_on_the_way_back_is_refused(tmp_path):
     async with holder(tmp_path / "n1") as (_, proxy, peer):
         source, target = ring_at(tmp_path, "source"), ring_at(tmp_path, "target")
         await peer.put(SnapshotKey(0, 1), seal(source, 1))
-        real = proxy._carry
-        back = Proxy(int(proxy.address.rpartition(":")[2]))
-        back._carry = lambda near, far, counts: real.__func__(back, near, far, not counts)
+        back = backwards(proxy)
         fetching = Peer(back.address, token="secret", run="run", name="test")
         back.flip_at = SIZE // 2
         with pytest.raises(SnapshotCorrupt):
@@ -251,9 +257,7 @@ async def test_what_came_of_a_cut_transfer_is_not_used_for_another_snapshot_nor_
 async def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
     async with holder(tmp_path / "n1") as (_, proxy, peer):
         await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
-        real = proxy._carry
-        back = Proxy(int(proxy.address.rpartition(":")[2]))
-        back._carry = lambda near, far, counts: real.__func__(back, near, far, not counts)
+        back = backwards(proxy)
         fetching = Peer(back.address, token="secret", run="run", name="test")
         back.cut_at = int(0.6 * SIZE)
         tier = MemoryTier(tmp_path, memory.new_key())
@@ -552,24 +556,50 @@ async def test_what_the_vault_sends_goes_on_after_a_cut(tmp_path):
         await origin.close()
 
 
+@contextlib.asynccontextmanager
+async def newcomer_at(directory: Path):
+    """A vault that holds nothing yet."""
+    directory.mkdir()  # noqa: ASYNC240 - nobody else is on this loop
+    found = Vault(run="run", directory=directory, key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="secret", node="n0")
+    found.memory = found._memory
+    await found.start()
+    yield found
+    await found.close()
+
+
 async def test_a_fetch_of_the_vault_goes_on_after_a_cut(tmp_path):
-    async with holder(tmp_path / "n1") as (_, proxy, peer):
+    async with holder(tmp_path / "n1") as (_, proxy, peer), newcomer_at(tmp_path / "n0") as newcomer:
         await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
-        real = proxy._carry
-        back = Proxy(int(proxy.address.rpartition(":")[2]))
-        back._carry = lambda near, far, counts: real.__func__(back, near, far, not counts)
+        back = backwards(proxy)
         back.cut_at = int(0.6 * SIZE)
-        (tmp_path / "n0").mkdir()
-        words = {"checkpoint_url": "", "checkpoint_every": 0, "token": "secret", "node": "n0"}
-        newcomer = Vault(run="run", directory=tmp_path / "n0", key=memory.new_key(), **words)
-        await newcomer.start()
         wanted = Fetch(rank=0, step=1, tier="peer", source=back.address)
         newcomer.do(VaultDo(fetch=(wanted,), ranks=(0,)))
         await until(lambda: newcomer.known().fetched == (wanted,))
         assert back.cut_at == -1
         assert SIZE < back.carried < 1.5 * SIZE  # not all of it twice
-        slot = Slot(newcomer.snapshot_path(0, 1), writable=False)
-        assert bytes(slot.read(rank=0, step=1, stamped=True).payload) == content(1)
-        slot.close()
+        assert held(newcomer, 1)
         back.close()
-        await newcomer.close()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_arrives_damaged_is_fetched_once_more_and_then_refused(tmp_path, times):
+    async with holder(tmp_path / "n1") as (server, proxy, peer), newcomer_at(tmp_path / "n0") as newcomer:
+        await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1))
+        back = backwards(proxy)
+        if times == 1:
+            back.flip_at = int(0.6 * SIZE)
+        else:
+            server.memory.slot(SnapshotKey(0, 1)).memory[SIZE // 2] ^= 4
+        wanted = Fetch(rank=0, step=1, tier="peer", source=back.address)
+        newcomer.do(VaultDo(fetch=(wanted,), ranks=(0,)))
+        await until(lambda: newcomer.known().fetched or newcomer.known().refused)
+        assert 2 * SIZE < back.carried < 2.1 * SIZE
+        known = newcomer.known()
+        if times == 1:
+            assert (back.flip_at, known.fetched, known.refused) == (-1, (wanted,), ())
+            assert held(newcomer, 1)
+        else:
+            (refused,) = known.refused
+            assert (known.fetched, refused.damaged, refused.step) == ((), True, 1)
+            assert newcomer.seals(0)[2] == ()
+        back.close()

@@ -13,6 +13,7 @@ import sealing
 from resilient.checkpoint import remote
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.source import Whole
+from resilient.checkpoint.storage import Storage
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.errors import CheckpointError, TierUnavailable
 
@@ -127,3 +128,21 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(sealed):
             server.start()
             tier.commit(7, [tier.write(SnapshotKey(rank, 7), Whole(copy)) for rank, copy in sealed.items()], run="run")
         check(server.port, url, sealed, committed=True)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "memory"])
+def test_a_prefix_that_looks_like_a_pattern_is_none(server, scheme):
+    """Drivers take `run[1]` for a pattern when they remove a tree: the neighbour's checkpoint went."""
+    root = f"{scheme}://bucket/{uuid.uuid4()}"
+    with s3server.options(server.port):
+        neighbours = [Storage(f"{root}/{name}") for name in ("run1", "run2")]
+        for neighbour in neighbours:
+            neighbour.write("step-00000002/file", b"sound")
+        for name in ("run[1]", "run?", "*"):
+            mine = Storage(f"{root}/{name}")
+            mine.write("step-00000002/file", b"old")
+            assert mine.read("step-00000002/file") == b"old"
+            mine.remove_tree("step-00000002")
+            mine.remove_tree("step-00000002")
+            assert mine.names() == ()
+        assert all(neighbour.read("step-00000002/file") == b"sound" for neighbour in neighbours)

@@ -8,6 +8,7 @@ import re
 import pytest
 from resilient_agents import arguments
 from resilient_agents.orders import Launch, Misused, Program
+from torch.distributed import run as torchrun
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,8 @@ def test_what_is_refused(argv, code, text):
 
 def test_one_node_alone_is_standalone_as_in_torchrun():
     launch = parsed("--nproc-per-node", "3", "train.py", "--lr", "1", "--standbys", "9")
-    assert (launch.standalone, launch.nodes_max, launch.slots) == (True, 1, 3)
+    by_port = torchrun.get_args_parser().get_default("master_port") is not None  # torch 2.11: such a run meets at port 29500
+    assert (launch.standalone, launch.nodes_max, launch.slots) == (not by_port, 1, 3)
     assert launch.program == Program(kind="script", target="train.py", arguments=("--lr", "1", "--standbys", "9"))
     assert launch.ours == {}  # what follows the script is the script's
     assert launch.shutdown_timeout_s == 30.0
@@ -106,6 +108,11 @@ def test_ours_and_theirs_beside_each_other():
     assert launch.ours == {"standbys": "2", "run_dir": "here", "shadows": "all"}
     assert (launch.redirects, launch.tee) == ((1, 3), (2, 2))
     assert launch.program == Program(kind="module", target="pkg.train")
+
+
+def test_torchruns_flag_for_patience():
+    answer = arguments.parse(["--standalone", "--shutdown-timeout", "4", "train.py"])
+    assert "unrecognized" in answer.text if isinstance(answer, Misused) else answer.shutdown_timeout_s == 4.0  # since torch 2.12
 
 
 def test_torchruns_variables(monkeypatch):

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from resilient.checkpoint import local
-from resilient.checkpoint.storage import put
+from resilient.checkpoint.output import put
 
 
 @pytest.mark.parametrize("directory", ["", "/dev/shm"], ids=["disk", "a file system without O_DIRECT"])
