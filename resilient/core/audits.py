@@ -9,8 +9,9 @@ the round have told of the same step, the digests of twins are compared. Where t
 the tensors' digests, one sheet for each digest, and what it says becomes findings: one per rank in the minority, told once until the
 replicas were equal again or others differ. An audit that does not come to its end is void, not a finding: a newer step or a round takes
 its place. `doubted`: ranks that a majority of their twins contradicts; nobody is given state from them while somebody else has it.
-Numbers: of 12,500 nodes with 8 ranks each, 2 us for each report and 30 ms once they are all in; 111 bytes of a report. A round trip to the coordinator names no step: by then it may have been overwritten.
-Rejected: tensors' digests in every report (a megabyte for each rank of a large model, and equal almost always).
+Numbers: of 12,500 nodes with 8 ranks each, 2 us for each report and 30 ms once they are all in; 111 bytes of a report.
+Rejected: a step named here (by the time that every agent has heard of it, small states have overwritten it); tensors' digests in every
+report (a megabyte for each rank of a large model, and equal almost always). More: docs/decisions/0019-audits.md.
 """
 
 from __future__ import annotations
