@@ -30,6 +30,7 @@ from resilient.errors import CheckpointError, SnapshotMissing
 from resilient_agents.copies import COPY_BYTES_S, COPY_S
 from resilient_agents.lane import Errands, Lane
 
+COMPARE_S: Final = 60.0  # for all sheets of a comparison
 SHEETS: Final = 2  # a comparison of one step ends while the next one is being hashed
 log = logging.getLogger("resilient.vault")
 
@@ -64,6 +65,7 @@ class Audits:
         self._done: dict[int, int] = {}  # rank -> step
         self._cost: tuple[int, float] = (NONE, 0.0)  # the step under way, seconds for it so far
         self._kept: dict[int, dict[tuple[int, int], _Kept]] = {}  # rank -> (round, step) -> what is known
+        self._busy: set[int] = set()  # ranks
         self._turn = asyncio.Lock()
         self._wish: Comparison | None = None
         self._errands = Errands()
@@ -79,8 +81,10 @@ class Audits:
     # ------------------------------------------------------------------ one digest for each rank
 
     def begin(self, rank: int, step: int) -> None:
-        """The worker of this rank has sealed the step that is audited."""
-        self._errands.start(self._hash(rank, step))
+        """The worker of this rank has sealed the step that is audited. Nothing, while the one before is under way: it has a deadline."""
+        if rank not in self._busy:
+            self._busy.add(rank)
+            self._errands.start(self._hash(rank, step))
 
     def done(self, rank: int) -> tuple[int, float]:
         """(the step that was audited last on this rank, seconds that this node hashed for the newest one, all its ranks together)."""
@@ -101,6 +105,7 @@ class Audits:
         except CheckpointError as error:
             log.info("replicas of step %d are not compared: %s", step, error)
         finally:
+            self._busy.discard(rank)
             self._cost = (step, seconds + (self._cost[1] if self._cost[0] == step else 0.0))
             self._done[rank] = step
             self._spent(seconds)
@@ -133,23 +138,27 @@ class Audits:
     # ------------------------------------------------------------------ the leader's part
 
     def compare(self, wish: Comparison | None, here: str) -> None:
-        """Find out what differs, unless that is under way. `here`: the address of this vault."""
-        if wish not in (None, self._wish):
+        """Find out what differs, unless that is under way; None: the coordinator has heard. `here`: the address of this vault."""
+        if wish is None:
+            self.compared = None
+        elif wish != self._wish:
             self._wish = wish
             self._errands.start(self._compare(wish, here))
 
     async def _compare(self, wish: Comparison, here: str) -> None:
         try:
-            sheets = [(it, await self._fetch(it, here)) for it in wish.sheets]
+            async with asyncio.timeout(COMPARE_S):
+                sheets = [(it, await self._fetch(it, here)) for it in wish.sheets]
             found = await self._lane.run(lambda: _compared(sheets), deadline_s=COPY_S)
             texts = [f"step {wish.step}: {difference}" for difference in found]
             told = tuple(Difference(ranks=it.ranks, twins=it.twins, text=text) for it, text in zip(found, texts, strict=True))
             self.compared = Compared(step=wish.step, round=wish.round, differences=told)
             for text in texts:
                 log.warning("replicas are not equal: %s", text)
-        except CheckpointError as error:
-            log.warning("replicas of step %d are not equal; which tensors are not could not be seen: %s", wish.step, error)
-            self.compared = Compared(step=wish.step, round=wish.round, void=str(error))
+        except (CheckpointError, TimeoutError) as error:
+            why = str(error) or f"the sheets did not come within {COMPARE_S:.0f} s"
+            log.warning("replicas of step %d are not equal; which tensors are not could not be seen: %s", wish.step, why)
+            self.compared = Compared(step=wish.step, round=wish.round, void=why)
         self._changed()
 
     async def _fetch(self, it: Sheet, here: str) -> bytes:

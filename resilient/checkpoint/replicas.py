@@ -25,6 +25,7 @@ from resilient.checkpoint.layout import Layout
 from resilient.errors import SnapshotCorrupt
 
 _NAMED_MAX: Final = 3
+_RANKS_MAX: Final = 16
 
 
 class Held(NamedTuple):
@@ -44,10 +45,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         """For people."""
-        names = ", ".join(self.tensors[:_NAMED_MAX]) + (f" and {more} more" if (more := len(self.tensors) - _NAMED_MAX) > 0 else "")
-        return (
-            f"{names}: differs on {'rank' if len(self.ranks) == 1 else 'ranks'} {', '.join(map(str, self.ranks))} of {self.twins} replicas"
-        )
+        names, ranks = _listed(self.tensors, _NAMED_MAX), _listed(self.ranks, _RANKS_MAX)
+        return f"{names}: differs on {'rank' if len(self.ranks) == 1 else 'ranks'} {ranks} of {self.twins} replicas"
 
 
 def compare(found: Collection[Held]) -> list[Difference]:
@@ -70,6 +69,10 @@ def compare(found: Collection[Held]) -> list[Difference]:
             odd = sorted(others) if 2 * times > len(everyone) else everyone
             tensors.setdefault((tuple(odd), len(everyone)), []).append(row.key)
     return [Difference(ranks, twins, tuple(keys)) for (ranks, twins), keys in tensors.items()]
+
+
+def _listed(things: Sequence[object], most: int) -> str:
+    return ", ".join(map(str, things[:most])) + (f" and {more} more" if (more := len(things) - most) > 0 else "")
 
 
 def sheet(described: bytes, digests: Sequence[bytes]) -> bytes:

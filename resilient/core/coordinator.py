@@ -239,7 +239,7 @@ class Coordinator:
         """Whether replicas are still equal."""
         wish, places, leader = self._audits.wish, self.round.seating.places, self.nodes.get(self.settings.leader)
         for finding in self._audits.take(node.report, before, len(places), now, leads=node is leader):
-            self._tell_finding(finding, TABLE[finding.kind], places[finding.rank].node)
+            self._tell_finding(finding, TABLE[finding.kind], places[finding.rank].node if finding.rank in places else node.name)
         if self._audits.wish is not wish and leader is not None:
             self._send(leader, now)
 
