@@ -86,7 +86,17 @@ def _status(args: argparse.Namespace) -> int:
         print(f"  standby for rank {standby['shadow']:<4} {standby['node']} pid {standby['pid']:<8} {ready}")
     if checkpoint := status.get("checkpoint"):
         print(f"  checkpoint {_cadence(checkpoint)}")
+    if replicas := status.get("replicas"):
+        print(f"  replicas {_equality(replicas)}")
     return 0
+
+
+def _equality(it: dict[str, Any]) -> str:
+    """Whether they are equal, and as of when."""
+    looked = f"{it['audits']} steps compared, step {it['step']} last"
+    if not it["differ"]:
+        return f"equal; {looked}"
+    return f"DIFFER on ranks {', '.join(map(str, it['differ']))} since step {it['since']} (resilient events says where); {looked}"
 
 
 def _cadence(it: dict[str, Any]) -> str:

@@ -51,6 +51,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint_every: NonNegative | Literal["auto"] = "auto"  # docs/decisions/0011-cadence.md
     checkpoint_budget: Share = 0.01  # what nobody notices; ten times less often than the step time of most runs changes by itself
     snapshot_every: Positive | Literal["auto"] = "auto"  # docs/decisions/0018-snapshots.md
+    audit_every_s: SecondsOrNone = 60.0  # docs/decisions/0019-audits.md
     grace_s: SecondsOrNone = 25.0  # Kubernetes and Slurm give 30; five are for ending what is left
     checkpoint_keep: Positive = 3  # why: checkpoint/disk.py, Keep
     checkpoint_keep_every: NonNegative = 0
@@ -77,6 +78,7 @@ HELP: Final[dict[str, str]] = {
     "checkpoint_every": "Steps between two persistent checkpoints, or 'auto': as often as is worth it.",
     "checkpoint_budget": "With 'auto': the share of the time that checkpoints may cost.",
     "snapshot_every": "Steps between two snapshots in memory of sharded state, or 'auto': as often as takes a hundredth of the time.",
+    "audit_every_s": "Seconds between two comparisons of data-parallel replicas (0: only when a checkpoint is committed).",
     "grace_s": "With --checkpoint: seconds from SIGTERM to the end; the newest state in memory is checkpointed first (0: not).",
     "checkpoint_keep": "Persistent checkpoints that are kept: the newest so many.",
     "checkpoint_keep_every": "Also kept, for good: those whose step is a multiple of this (0: none).",

@@ -3,7 +3,7 @@
 Think of a night watchman who tries the doors that nobody has used today.
 
 Contract: of the ranks seated here in turn the newest snapshot that nobody has asked for, and so nobody has hashed: damage in memory is then
-seen before it is restored. At most SHARE of one core.
+seen before it is restored. At most SHARE of one core, that of audits (audits.py) included.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Hashing:
                 self._errands.start(self._hash(slot))
                 return
 
+    def spent(self, seconds: float) -> None:
+        """Snapshots were hashed for another reason: that is taken off what is done here."""
+        self._again_at = max(self._again_at, time.monotonic()) + seconds / SHARE
+
     async def _hash(self, slot: Slot) -> None:
         begin = time.monotonic()
         try:
@@ -56,5 +60,4 @@ class Hashing:
             pass  # overwritten meanwhile, or damaged: whoever wants to read it will be told
         finally:
             self._busy = False
-            now = time.monotonic()
-            self._again_at = now + (now - begin) / SHARE
+            self.spent(time.monotonic() - begin)

@@ -14,6 +14,7 @@ from typing import Final
 
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.layout import decode
+from resilient.checkpoint.parity import PARITY
 from resilient.checkpoint.recut import recut
 from resilient.checkpoint.reshape import own_rank
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
@@ -60,6 +61,12 @@ def holdings(rank: int, chest: Chest, world_size: int) -> Iterator[Holding]:
             native=chest.native,
             world_size=world,
         )
+
+
+def all_holdings(memory: MemoryTier, world_size: int) -> tuple[Holding, ...]:
+    """Of every rank."""
+    chests = ((rank, chest) for rank, chest in sorted(memory.chests.items()) if rank < PARITY)
+    return tuple(holding for rank, chest in chests for holding in holdings(rank, chest, world_size))
 
 
 def cut(memory: MemoryTier, wanted: Layout, run: str) -> int:

@@ -207,6 +207,7 @@ class _Node:
             store_bind=LOOPBACK if meeting.local else "",
             checkpoint_every=options.checkpoint_every if options.checkpoint else 0,
             snapshot_every=options.snapshot_every,
+            audit_every_s=options.audit_every_s,
         )
         self._listen_to_signals()
         if tenancy is not None:
@@ -374,8 +375,7 @@ def _seconds(conf: dict[str, str], key: str, default: float) -> float:
 
 def _pass_on(error_file: str) -> None:
     """Where somebody supervises us as we supervise workers (a scheduler, torchrun): hand on the root cause, as torchrun does."""
-    ours = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if ours:
+    if ours := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             shutil.copyfile(error_file, ours)
 

@@ -67,6 +67,7 @@ class Host:
         store_bind: str,
         checkpoint_every: int | str,
         snapshot_every: int | str,
+        audit_every_s: float,
     ) -> None:
         """`key` names what we leave in `memory_dir`; `store_bind`: "127.0.0.1", or "" = all interfaces."""
         self._launch = launch
@@ -100,6 +101,7 @@ class Host:
             "RESILIENT_TOKEN": token,
             "RESILIENT_CHECKPOINT_EVERY": str(checkpoint_every),
             "RESILIENT_SNAPSHOT_EVERY": str(snapshot_every),
+            "RESILIENT_AUDIT_EVERY_S": str(audit_every_s),
         }
         store_env = {**self._env, "RESILIENT_WORKER": stores.NAME, "RESILIENT_STORE_HOST": store_bind}
         self._stores = stores.Stores(nursery, self._doors, store_env, settings.host, self._store_up, self._store_down)
@@ -229,11 +231,12 @@ class Host:
         )
 
     def _copied(self, rank: int) -> None:
-        """Show the worker of this chair how far its copies on another node have come."""
-        step = self._vault.copied(rank)
+        """Show the worker of this chair how far its copies on another node have come, and what was audited."""
+        step, audited = self._vault.copied(rank), self._vault.audits.done(rank)
         for worker in self._workers.values():
             if worker.chair == rank and worker.alive:
                 worker.page.set_copied(UNCOPIED if step is None else step)
+                worker.page.set_audited(*audited)
 
     def _show_wanted(self, rank: int) -> None:
         """Ask the worker of this chair for a checkpoint, and tell the vault which one it has made."""
@@ -258,7 +261,10 @@ class Host:
             self._stores.opened(message)
             return
         if isinstance(message, Sealed):
-            self._show_wanted(self._workers[name].chair if name in self._workers else NONE)
+            chair = self._workers[name].chair if name in self._workers else NONE
+            self._show_wanted(chair)
+            if NONE not in (message.audit, chair):
+                self._vault.audits.begin(chair, message.audit)
             self._vault.poke()
             return
         if isinstance(message, Join):

@@ -24,7 +24,6 @@ from resilient.checkpoint.chest import SLOT_COUNT, MemoryTier
 from resilient.checkpoint.haul import TCP, Limit
 from resilient.checkpoint.holder import PeerServer
 from resilient.checkpoint.notes import Notes
-from resilient.checkpoint.parity import PARITY
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
@@ -33,6 +32,7 @@ from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
+from resilient_agents.audits import Audits
 from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
 from resilient_agents.courier import Courier
 from resilient_agents.drain import Drain
@@ -105,6 +105,8 @@ class Vault:
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._sweep = inventory.Sweep(self._memory)
         self._hashing = Hashing(self._lane)
+        self.audits = Audits(self._memory, self._lane, self._hashing.spent, self._copies.thin_peer, self._changed)
+        self._server.sheet = self.audits.sheet
         self._errands = Errands()
         self._told = Vaulted()
         self._on_change: Callable[[], None] = lambda: None
@@ -130,6 +132,7 @@ class Vault:
         await self._server.close()
         await self._errands.close()
         await self._hashing.close()
+        await self.audits.close()
         await self._copies.close()
         await self._parities.close()
         if self._drain is not None:
@@ -145,7 +148,8 @@ class Vault:
         note: Callable[[Recorded], None] | None = None,
         copied: Callable[[int], None] = lambda _rank: None,
     ) -> None:
-        """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied`."""
+        """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied` and `audits.done`."""
+        self.audits.watch(copied)
         self._copies.watch(copied)
         self._parities.watch(copied)
         self._on_change = changed
@@ -216,12 +220,7 @@ class Vault:
         """All results, as the agent's machine takes them."""
         drain = self._drain
         return Vaulted(
-            holdings=tuple(
-                holding
-                for rank, chest in sorted(self._memory.chests.items())
-                if rank < PARITY
-                for holding in inventory.holdings(rank, chest, self._world_size)
-            ),
+            holdings=inventory.all_holdings(self._memory, self._world_size),
             persisted=drain.persisted() if drain is not None else (),
             refused=tuple(self._refused.values()),
             past=self.heir.past,
@@ -229,6 +228,8 @@ class Vault:
             fetched=tuple(fetch for fetch, here in self._fetches.items() if here),
             committed=drain.committed if drain is not None else NONE,
             parities=self._parities.known(),
+            audit=self.audits.known(),
+            compared=self.audits.compared,
         )
 
     # ------------------------------------------------------------------ what the host says
@@ -251,6 +252,7 @@ class Vault:
         for fetch in wish.fetch:
             self.fetch(fetch)
         self.commit(wish.commit, wish.manifest)
+        self.audits.compare(wish.compare, self._address)
         self._changed()
 
     def sealed(self, rank: int, step: int) -> None:

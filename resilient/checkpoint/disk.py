@@ -28,6 +28,7 @@ from resilient.checkpoint import imported, layout, rankfile, replicas, reshape, 
 from resilient.checkpoint.catalogue import catalogue
 from resilient.checkpoint.committed import Checkpoint, File, Manifest, directory_of
 from resilient.checkpoint.layout import Layout
+from resilient.checkpoint.replicas import Held
 from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes, layout_of, own_of, slot_bytes
@@ -160,7 +161,7 @@ class DiskTier:
         self.check_sizes(manifest)
         whole = Checkpoint(self._storage, manifest)
         tails = whole.all_tails()
-        if differences := replicas.compare({rank: (described, tail.digests) for rank, (tail, described) in tails.items()}):
+        if differences := replicas.compare([Held((rank,), described, tail.digests) for rank, (tail, described) in tails.items()]):
             raise ReplicasDiffer(f"step {step}: {'; '.join(map(str, differences))}", frozenset(r for d in differences for r in d.ranks))
         index = catalogue((entry.file, *tails[entry.rank]) for entry in entries)
         self._storage.write(f"{directory_of(step)}/{METADATA}", index)

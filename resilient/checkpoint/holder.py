@@ -29,9 +29,11 @@ from resilient.checkpoint.pipe import (
     Carry,
     Catalogue,
     Covered,
+    Digests,
     Done,
     Drop,
     Failed,
+    Following,
     Found,
     Get,
     Hauled,
@@ -84,6 +86,7 @@ class PeerServer:
         self._notes = notes
         self.changed: Callable[[], None] = lambda: None  # a copy has come
         self.heard: Callable[[Offer | Covered], None] = lambda _: None  # of parity
+        self.sheet: Callable[[str], bytes] = _no_sheet  # that with this digest; raises SnapshotMissing
         self._token = token
         self._run = run
         self._server: asyncio.Server | None = None
@@ -157,6 +160,10 @@ class PeerServer:
                 case Offer() | Covered():
                     self.heard(request)
                     await pipe.send(Done())
+                case Digests():
+                    sheet = self.sheet(request.digest)
+                    await pipe.send(Following(num_bytes=len(sheet)))
+                    await pipe.send_bulk(memoryview(sheet))
                 case Recollect():
                     for note in self._notes.of(request.rank):
                         await pipe.send(Note(recorded=note))
@@ -328,3 +335,7 @@ class _Broken:
     berth: Berth
     header: bytes
     incoming: Incoming
+
+
+def _no_sheet(digest: str) -> bytes:
+    raise SnapshotMissing(f"sheet {digest}: none is kept here")

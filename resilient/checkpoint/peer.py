@@ -32,6 +32,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from resilient.checkpoint import replicas
 from resilient.checkpoint.chest import Berth
 from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Work
 from resilient.checkpoint.parity import Fold
@@ -41,9 +42,11 @@ from resilient.checkpoint.pipe import (
     Carry,
     Catalogue,
     Covered,
+    Digests,
     Done,
     Drop,
     Failed,
+    Following,
     Found,
     Get,
     Hauled,
@@ -71,6 +74,7 @@ from resilient.errors import (
 )
 
 STREAMS: Final = 4  # connections of one haul; on one wire two are enough, several wires (bonded, or many hops) need more
+SHEET_BYTES_MAX: Final = 64 << 20  # a hundred bytes for each tensor
 HAULED_BYTES: Final = 1 << 20  # fewer are on their way sooner than the other connections are told
 
 T = TypeVar("T")
@@ -198,6 +202,19 @@ class Peer:
         async with self._talk.conversation() as pipe:
             await pipe.send(word)
             await _expect(pipe, Done, 0)
+
+    async def sheet(self, digest: str) -> bytes:
+        """What of a snapshot it takes to compare replicas (replicas.py). Raises SnapshotMissing, SnapshotCorrupt if it is another one."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(Digests(digest=digest))
+            num_bytes = (await _expect(pipe, Following, 0)).num_bytes
+            if not 0 <= num_bytes <= SHEET_BYTES_MAX:
+                raise ProtocolError(f"sheet: at most {SHEET_BYTES_MAX} bytes expected, {num_bytes} announced")
+            found = bytearray(num_bytes)
+            await pipe.recv_bulk(memoryview(found))
+        if replicas.digest_of(found) != digest:
+            raise SnapshotCorrupt(f"sheet: {digest} expected, {replicas.digest_of(found)} found (sent by {self.address})")
+        return bytes(found)
 
     async def _carry(self, pipe: Pipe, name: bytes, work: Work, num_bytes: int) -> None:
         """All connections at work, until the last one has come to its end. When this returns or raises, none of them is."""

@@ -141,8 +141,20 @@ class Covered(Msg, frozen=True):
     keeper: str
 
 
-Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled | Offer | Covered
-Answer = Ready | Found | Done | Failed | Listed | Note
+class Digests(Msg, frozen=True):
+    """Send the sheet (checkpoint/replicas.py) that has this digest."""
+
+    digest: str
+
+
+class Following(Msg, frozen=True):
+    """It follows: so many bytes."""
+
+    num_bytes: int
+
+
+Request = Put | Get | Drop | Catalogue | Note | Recollect | Carry | Hauled | Offer | Covered | Digests
+Answer = Ready | Found | Done | Failed | Listed | Note | Following
 
 
 # --------------------------------------------------------------------------- how it travels

@@ -44,7 +44,7 @@ from resilient.checkpoint.snapshot import (
     parse,
     payload_offset,
 )
-from resilient.checkpoint.tally import PIECE, Tally, payload_digest
+from resilient.checkpoint.tally import PIECE, Tally
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
@@ -243,15 +243,25 @@ class Slot:
         return seal & SEALED != 0 and (self._words[PAYLOAD_BYTES] == 0 or self._words[STAMP] == seal)
 
     def stamp_payload(self) -> bytes:
-        """Hash the payload where it lies, store the digest with the seal it belongs to, return it.
+        """Hash the payload where it lies, store the digest with the seal it belongs to, return it. Raises as `hashed`."""
+        found, tally = self.hashed()
+        return tally.digest() if found.payload else b""
 
-        Raises SnapshotMissing if nothing is sealed or the seal moved meanwhile, SnapshotCorrupt if the layout is not the payload's.
+    def hashed(self) -> tuple[Snapshot, Tally]:
+        """As `stamp_payload`; gives what is sealed here, and the digests of its tensors.
+
+        Raises SnapshotMissing if nothing is sealed or the seal moved meanwhile, SnapshotCorrupt if the layout is not the payload's, or the
+        payload is not what was stamped before.
         """
         seal = self._words[SEAL]
         found = self.read(verify=False)
-        digest = payload_digest(found.layout, found.payload) if found.payload else b""
-        self._stamp(seal, digest, found.payload)
-        return digest
+        tally = Tally(found.layout if found.payload else b"", len(found.payload))
+        tally.add_all(found.payload)
+        self._check_unmoved(seal)
+        if found.payload and found.stamped and bytes(self._memory[PAYLOAD_DIGEST]) != tally.digest():
+            raise SnapshotCorrupt(f"snapshot step={found.step}: the payload is not what was hashed ({self.where})")
+        self._stamp(seal, tally.digest() if found.payload else b"", found.payload)
+        return found, tally
 
     def stage(self, into: memoryview) -> Snapshot:
         """Copy what is sealed into private memory, stamping both; the writer may overwrite the slot afterwards.

@@ -22,6 +22,7 @@ from typing import Literal, assert_never
 import msgspec
 
 from resilient.core import fleet, lines
+from resilient.core.audits import Audits
 from resilient.core.cadence import Cadence
 from resilient.core.commits import Commits
 from resilient.core.court import Court
@@ -83,6 +84,7 @@ class Coordinator:
         self._court = Court(settings)
         self._commits = Commits()
         self._cadence = Cadence(every=settings.checkpoint_every, auto=settings.checkpoint_auto, budget=settings.checkpoint_budget)
+        self._audits = Audits()
         self._rescue: Rescue | None = None
         self._now = 0.0  # of the newest event, for `status`
         self._leases = Leases(settings.lease_s)
@@ -139,7 +141,8 @@ class Coordinator:
     def status(self) -> lines.Status:
         """What status.json says now."""
         checkpoint = self._cadence.status(len(self.round.ranks), self._now) if self.settings.checkpoints else None
-        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), self.round.seating.places, checkpoint)
+        places, replicas = self.round.seating.places, self._audits.status()
+        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas)
 
     # ------------------------------------------------------------------ a report
 
@@ -213,6 +216,7 @@ class Coordinator:
         if self.stage == "broken" and report.fenced >= self.round.fence:
             self._unfenced.discard(node.name)
         self._commit(node, before, now)
+        self._audit(node, before, now)
         pace = report.pace
         sound = self.stage == "seated" and self.incident is None and report.round == self.round.number
         if sound and pace is not None:
@@ -230,6 +234,14 @@ class Coordinator:
             self._tell(lines.CheckpointCommitted(step=step))
         if self._commits.manifest != manifest and self.settings.leader in self.nodes:
             self._send(self.nodes[self.settings.leader], now)
+
+    def _audit(self, node: Node, before: Report | None, now: float) -> None:
+        """Whether replicas are still equal."""
+        wish, places, leader = self._audits.wish, self.round.seating.places, self.nodes.get(self.settings.leader)
+        for finding in self._audits.take(node.report, before, len(places), now, leads=node is leader):
+            self._tell_finding(finding, TABLE[finding.kind], places[finding.rank].node if finding.rank in places else node.name)
+        if self._audits.wish is not wish and leader is not None:
+            self._send(leader, now)
 
     def _ask(self, now: float) -> None:
         """A checkpoint is wanted soon."""
@@ -373,6 +385,7 @@ class Coordinator:
             again=self._court.again,
             committed=self._commits.committed,
             poison=self._court.poison,
+            doubted=self._audits.doubted,
         )
         seating = seat(hall)
         if seating.error:
@@ -400,6 +413,7 @@ class Coordinator:
         self._court.adjourn(worker for workers in seating.put_down.values() for worker in workers)
         plan, incident = seating.plan, self.incident
         self._commits.begin(self.round.number, plan.step)
+        self._audits.seated(self.round.number, plan)
         if incident is not None:
             incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(
@@ -561,6 +575,7 @@ class Coordinator:
             wait=self.stage == "parting",
             distrusted=tuple(sorted(self._commits.wrong)),
             term=self.settings.term,
+            compare=self._audits.wish if leads else None,
         )
 
 

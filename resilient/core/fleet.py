@@ -65,6 +65,7 @@ def status(
     nodes: Collection[Node],
     places: Mapping[int, Place],
     checkpoint: lines.CheckpointStatus | None,
+    replicas: lines.ReplicasStatus | None,
 ) -> lines.Status:
     """What status.json says. O(ranks)."""
     chairs = {(n.name, c.rank): c for n in nodes for c in n.report.chairs}
@@ -82,4 +83,5 @@ def status(
         ranks=tuple(ranks),
         standbys=tuple(standbys),
         checkpoint=checkpoint,
+        replicas=replicas,
     )

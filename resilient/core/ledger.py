@@ -53,6 +53,7 @@ class Account(Msg):
     initial: bool = False  # in its set-up, or about to begin it: it will hold what the script begins with, or say that it does not
     finished: bool = False  # exited after the loop; needs nothing, unless all go back
     copies: tuple[Copy, ...] = ()  # on living nodes
+    doubted: bool = False  # most of its replicas hold something else: it gives state to nobody while somebody else can
 
 
 class Choice(Msg):
@@ -105,6 +106,8 @@ def choose(
     if not receivers:
         return Choice(plan=Plan(step=step, over=over), reached=reached, why=f"all ranks hold step {step}")
     whole = sorted(rank for rank in able - torn if rank in survivors)
+    doubted = {a.rank for a in accounts if a.doubted}
+    whole = [r for r in whole if r not in doubted] or whole
     sources = [r for r in whole if claim(survivors[r]) == step] or whole
     if sources and not over and all(a.replicated for a in seated) and not any(t == "live" and s == step for t, s, _ in poison):
         repeat = tuple(a.rank for a in newcomers if not _owns(a, step))
@@ -115,7 +118,7 @@ def choose(
     if all(step in _snapshots(a) for a in seated if a.rank in needy):
         plan = Plan(step=step, tier="memory", receivers=receivers, over=over)
         return Choice(plan=plan, reached=reached, why=f"snapshots of step {step} are in memory")
-    lender = min((a.rank for a in accounts if step in _snapshots(a)), default=NONE)
+    _, lender = min(((a.doubted, a.rank) for a in accounts if step in _snapshots(a)), default=(False, NONE))
     if lender != NONE and all(a.replicated for a in seated) and all(_owns(a, step) for a in seated if a.rank in needy):
         plan = Plan(step=step, tier="memory", receivers=receivers, lender=lender, over=over)
         return Choice(plan=plan, reached=reached, why=f"rank {lender}'s snapshot of step {step} is in memory, and own states are")

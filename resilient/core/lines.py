@@ -167,6 +167,15 @@ class CheckpointStatus(msgspec.Struct, frozen=True, kw_only=True):
     failures_per_day: float  # expected, of the whole fleet
 
 
+class ReplicasStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """status.json's `replicas`: whether they are equal, as far as was looked (core/audits.py)."""
+
+    audits: int  # how many steps were compared
+    step: int  # the newest of them
+    differ: tuple[int, ...]  # ranks in the minority, or all where there is no majority (at most 64 are listed); none if all are equal
+    since: int  # the step at which that was found first
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """status.json without `updated_at`, which the host adds."""
 
@@ -177,6 +186,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[RankStatus, ...]
     standbys: tuple[StandbyStatus, ...]
     checkpoint: CheckpointStatus | None = None  # null without --checkpoint
+    replicas: ReplicasStatus | None = None  # null before the first audit, and where nothing is replicated
 
 
 def finding(fact: Finding, node: str) -> FindingLine:

@@ -19,6 +19,9 @@ from resilient.core.lines import EventLine
 from resilient.core.messages import (
     NONE,
     Assignment,
+    Audit,
+    Compared,
+    Comparison,
     Fetch,
     Holding,
     Layout,
@@ -173,6 +176,8 @@ class Vaulted(Msg):
     committed: int = NONE  # newest step whose commit marker this node wrote
     parities: tuple[Parity, ...] = ()  # kept here
     past: int = 0  # newest round of what was taken over from a dead agent
+    audit: Audit | None = None  # the newest step that was audited on all ranks here
+    compared: Compared | None = None  # what came of the last `VaultDo.compare`
 
 
 class Warned(Msg):
@@ -329,6 +334,7 @@ class VaultDo(Msg):
     round: int = 0  # in force
     step: int = NONE  # at which it begins: of later steps nothing counts that was sealed before
     node_rank: int = NONE  # position of this node in it
+    compare: Comparison | None = None  # bring these sheets together; say in Vaulted.compared what they show
 
 
 class Log(Msg):

@@ -152,6 +152,39 @@ class Refused(Msg):
     damaged: bool = False  # it was read; else its place may only not have answered
 
 
+class Sum(Msg):
+    """What some ranks sealed, equal to the last bit, as one digest; and who should have sealed the same."""
+
+    twins: tuple[int, int, int]  # first rank, count, stride (checkpoint/layout.py)
+    digest: str  # of their sheet (checkpoint/replicas.py), hex; "" where they have no twins
+    ranks: tuple[int, ...]  # of this node, ascending
+
+
+class Audit(Msg):
+    """One step, which the workers' vote has named, as all ranks of a node sealed it."""
+
+    step: int
+    round: int  # in which it was sealed
+    sums: tuple[Sum, ...]
+
+
+class Difference(Msg):
+    """Tensors that some replicas hold otherwise than the others."""
+
+    ranks: tuple[int, ...]  # in the minority; all of them where there is no majority
+    twins: int  # how many were compared
+    text: str  # names the tensors
+
+
+class Compared(Msg):
+    """What came of a `Comparison`."""
+
+    step: int
+    round: int
+    differences: tuple[Difference, ...] = ()
+    void: str = ""  # not empty: why nothing can be said
+
+
 class Pace(Msg):
     """How far one rank has come, when, and what its newest checkpoint cost it. Times: CLOCK_MONOTONIC of its node, seconds."""
 
@@ -196,6 +229,8 @@ class Report(Msg):
     failure_domain: str = ""  # what it shares with others that would be lost with it (rack, switch); "" = nothing that is known
     parities: tuple[Parity, ...] = ()
     past: int = 0  # newest round of what a predecessor of this agent left here: the run's next one is a later one
+    audit: Audit | None = None  # the newest that is complete here
+    compared: Compared | None = None  # leader only: the newest
 
     @property
     def vault(self) -> str:
@@ -253,6 +288,22 @@ class Fetch(Msg):
     rebuild: Rebuild | None = None  # the snapshot is to be put together from parity; what else there is of the rank lies at `source`
 
 
+class Sheet(Msg):
+    """Where the digests of the tensors are to be had that some replicas have sealed."""
+
+    vault: str  # "host:port"
+    digest: str  # of the sheet, hex
+    ranks: tuple[int, ...]  # all those that sealed exactly this, ascending
+
+
+class Comparison(Msg):
+    """Replicas whose digests of a step differ: find out in which tensors, and whose."""
+
+    step: int
+    round: int
+    sheets: tuple[Sheet, ...]
+
+
 class Assignment(Msg):
     """Everything one node should be. A later one replaces an earlier one whole."""
 
@@ -286,6 +337,7 @@ class Assignment(Msg):
     distrusted: tuple[int, ...] = ()  # committed steps that somebody found damaged: whoever comes past one writes it anew
     group: tuple[Member, ...] = ()  # this node and those with which it keeps parity of their snapshots; () = whole copies go to `peers`
     term: int = 0  # of the coordinator: one that was started again has another, and knows nothing of what the first one said
+    compare: Comparison | None = None  # leader only
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
@@ -366,6 +418,8 @@ class Raised(Msg):
 
 class Sealed(Msg):
     """worker -> agent: a step was sealed, look now. Sent where the page says that copies are made, and for the persistent tier."""
+
+    audit: int = NONE  # this step is to be compared with that of other ranks, which have sealed it too
 
 
 class Marked(Msg):

@@ -55,6 +55,7 @@ class Hall(Msg):
     again: bool = False  # somebody asked for a restart of the whole group
     committed: AbstractSet[int] = frozenset()
     poison: AbstractSet[Poison] = frozenset()
+    doubted: AbstractSet[int] = frozenset()  # ranks whose replicas' majority holds something else
 
 
 def seat(hall: Hall) -> Seating:
@@ -71,7 +72,7 @@ def seat(hall: Hall) -> Seating:
         return Seating(places=hall.places, homeless=homeless)
     starting = not set(hall.places) <= hall.activated
 
-    accounts = [_account(r, chairs, copies, gone, over, starting=starting) for r in sorted(places)]
+    accounts = [_account(r, chairs, copies, gone, over, starting=starting, doubted=r in hall.doubted) for r in sorted(places)]
     elders = _elders(hall)
     elder = max(((step, world) for step, world, _ in elders), default=(NONE, 0))
     choice = choose(accounts, hall.committed, hall.poison, elder)
@@ -225,6 +226,7 @@ def _account(
     over: AbstractSet[int],
     *,
     starting: bool,
+    doubted: bool,
 ) -> Account:
     chair = chairs.get(rank)
     keeps = chair is not None and rank not in gone
@@ -234,6 +236,7 @@ def _account(
         replicated=chair.replicated if chair is not None and chair.layout else _any_replicated(chairs),
         initial=starting and (chair is None or not keeps or chair.state in ("starting", "joined")),
         finished=rank in over,
+        doubted=doubted,
         copies=copies.get(rank, ()),
     )
 

@@ -66,6 +66,7 @@ def vault_do(new: Assignment) -> VaultDo:
         round=new.round if new.round > new.fence else 0,
         step=new.plan.step,
         node_rank=new.node_rank,
+        compare=new.compare,
     )
 
 
@@ -103,6 +104,8 @@ def report(
         parities=vault.parities,
         pace=_pace(crew),
         past=vault.past,
+        audit=vault.audit,
+        compared=vault.compared,
     )
 
 
@@ -115,6 +118,6 @@ def _pace(crew: Crew) -> Pace | None:
 def sketch(it: Report) -> object:
     """What of a report somebody waits for: a change of this is reported at once, of the rest with the next report."""
     chairs = [(c.worker, c.state, c.pid, c.layout, c.record is not None and c.record.committed_s > 0) for c in it.chairs]
-    vault = (it.persisted, it.refused, it.available, it.fetched, it.committed)
+    vault = (it.persisted, it.refused, it.available, it.fetched, it.committed, it.compared)
     newest = it.findings[-1].seq if it.findings else 0
     return (chairs, it.standbys, newest, vault, it.round, it.fenced, it.store, it.managed, it.leaving, it.assigned)

@@ -17,7 +17,7 @@ import msgspec
 from resilient.core.coordinator import Coordinator
 from resilient.core.lines import IncidentClosed
 from resilient.core.machine import Announce, Assign, CoordinatorEvent, CoordinatorSettings, Finish, NodeLost, Tick
-from resilient.core.messages import NONE, Assignment, Chair, Finding, Holding, Record, Report
+from resilient.core.messages import NONE, Assignment, Audit, Chair, Finding, Holding, Record, Report, Sum
 
 WARM_UP_S = 0.5  # fork to commit, for everybody: the step of such a fleet is long
 
@@ -93,6 +93,15 @@ class Crowd:
         """A node dies, and its connection is reset."""
         self.extras[name].dead = True
         self._at(self.now, NodeLost(node=name))
+
+    def audit(self, step: int, *, odd: int = NONE) -> None:
+        """Every node has hashed what its ranks sealed at that step; rank `odd` holds something else."""
+        world = len(self.coordinator.round.seating.places)
+        for extra in self.extras.values():
+            ranks = [chair.rank for chair in extra.report.chairs]
+            alike = [("same", tuple(rank for rank in ranks if rank != odd)), ("other", tuple(rank for rank in ranks if rank == odd))]
+            sums = tuple(Sum(twins=(0, world, 1), digest=digest, ranks=held) for digest, held in alike if held)
+            extra.report = msgspec.structs.replace(extra.report, audit=Audit(step=step, round=extra.acted, sums=sums) if sums else None)
 
     def _speak(self, extra: Extra, *, again: bool = False) -> None:
         if extra.dead:

@@ -64,14 +64,16 @@ class Loop:
         tier0: Tier0,
         checkpoint_every: int | None,
         snapshot_every: int | None = None,
+        audit_every_s: float = 0.0,
     ) -> None:
         """checkpoint_every: steps between two snapshots for the persistent tier; 0 = those that the page asks for, None = and the last.
 
         snapshot_every: steps between two snapshots in memory of sharded state; None = as often as it is worth it.
+        audit_every_s: between two comparisons of replicas; 0 = none.
         """
         self.comm, self.scope, self.desk, self.page, self.ledger, self.tracked = comm, scope, desk, page, ledger, tracked
         self.tier0, self.checkpoint_every = tier0, checkpoint_every
-        self.sealing = Sealing(page, tier0, every=snapshot_every, checkpoint_every=checkpoint_every or 0)
+        self.sealing = Sealing(page, tier0, every=snapshot_every, checkpoint_every=checkpoint_every or 0, audit_every_s=audit_every_s)
         self.opened = False
         self.over = False  # the loop's end was reached together
         self.canary = Canary()
@@ -242,10 +244,12 @@ class Loop:
             self.sealing.await_copies(step, lambda: self.broken)
         elif self.sealing.certain(step + 1, sharded=True):
             self.sealing.await_newest(lambda: self.broken)
+        if self.sealing.certain(step + 1, sharded=self.undo_needed):
+            self.sealing.await_audit(lambda: self.broken)
         self.tier0.own_gate(step + 1, round_, (_AT_BOUNDARY if boundary else _IN_BODY) + self.tracked.own())
         self.ledger.write("voted")
         asked = self._asked < self.page.wanted() <= step + 1
-        own_wish = self.sealing.wish(step + 1, rank=self.comm.rank, sharded=self.undo_needed, asked=asked)
+        own_wish = self.sealing.wish(step + 1, rank=self.comm.rank, sharded=self.undo_needed, asked=asked, twins=self.tracked.twins > 1)
         wish = torch.tensor([own_wish], dtype=torch.int32)
         try:
             self.comm.vote(wish)
@@ -304,6 +308,8 @@ class Loop:
         self.ledger.committed(step)
         if due:
             self.tier0.once_sealed(functools.partial(self._sealed, step))
+        if self.sealing.audit == step:
+            self.tier0.once_sealed(functools.partial(self.desk.send, Sealed(audit=step)))
         self._publish()
         if self.broken:
             self._recover()

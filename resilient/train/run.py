@@ -278,6 +278,7 @@ def _join(kind: str, device: torch.device, env: Mapping[str, str], *, any_rank: 
         tier0=Tier0(desk, tracked, run_id, movers, often=apart is not None, overlap=behind),
         checkpoint_every=None if (every := env.get("RESILIENT_CHECKPOINT_EVERY", "0")) == "auto" else int(every),
         snapshot_every=apart,
+        audit_every_s=float(env.get("RESILIENT_AUDIT_EVERY_S", "0")),
     )
     desk.send(Join(worker=env["RESILIENT_WORKER"], pid=os.getpid(), token=env["RESILIENT_TOKEN"], any_rank=any_rank))
     desk.listen()

@@ -62,6 +62,7 @@ class Tracked:
         self._count = 0
         self.canary: float | None = None  # the canary's number for this state (train/canary.py), where it was asked
         self._values = 0
+        self.twins = 1  # ranks that hold the same shared state to the last bit, this one included; known with `layout`
 
     def add(self, name: str, thing: Any) -> None:
         """Track `thing`. Raises UsageError if its state cannot be taken and put back."""
@@ -129,7 +130,9 @@ class Tracked:
         items = self.shared()
         if self._layout is None:
             rows = tuple(item.row() for item in items)
-            encoded = Layout(rows, twins.of(self), self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
+            alike = twins.of(self)
+            self.twins = alike.count
+            encoded = Layout(rows, alike, self._groups(), wrappers.prefixes(self.modules), self._tied).encode()
             self._layout = encoded, xxhash.xxh3_128_hexdigest(encoded)
         return self._layout
 

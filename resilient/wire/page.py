@@ -3,7 +3,7 @@
 Think of a shop window: whoever passes by can look in, also when the shopkeeper sleeps or is dead. A heartbeat is a store of
 eight bytes; nobody is called, nobody answers.
 
-Contract: one worker writes, one agent reads, except the words `FENCE`, `COPIED` and `WANTED` (agent writes, worker reads). All words
+Contract: one worker writes, one agent reads, except five words at the begin (agent writes, worker reads). All words
 are aligned int64, little endian, and do not tear. The record (several words) stands under a sequence number: odd while it is being written.
 The agent keeps the file of a dead worker, so the last record can always be read.
 
@@ -30,7 +30,7 @@ PHASES: Final[tuple[Phase, ...]] = ("setup", "clean", "running", "voted", "commi
 
 # word indices
 _MAGIC, _PID = 0, 1
-_FENCE, _COPIED, _WANTED = 8, 9, 10  # agent
+_FENCE, _COPIED, _WANTED, _AUDITED, _AUDIT = 8, 9, 10, 11, 12  # agent; the last: ns of work
 _SEQ = 16  # record, under the sequence number
 _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
@@ -71,7 +71,7 @@ class Page:
             w = self._words
             w[_STEP] = NONE
             w[_COPIED] = UNCOPIED
-            w[_WANTED] = w[_SEALED] = NONE
+            w[_WANTED] = w[_SEALED] = w[_AUDITED] = NONE
             w[_BEAT] = time.monotonic_ns()
             w[_MAGIC] = MAGIC
         elif self._words[_MAGIC] != MAGIC:
@@ -132,6 +132,14 @@ class Page:
         """Newest step of this rank that lies on another node too; UNCOPIED if none is to be awaited."""
         return self._words[_COPIED]
 
+    def audited(self) -> int:
+        """The step of this rank that was audited last, or whose audit came to nothing; NONE = none yet."""
+        return self._words[_AUDITED]
+
+    def audit_s(self) -> float:
+        """How long this node has hashed, all its ranks together, for the newest audit."""
+        return self._words[_AUDIT] / 1e9
+
     def section(self, depth: int) -> None:
         """Depth of open `run.section`s."""
         self._words[_SECTION] = depth
@@ -171,6 +179,11 @@ class Page:
     def set_copied(self, step: int) -> None:
         """What this rank sealed at `step` lies on another node; UNCOPIED = there is no other node."""
         self._words[_COPIED] = step
+
+    def set_audited(self, step: int, seconds: float) -> None:
+        """See `audited` and `audit_s`."""
+        self._words[_AUDIT] = int(seconds * 1e9)
+        self._words[_AUDITED] = step
 
     def want(self, step: int) -> None:
         """See `wanted`."""

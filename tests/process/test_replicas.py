@@ -1,4 +1,4 @@
-"""A bit that flips in one replica's state is found when the next checkpoint is made, with step, tensor and rank."""
+"""A bit that flips in one replica's state is found, with step, tensor and rank: when a checkpoint is made, and in runs that make none."""
 
 from __future__ import annotations
 
@@ -48,3 +48,57 @@ def test_what_replicas_hold_alike_is_written_once(tmp_path: pathlib.Path, kind: 
                 writers.add(rank)
     assert set(written.values()) == {1}
     assert writers == set(range(world)), "the work is shared"
+
+
+# Where a snapshot costs little it is taken at every step or two; a second has at most fifty steps of 0.02 s, after which the moment that was
+# changed is still another one: what Adam forgets of it with each step is a tenth.
+AUDITED = ("--audit-every-s", "1")
+PACED = ("--steps", "100000", "--pace", "0.02")
+
+
+def audited(run: Launched, count: int) -> bool:
+    found = run.status().get("replicas")
+    return found is not None and found["audits"] >= count
+
+
+def end(run: Launched) -> None:
+    assert run.process is not None
+    run.process.terminate()
+    assert run.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "named"),
+    [
+        ("ddp", 3, {1}),
+        pytest.param("ddp", 2, {0, 1}, marks=pytest.mark.long),
+        pytest.param("hsdp", 4, {1, 3}, marks=pytest.mark.long),
+    ],
+)
+def test_a_flipped_bit_is_found_without_any_checkpoint(tmp_path: pathlib.Path, kind: str, world: int, named: set[int]) -> None:
+    arguments = ["--out", str(tmp_path), "--kind", kind, *PACED, "--flip", "1:6"]
+    with Launched(tmp_path, ["--nproc-per-node", str(world), *AUDITED], "resized.py", arguments) as run:
+        found = run.until(
+            lambda: len(found := [e for e in run.events("finding") if e["kind"] == "replicas_differ"]) >= len(named) and found, "findings"
+        )
+        assert {event["rank"] for event in found} == named
+        (step,) = {event["step"] for event in found}
+        assert step > 6
+        assert all(f"step {step}: " in event["text"] and "exp_avg" in event["text"] for event in found)
+        assert f"of {world if kind == 'ddp' else 2} replicas" in found[0]["text"]
+        verdicts = [event["verdict"] for event in run.events("verdict") if event["kind"] == "replicas_differ"]
+        assert set(verdicts) == {"watch"}
+        known = run.status()["replicas"]["audits"]
+        run.until(lambda: audited(run, known + 2), "two audits more")
+        assert set(run.status()["replicas"]["differ"]) == named
+        assert run.status()["replicas"]["since"] == step
+        assert len(run.events("finding")) == len(named), "what is known is told once"
+        end(run)
+
+
+def test_replicas_that_are_equal_are_no_finding(tmp_path: pathlib.Path) -> None:
+    with Launched(tmp_path, ["--nproc-per-node", "2", *AUDITED], "resized.py", ["--out", str(tmp_path), *PACED]) as run:
+        run.until(lambda: audited(run, 2), "two audits")
+        assert run.status()["replicas"]["differ"] == []
+        assert not run.events("finding")
+        end(run)

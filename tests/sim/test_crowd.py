@@ -16,7 +16,13 @@ def test_a_hundred_thousand_ranks():
     crowd.kill_rank(777)
     crowd.run(10.0)
     crowd.kill_node("n55")
-    crowd.run(40.0)
+    crowd.run(13.0)
+    crowd.audit(10)
+    crowd.run(13.0)
+    assert crowd.coordinator._audits.status().step == 10
+    crowd.audit(20, odd=777)
+    crowd.run(14.0)
+    assert [len(sheet.ranks) for sheet in crowd.coordinator._audits.wish.sheets] == [99_999, 1]
     took = time.process_time() - began
     assert crowd.coordinator.state == "running"
     assert [(line.cause, line.steps_lost) for line in crowd.closed] == [("exit", 0), ("node_lost", 0)]

@@ -8,7 +8,21 @@ import pytest
 from resilient.core import lines
 from resilient.core.coordinator import Coordinator
 from resilient.core.machine import Announce, Assign, CoordinatorSettings, Finish, NodeLost, NodeUp, StatusDue, Stop, Tick
-from resilient.core.messages import NONE, Chair, Finding, Holding, Pace, Persisted, Record, Report, Standby
+from resilient.core.messages import (
+    NONE,
+    Audit,
+    Chair,
+    Compared,
+    Difference,
+    Finding,
+    Holding,
+    Pace,
+    Persisted,
+    Record,
+    Report,
+    Standby,
+    Sum,
+)
 from resilient.core.placement import Place
 from resilient.core.round import Round
 from resilient.core.seating import Seating
@@ -458,3 +472,30 @@ def test_when_all_wait_inside_the_round_is_formed_again(house):
     assert house.at().fence == 1
     house.report(chairs=inside, fenced=1, after=0.3)
     assert (house.coordinator.round.number, house.at().put_down) == (2, ())
+
+
+def test_replicas_that_differ_are_looked_into_by_the_leader_and_told():
+    house = House(nodes_min=2, nodes_max=2)
+    house.report("n0", slots=1)
+    house.report("n1", slots=1)
+
+    def audit(node, rank, digest):
+        return Audit(step=5, round=1, sums=(Sum(twins=(0, 2, 1), digest=digest, ranks=(rank,)),))
+
+    house.report("n0", chairs=chairs(ranks=(0,)), audit=audit("n0", 0, "a"))
+    house.report("n1", chairs=chairs(ranks=(1,)), audit=audit("n1", 1, "b"))
+    wish = house.at("n0").compare
+    assert [(sheet.vault, sheet.digest, sheet.ranks) for sheet in wish.sheets] == [("n0:7", "a", (0,)), ("n1:7", "b", (1,))]
+    assert house.at("n1").compare is None
+    found = Compared(step=5, round=1, differences=(Difference(ranks=(0, 1), twins=2, text="step 5: w"),))
+    house.report("n1", chairs=chairs(ranks=(1,)), compared=found)
+    assert not house.told(lines.FindingLine), "only the leader was asked"
+    house.report("n0", chairs=chairs(ranks=(0,)), compared=found)
+    assert [(line.kind, line.node, line.rank, line.step, line.text) for line in house.told(lines.FindingLine)] == [
+        ("replicas_differ", "n0", 0, 5, "step 5: w"),
+        ("replicas_differ", "n1", 1, 5, "step 5: w"),
+    ]
+    assert {line.verdict for line in house.told(lines.VerdictLine)} == {"watch"}
+    assert house.at("n0").compare is None
+    assert house.coordinator.stage == "seated", "the run goes on"
+    assert house.coordinator.status().replicas.differ == (0, 1)

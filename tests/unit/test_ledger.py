@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from resilient.core.ledger import Account, Copy, best_copy, choose, claim
@@ -117,3 +118,21 @@ def test_the_nearest_copy_is_the_best():
     assert best_copy(account, plan, "n9").node == "n1"
     assert best_copy(account, plan, "n2").node == "n2"
     assert best_copy(account, Plan(step=6, tier="memory"), "n2") is None
+
+
+def test_who_is_doubted_gives_nothing_while_somebody_else_can():
+    doubted = msgspec.structs.replace(rank(0, 5), doubted=True)
+    assert choose([doubted, rank(1, 5), rank(2, own=[5])], ()).plan.sources == (1,)
+    assert choose([doubted, rank(2, own=[5])], ()).plan.sources == (0,)
+    ahead = msgspec.structs.replace(rank(0, 5, "committing"), doubted=True)
+    assert choose([ahead, rank(1, 5, "voted"), rank(2, own=[5], gate=6)], ()).plan.sources == (1,), (
+        "who waits for the word will hold it too"
+    )
+
+
+def test_who_is_doubted_lends_nothing_while_somebody_else_can():
+    over = [rank(n, 5, "done", own=[5], snapshots=[5], finished=True) for n in range(2)]
+    over[0] = msgspec.structs.replace(over[0], doubted=True)
+    newcomer = rank(2, own=[5])
+    assert choose([*over, newcomer], ()).plan.lender == 1
+    assert choose([over[0], newcomer], ()).plan.lender == 0

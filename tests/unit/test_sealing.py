@@ -11,7 +11,7 @@ from resilient.checkpoint.memory import create
 from resilient.checkpoint.slot import Slot
 from resilient.core.messages import NONE
 from resilient.train import sealing
-from resilient.train.sealing import AGAIN, CHECKPOINT, NOT_YET, NOTHING, SNAPSHOT, Sealing
+from resilient.train.sealing import AGAIN, AUDIT, CHECKPOINT, NOT_YET, NOTHING, SNAPSHOT, Sealing
 from resilient.wire.page import UNCOPIED, Page
 
 BYTES = 1 << 20
@@ -156,7 +156,9 @@ def test_a_snapshot_that_came_to_nothing_is_made_again(page, tier0):
     assert wish(ours, 7, rank=2, sharded=False) == NOTHING
 
 
-@pytest.mark.parametrize(("vote", "seals"), [(NOTHING, False), (SNAPSHOT, True), (CHECKPOINT, True), (NOT_YET, False), (AGAIN, True)])
+@pytest.mark.parametrize(
+    ("vote", "seals"), [(NOTHING, False), (SNAPSHOT, True), (AUDIT, True), (CHECKPOINT, True), (NOT_YET, False), (AGAIN, True)]
+)
 def test_what_a_vote_means(page, tier0, vote, seals):
     assert Sealing(page, tier0, every=None, checkpoint_every=0).passed(vote) is seals
 
@@ -171,3 +173,86 @@ def test_the_gate_waits_for_copies_but_not_for_ever(page, tier0, monkeypatch):
     ours.await_newest(lambda: True)  # the round is broken
     monkeypatch.setattr(sealing, "COPIES_S", 0.01)
     ours.await_newest(lambda: False)
+
+
+def auditing(page, tier0, *, every_s=0.01, **words) -> Sealing:
+    words = {"every": None, "checkpoint_every": 0, **words}
+    ours = Sealing(page, tier0, audit_every_s=every_s, **words)
+    ours.sealed(1, alike=True)
+    ours._audit_s = float("-inf")  # a minute has passed
+    time.sleep(1e-4)
+    return ours
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_rank_0_names_a_snapshot_that_is_audited(page, tier0, sharded):
+    ours = auditing(page, tier0)
+    assert ours.wish(2, rank=0, sharded=sharded, asked=False, twins=True) == AUDIT
+    assert ours.wish(2, rank=0, sharded=sharded, asked=False) == SNAPSHOT  # nobody holds the same
+    assert ours.wish(2, rank=1, sharded=sharded, asked=False, twins=True) == NOTHING
+    assert auditing(page, tier0, every_s=0.0).wish(2, rank=0, sharded=sharded, asked=False, twins=True) == SNAPSHOT
+    assert ours.passed(AUDIT)
+    ours.sealed(2, alike=True)
+    assert ours.audit == 2
+    for rank in (0, 1):  # until the agent has hashed it
+        assert ours.wish(3, rank=rank, sharded=sharded, asked=False, twins=True) == NOT_YET
+    page.set_audited(2, 0.001)
+    time.sleep(1e-4)
+    assert ours.wish(3, rank=0, sharded=sharded, asked=False, twins=True) == SNAPSHOT  # and the next one is not due
+
+
+def test_what_other_ranks_may_not_have_sealed_is_not_audited(page, tier0):
+    ours = auditing(page, tier0)
+    ours.passed(AUDIT)
+    ours.sealed(2, alike=False)
+    assert ours.audit == NONE
+    ours.sealed(3, alike=True)
+    assert ours.audit == NONE
+
+
+def test_an_agent_that_does_not_answer_is_not_waited_for_for_ever(page, tier0, monkeypatch):
+    ours = auditing(page, tier0)
+    ours.passed(AUDIT)
+    ours.sealed(2, alike=True)
+    assert wish(ours, 3, sharded=False) == NOT_YET
+    monkeypatch.setattr(sealing, "NEEDED_S", -1.0)
+    assert wish(ours, 3, sharded=False) == SNAPSHOT
+    monkeypatch.undo()
+    ours.placed(2)
+    time.sleep(1e-4)
+    assert wish(ours, 3, sharded=False) == SNAPSHOT  # the round is another one
+
+
+def test_audits_are_as_rare_as_they_are_dear(page, tier0, monkeypatch):
+    ours = auditing(page, tier0)
+    ours._audit_s = time.monotonic() - 50.0
+    page.set_audited(1, 0.2)
+    assert ours.wish(2, rank=0, sharded=True, asked=False, twins=True) == AUDIT
+    page.set_audited(1, 0.3)
+    assert ours.wish(2, rank=0, sharded=True, asked=False, twins=True) == SNAPSHOT
+    ours._audit_s = time.monotonic() - sealing.AUDIT_MIN_S / 2
+    page.set_audited(1, 0.0)
+    assert ours.wish(2, rank=0, sharded=True, asked=False, twins=True) == SNAPSHOT
+
+
+def test_where_snapshots_are_taken_at_fixed_steps_one_of_them_is_audited(page, tier0):
+    ours = auditing(page, tier0, every=2, checkpoint_every=4)
+    page.set_copied(UNCOPIED)
+    found = [ours.wish(step, rank=0, sharded=True, asked=False, twins=True) for step in (2, 3, 4)]
+    assert found == [AUDIT, NOTHING, SNAPSHOT], "what is committed is compared then"
+    assert ours.wish(2, rank=1, sharded=True, asked=False, twins=True) == SNAPSHOT
+    assert ours.wish(2, rank=0, sharded=True, asked=True, twins=True) == CHECKPOINT
+
+
+def test_a_gate_waits_only_where_the_audited_snapshot_would_be_overwritten(page, tier0, monkeypatch):
+    ours = auditing(page, tier0, every=1)
+    ours.passed(AUDIT)
+    ours.sealed(2, alike=True)
+    ours.await_audit(lambda: False)  # the next one goes into the other slot
+    ours.sealed(3, alike=True)
+    ours.await_audit(lambda: True)  # the round is broken
+    monkeypatch.setattr(sealing, "COPIES_S", 0.01)
+    ours.await_audit(lambda: False)
+    monkeypatch.undo()
+    page.set_audited(2, 0.0)
+    ours.await_audit(lambda: False)

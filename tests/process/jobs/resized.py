@@ -1,10 +1,10 @@
 """A training whose losses do not depend on how many ranks share a batch: to be gone on with in a world of another size.
 
-    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary] [--hold N]
+    resized.py --out DIR [--kind ddp|fsdp|tp|hsdp] [--steps N] [--flip RANK:STEP] [--canary] [--hold N] [--pace SECONDS]
 
 Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl. `--flip`: before that step one
 bit of that rank's optimizer state changes, as a device that computes wrongly would leave it. `--hold`: in that step all ranks wait for the file
-DIR/go.
+DIR/go. `--pace`: how long a step takes at least.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--flip", default="")
 parser.add_argument("--canary", action="store_true")
 parser.add_argument("--hold", type=int, default=-1)
+parser.add_argument("--pace", type=float, default=0.0)
 args = parser.parse_args()
 
 run = resilient.init()
@@ -76,6 +77,7 @@ for step in run.steps(args.steps):
     if args.kind != "tp":
         part = BATCH // world
         inputs, targets = (t[run.rank * part : (run.rank + 1) * part] for t in (inputs, targets))
+    time.sleep(args.pace)
     optimizer.zero_grad()
     loss = (model(inputs) - targets).square().mean()
     loss.backward()
