@@ -19,6 +19,7 @@ from resilient.core.lines import EventLine
 from resilient.core.messages import (
     NONE,
     Assignment,
+    Elder,
     Fetch,
     Holding,
     Layout,
@@ -329,6 +330,7 @@ class VaultDo(Msg):
     round: int = 0  # in force
     step: int = NONE  # at which it begins: of later steps nothing counts that was sealed before
     node_rank: int = NONE  # position of this node in it
+    elders: tuple[Elder, ...] = ()  # who has what of a world of another size, for ranks that ask to have it cut for them
 
 
 class Log(Msg):

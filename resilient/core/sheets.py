@@ -66,6 +66,7 @@ def vault_do(new: Assignment) -> VaultDo:
         round=new.round if new.round > new.fence else 0,
         step=new.plan.step,
         node_rank=new.node_rank,
+        elders=new.elders,
     )
 
 

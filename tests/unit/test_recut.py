@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resilient.checkpoint.layout import Layout, Row, Twins
-from resilient.checkpoint.recut import recut
+from resilient.checkpoint.recut import Held, recut
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
@@ -44,6 +44,10 @@ def slot_of(directory, rank: int, world_size: int) -> Slot:
     return slot
 
 
+def held(slots: dict[int, Slot]) -> dict[int, Held]:
+    return {rank: Held(slot, run="run", rank=rank, step=6) for rank, slot in slots.items()}
+
+
 def room(directory):
     def made(num_bytes: int) -> Ring:
         path = directory / "new"
@@ -58,7 +62,7 @@ def test_every_element_is_where_it_belongs(tmp_path, before, after):
     sources = {rank: slot_of(tmp_path, rank, before) for rank in range(before)}
     for rank in range(after):
         wanted = described(rank, after)
-        assert recut(sources, wanted, room(tmp_path), run="run", rank=rank, world_size=after, step=6) == rank % before
+        assert recut(held(sources), wanted, room(tmp_path), run="run", rank=rank, world_size=after, step=6) == rank % before
         slot = Slot(str(tmp_path / "new"))
         found = slot.read(run="run", rank=rank, step=6)
         assert (found.world_size, found.own) == (after, b"own %d" % (rank % before))
@@ -70,8 +74,8 @@ def test_nothing_damaged_or_missing_is_used(tmp_path):
     sources = {rank: slot_of(tmp_path, rank, 3) for rank in range(3)}
     words = {"run": "run", "rank": 0, "world_size": 1, "step": 6}
     with pytest.raises(SnapshotMissing, match=r"elements of model\.[wb] are in no rank's memory"):
-        recut({rank: sources[rank] for rank in range(2)}, described(0, 1), room(tmp_path), **words)
+        recut(held({rank: sources[rank] for rank in range(2)}), described(0, 1), room(tmp_path), **words)
     sources[1].memory[-60] ^= 1
     with pytest.raises(SnapshotCorrupt, match="rank=1"):
-        recut(sources, described(0, 1), room(tmp_path), **words)
+        recut(held(sources), described(0, 1), room(tmp_path), **words)
     assert Slot(str(tmp_path / "new")).sealed_step() == -1
