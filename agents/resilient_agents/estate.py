@@ -50,6 +50,7 @@ class Estate:
         self._named = self._others(())
         self._lane = Lane("cutting snapshots anew", threads=THREADS, niceness=0)  # somebody waits for it
         self._turn = threading.Lock()
+        self.fetched_bytes = 0  # of payloads that lie on other nodes, in all
 
     def heed(self, elders: tuple[Elder, ...]) -> None:
         """Where the old ranks' snapshots are. Own vault may be among them."""
@@ -64,15 +65,14 @@ class Estate:
         async with self._named.used() as others:
             sources = {rank: self._source(SnapshotKey(rank, wanted.reshape), wanted.origin, others) for rank in range(wanted.origin)}
             allowed_s = CUT_S + wanted.snapshot_bytes / CUT_BYTES_S
-            before = others.num_bytes()
             try:
-                whose = await self._lane.run(lambda: self._cut(wanted, sources, allowed_s), deadline_s=allowed_s)
+                whose, fetched = await self._lane.run(lambda: self._cut(wanted, sources, others, allowed_s), deadline_s=allowed_s)
             except CheckpointError as error:
                 log.warning("step %d of %d ranks is not cut for rank %d: %s", wanted.reshape, wanted.origin, wanted.rank, error)
                 raise
-            here, fetched = sum(source.near for source in sources.values()), others.num_bytes() - before
-            text = f"step {wanted.reshape} of {wanted.origin} ranks was cut for rank {wanted.rank}"
-            log.info("%s: %d of their snapshots are here, %d bytes of others were fetched meanwhile", text, here, fetched)
+            self.fetched_bytes += fetched
+            here, text = sum(source.near for source in sources.values()), f"step {wanted.reshape} of {wanted.origin} ranks was cut"
+            log.info("%s for rank %d: %d of their snapshots are here, %d bytes of others were fetched", text, wanted.rank, here, fetched)
             return whose
 
     async def close(self) -> None:
@@ -92,26 +92,30 @@ class Estate:
             return Held(slot, run=self._run, rank=key.rank, step=key.step)
         return others.source(key, world_size)
 
-    def _cut(self, wanted: Layout, sources: dict[int, Source], allowed_s: float) -> int:
-        """In a thread."""
-        chest, step, size = self._memory.chest(wanted.rank), wanted.reshape, wanted.world_size
+    def _cut(self, wanted: Layout, sources: dict[int, Source], asked: _Others, allowed_s: float) -> tuple[int, int]:
+        """In a thread. Gives the old rank whose own state it has, and the bytes that were fetched for it."""
+        chest, step, size, fetched = self._memory.chest(wanted.rank), wanted.reshape, wanted.world_size, 0
 
         @contextlib.contextmanager
         def turn() -> Iterator[list[Held]]:
+            nonlocal fetched
             if not self._turn.acquire(timeout=allowed_s):
                 raise TierUnavailable(f"snapshot rank={wanted.rank} step={step}: another rank's has not come to its end")
+            before = asked.num_bytes()
             try:
                 chests = [other for rank, other in sorted(self._memory.chests.items()) if other.seated and rank != wanted.rank]
                 slots = [(other.rank, other.sealed("snapshot", size).get(step)) for other in chests]
                 yield [Held(slot, run=self._run, rank=rank, step=step) for rank, slot in slots if slot is not None]
             finally:
+                fetched = asked.num_bytes() - before
                 self._turn.release()
 
         if not chest.filling.acquire(timeout=allowed_s):
             raise TierUnavailable(f"snapshot rank={wanted.rank} step={step}: another copy of that rank is just coming in")
         try:
             rows = decode(wanted.rows)
-            return recut(sources, rows, chest.grow_snapshots, run=self._run, rank=wanted.rank, world_size=size, step=step, turn=turn)
+            whose = recut(sources, rows, chest.grow_snapshots, run=self._run, rank=wanted.rank, world_size=size, step=step, turn=turn)
+            return whose, fetched
         finally:
             chest.filling.release()
 

@@ -15,8 +15,9 @@ nothing); a copy in the form of files in between (twice the bytes, to use one re
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol, Self
 
 from resilient.checkpoint import layout, reshape
@@ -152,10 +153,14 @@ def _fill(cut: Cut, sources: Iterable[Source], choose: Callable[[Row], Box | Non
             rows = layout.decode(source.head().layout).rows
             chosen = {number: box for number, row in enumerate(rows) if (box := choose(row)) is not None}
             if chosen:
-                source.read(chosen, lambda number, memory, begin, rows=rows: cut.lay(rows[number], memory, begin))  # type: ignore[misc]
+                source.read(chosen, functools.partial(_lay, cut, rows))
         except CheckpointError as error:
             wrong.append(error)
             continue
         for number in chosen:
             cut.done(rows[number])
     return wrong
+
+
+def _lay(cut: Cut, rows: Sequence[Row], number: int, memory: memoryview, begin: int) -> None:
+    cut.lay(rows[number], memory, begin)

@@ -123,7 +123,9 @@ def test_a_byte_that_flips_in_what_was_left_is_found_and_the_checkpoint_is_used(
     begun = run.events("round_started")
     print(second.text(), run.text(), run.events("finding"))
     steps = [(event["tier"], event["step"]) for event in begun]
-    assert (steps[0], steps[-1]) == (("peer", HELD), ("persistent", EVERY)), begun  # the step before is overwritten where a rank was quicker
+    assert (steps[0], steps[-1]) == (("peer", HELD), ("persistent", EVERY)), (
+        begun
+    )  # the step before is overwritten where a rank was quicker
     assert "the payload is not what was hashed" in second.text()
     lives.check(undisturbed, first, EVERY)
 
