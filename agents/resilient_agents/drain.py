@@ -26,7 +26,7 @@ from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.messages import NONE, Layout, Persisted
-from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import staged
 from resilient_agents.lane import Errands, Lane
 
@@ -225,6 +225,8 @@ class Drain:
             return await self._reading.run(work, deadline_s=2 * ANSWER_S + wanted.snapshot_bytes / PACE_BYTES_S)
         except CheckpointError as error:
             log.warning("checkpoint of step %d refused for rank %d: %s", wanted.reshape, wanted.rank, error)
+            if isinstance(error, SnapshotCorrupt):
+                self.distrust(wanted.reshape)
             raise
 
     async def foreign(self, step: int) -> bool:

@@ -13,21 +13,17 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from resilient.checkpoint.chest import Chest, MemoryTier
-from resilient.checkpoint.layout import decode
 from resilient.checkpoint.parity import PARITY
-from resilient.checkpoint.recut import recut
-from resilient.checkpoint.reshape import own_rank
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.tier import KINDS
 from resilient.core.machine import Seals
 from resilient.core.messages import NONE, Holding, Layout, Segments
-from resilient.errors import SnapshotMissing, TierUnavailable
+from resilient.errors import TierUnavailable
 
 FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
 SWEEP_STEPS: Final = 10
 BOUNDARY_S: Final = 1.0
 COPIED_BYTES_S: Final = 2 << 30  # into memory, by a rank that shares its cores
-FILLING_S: Final = 60.0  # a copy that comes in while a rank is cut anew: none is on its way then
 log = logging.getLogger("resilient.vault")
 
 
@@ -69,27 +65,6 @@ def all_holdings(memory: MemoryTier, world_size: int) -> tuple[Holding, ...]:
     """Of every rank."""
     chests = ((rank, chest) for rank, chest in sorted(memory.chests.items()) if rank < PARITY)
     return tuple(holding for rank, chest in chests for holding in holdings(rank, chest, world_size))
-
-
-def cut(memory: MemoryTier, wanted: Layout, run: str) -> int:
-    """A rank's snapshot of a step, from those of a world of another size. Gives the old rank whose own state it has. Raises as `recut`."""
-    step, chest = wanted.reshape, memory.chest(wanted.rank)
-    if step in chest.sealed("snapshot", wanted.world_size):
-        return own_rank(wanted.rank, wanted.origin)  # for somebody who sat here a moment ago
-    sources = {}
-    for rank in range(wanted.origin):
-        old = memory.chests.get(rank)
-        slot = old.sealed("snapshot", wanted.origin).get(step) if old is not None else None
-        if slot is None:
-            raise SnapshotMissing(f"snapshot rank={rank} step={step}, of {wanted.origin} ranks: not in this node's memory")
-        sources[rank] = slot
-    rows, size = decode(wanted.rows), wanted.world_size
-    if not chest.filling.acquire(timeout=FILLING_S):
-        raise TierUnavailable(f"snapshot rank={wanted.rank} step={step}: another copy of that rank is just coming in")
-    try:
-        return recut(sources, rows, chest.grow_snapshots, run=run, rank=wanted.rank, world_size=size, step=step)
-    finally:
-        chest.filling.release()
 
 
 def allocate(chest: Chest, layout: Layout, make_room: Callable[[], bool]) -> Segments:

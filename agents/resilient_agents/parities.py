@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from resilient.checkpoint import parity
 from resilient.checkpoint.chest import Berth, Chest, MemoryTier
-from resilient.checkpoint.haul import TCP, payload_place
+from resilient.checkpoint.haul import TCP, payload_place, pieces
 from resilient.checkpoint.parity import PARITY, Content, Fold, Part, number_of, span
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.pipe import Covered, Offer
@@ -301,7 +301,7 @@ class Parities:
         if peer is None:
             raise SnapshotMissing(f"rank {part.rank} is of another group now")
         if begin < end:
-            await peer.pull(SnapshotKey(part.rank, page.step), part.header, begin, end, page.folds[part.rank], limited=True)
+            await peer.pull(SnapshotKey(part.rank, page.step), part.header, pieces(begin, end), page.folds[part.rank], limited=True)
 
     # ------------------------------------------------------------------ putting together
 
@@ -332,7 +332,7 @@ class Parities:
                         other = SnapshotKey(part.rank, key.step)
                         pulls.append((peers[where[part.rank]], other, part.header, first, min(last, first + len(target))))
                 await _all(
-                    peer.pull(of, head, first, last, Fold(target[: last - first], lock, transport=self._transport))
+                    peer.pull(of, head, pieces(first, last), Fold(target[: last - first], lock, transport=self._transport))
                     for peer, of, head, first, last in pulls
                     if first < last
                 )
@@ -345,7 +345,7 @@ class Parities:
 
 
 async def _content(peer: Peer, key: SnapshotKey) -> tuple[bytes, Content]:
-    header, head = await peer.head(key)
+    header, head, _ = await peer.head(key)
     return header, parity.content_of(header, head, f"{key} at {peer.address}")
 
 

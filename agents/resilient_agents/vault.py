@@ -30,12 +30,13 @@ from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
 from resilient.core.machine import Seals, VaultDo, Vaulted
 from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
-from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
 from resilient_agents.audits import Audits
-from resilient_agents.copies import COPY_BYTES_S, COPY_S, Copies
+from resilient_agents.copies import Copies
 from resilient_agents.courier import Courier
 from resilient_agents.drain import Drain
+from resilient_agents.estate import Estate
 from resilient_agents.hashing import Hashing
 from resilient_agents.heir import Heir
 from resilient_agents.lane import Errands, Lane
@@ -89,6 +90,7 @@ class Vault:
         self._copies = Copies(self._notes, self._lane, token=token, run=run, node=node, limit=limit, transport=transport)
         self._parities = Parities(self._memory, self._lane, self._copies.thin_peer, run=run, changed=self._changed, transport=transport)
         self._server.heard = self._parities.heard
+        self._estate = Estate(self._memory, self._copies.peer, run=run, transport=transport)
         self._drain: Drain | None = None
         if checkpoint_url:
             self._drain = Drain(
@@ -135,6 +137,7 @@ class Vault:
         await self.audits.close()
         await self._copies.close()
         await self._parities.close()
+        await self._estate.close()
         if self._drain is not None:
             await self._drain.close()
         self._lane.close()
@@ -182,16 +185,13 @@ class Vault:
         try:
             own_of = await self._cut(layout)
         except CheckpointError as error:
-            if isinstance(error, SnapshotCorrupt) and self._drain is not None and not layout.origin:
-                self._drain.distrust(layout.reshape)
             return msgspec.structs.replace(segments, refused=str(error))
         segments = await asyncio.to_thread(self.allocate, layout)  # they may have grown
         return msgspec.structs.replace(segments, own_of=own_of)
 
     async def _cut(self, layout: Layout) -> int:
         if layout.origin:
-            allowed_s = COPY_S + (layout.origin + 1) * layout.snapshot_bytes / COPY_BYTES_S
-            return await self._lane.run(lambda: inventory.cut(self._memory, layout, self._run), deadline_s=allowed_s)
+            return await self._estate.cut(layout)
         if self._drain is None:
             raise SnapshotMissing("no checkpoint URL was given")
         return await self._drain.reshape(layout, self._memory.chest(layout.rank))
@@ -243,6 +243,7 @@ class Vault:
                 inventory.end_futures(chest, wish.step)
         self._round, self._position, self._world_size = max(self._round, wish.round), wish.node_rank, wish.world_size
         self.set_peers(wish.peers)
+        self._estate.heed(wish.elders)
         self._copies.whole = not wish.group
         self._parities.set_group(wish.group, self._address)
         self._rescue = wish.rescue

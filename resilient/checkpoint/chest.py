@@ -284,13 +284,14 @@ class MemoryTier:
             if slot.sealed_step() == key.step:
                 slot.unseal()
 
-    def slot(self, key: SnapshotKey) -> Slot:
-        """The slot that holds `key`, or SnapshotMissing."""
+    def slot(self, key: SnapshotKey, world_size: int = 0) -> Slot:
+        """The slot that holds `key`, or SnapshotMissing. world_size: sealed in such a world, 0 = in any."""
         chest = self.chests.get(key.rank)
-        held = chest.sealed(key.kind) if chest is not None else {}
+        held = chest.sealed(key.kind, world_size) if chest is not None else {}
         if key.step not in held:
             steps = ", ".join(map(str, held)) or "none"
-            raise SnapshotMissing(f"{key}: not in this node's memory (steps there: {steps})")
+            of = f", of {world_size} ranks" if world_size else ""
+            raise SnapshotMissing(f"{key}{of}: not in this node's memory (steps there: {steps})")
         return held[key.step]
 
     def forget(self, rank: int) -> bool:

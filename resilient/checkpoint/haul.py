@@ -3,7 +3,8 @@
 Think of carts between two barns: each cart takes the next sack from the heap and sets it down at that sack's own place. A lame cart
 takes fewer sacks and holds up none of the others; when the road was cut, only the sacks that are not there yet are fetched.
 
-Contract: the body is cut into pieces of PIECE_BYTES at fixed places. On every connection goes, for each piece that it takes, the piece's
+Contract: the body is cut into pieces of PIECE_BYTES at fixed places; of a body of which only parts are wanted, the asker says which pieces
+of at most that length. On every connection goes, for each piece that it takes, the piece's
 number (4 bytes, big-endian), where asked for the xxh3_128 of its bytes, and then these; END ends it. `carry` blocks and belongs into a
 thread, one per connection; how the bytes get from memory to memory is the transport's affair (transport.py). The receiver hashes the
 payload while it comes: whichever thread has set down a piece hashes the parts of the payload (tally.py) that are whole since then, as soon
@@ -20,7 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -39,6 +40,8 @@ RATE_MIN: Final = 1 << 20  # bytes/s: less than this, shared among the connectio
 END: Final = 0xFFFF_FFFF
 NUMBER: Final = struct.Struct(">I")
 TCP: Final[Transport] = Tcp()
+SUM_BYTES: Final = 16
+Span = tuple[int, int]  # begin and end in a body
 _BURST_S: Final = 0.05  # of unused time that a limited sender may catch up with
 
 
@@ -109,16 +112,21 @@ class Outgoing:
         self,
         body: memoryview,
         *,
+        parts: Sequence[Span] | None = None,
         have: Collection[int] = (),
         limit: Limit | None = None,
         unmoved: Callable[[], bool] = lambda: True,
         sums: bool = False,
         transport: Transport = TCP,
     ) -> None:
-        """`have`: pieces that need not be sent. `unmoved`: whether `body` still is what it was. `sums`: each piece with its digest."""
+        """`parts`: the pieces of it that are wanted, None = all. `have`: those that need not be sent. `sums`: each with its digest.
+
+        `unmoved`: whether `body` still is what it was.
+        """
         self._body = body
         there = frozenset(have)
-        self._left = deque(number for number in range(piece_count(len(body))) if number not in there)
+        self._parts = pieces(0, len(body)) if parts is None else parts
+        self._left = deque(number for number in range(len(self._parts)) if number not in there)
         self._limit = limit
         self._unmoved = unmoved
         self._sums = sums
@@ -131,9 +139,9 @@ class Outgoing:
         sender = self._transport.sender(road, self._registered.region())
         pace = self._pace if self._limit is not None else None
         while (number := self._next()) != END:
-            begin = number * PIECE_BYTES
-            sender.send(self._tag(number), begin, min(begin + PIECE_BYTES, len(self._body)), pace)
-        sender.finish(self._tag(END))
+            begin, end = self._parts[number]
+            sender.send(self._tag(number, self._body[begin:end]), begin, end, pace)
+        sender.finish(self._tag(END, self._body[:0]))
 
     def stop(self) -> None:
         """End the waits for the limit."""
@@ -151,9 +159,8 @@ class Outgoing:
         except IndexError:
             return END
 
-    def _tag(self, number: int) -> bytes:
-        digest = xxhash.xxh3_128_digest(piece_of(self._body, number)) if self._sums else b""
-        return NUMBER.pack(number) + digest
+    def _tag(self, number: int, piece: memoryview) -> bytes:
+        return NUMBER.pack(number) + (xxhash.xxh3_128_digest(piece) if self._sums else b"")
 
     def _pace(self, num_bytes: int) -> None:
         assert self._limit is not None, "asked for where there is one"
@@ -332,6 +339,11 @@ def payload_place(header: bytes) -> int:
 def piece_count(num_bytes: int) -> int:
     """Into how many pieces a body of this length is cut."""
     return -(-num_bytes // PIECE_BYTES)
+
+
+def pieces(begin: int, end: int) -> list[Span]:
+    """That stretch of a body in pieces."""
+    return [(at, min(at + PIECE_BYTES, end)) for at in range(begin, end, PIECE_BYTES)]
 
 
 def piece_of(body: memoryview, number: int) -> memoryview:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from resilient.checkpoint.chest import Berth, MemoryTier
-from resilient.checkpoint.haul import TCP, Incoming, Limit, Outgoing, Source, Work, payload_place
+from resilient.checkpoint.haul import PIECE_BYTES, TCP, Incoming, Limit, Outgoing, Source, Work, payload_place
 from resilient.checkpoint.notes import Notes
 from resilient.checkpoint.peer import HAULED_BYTES, checked, haul_s
 from resilient.checkpoint.pipe import (
@@ -47,10 +47,11 @@ from resilient.checkpoint.pipe import (
     Request,
 )
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import announced_bytes
+from resilient.checkpoint.snapshot import announced_bytes, layout_at, stamped_digest
+from resilient.checkpoint.tally import Tally
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.checkpoint.transport import STALL_S, Transport
-from resilient.errors import CheckpointError, ProtocolError, SnapshotMissing, TierUnavailable
+from resilient.errors import CheckpointError, ProtocolError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
 SNAPSHOT_BYTES_MAX: Final = 1 << 40  # whether there is room is seen when it is made; this only keeps nonsense out
@@ -58,6 +59,8 @@ RANKS_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
 BROKEN_MAX: Final = 16  # transfers that broke off and may be gone on with, the last ones
+LEAVES_MAX: Final = 256  # snapshots whose leaves are kept: 16 bytes for each 4 MiB and each small tensor
+LEAVES_THREADS: Final = 2
 OVERTAKEN_S: Final = 60.0  # as in resilient_agents/copies.py
 IDLE_S: Final = 600.0  # a kept connection without a word; the other side simply connects anew
 log = logging.getLogger(__name__)
@@ -92,6 +95,7 @@ class PeerServer:
         self._server: asyncio.Server | None = None
         self._hauls: dict[bytes, _Haul] = {}
         self._broken: dict[tuple[int, Kind], _Broken] = {}  # what came of a rank's copy whose transfer broke off
+        self._leaves: dict[str, tuple[bytes, bytes]] = {}  # slot -> (header, leaves) of its last snapshot of which they were asked for
         self._overtaken: dict[int, float] = {}  # rank whose writer was faster than the wire -> until when it is thought to be
         self._threads = ThreadPoolExecutor(CONNECTIONS_MAX, "peer")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -212,14 +216,15 @@ class PeerServer:
 
     async def _give(self, pipe: Pipe, request: Get) -> None:
         key = SnapshotKey(request.rank, request.step, request.kind)
-        slot = self._memory.slot(key)
+        slot = self._memory.slot(key, request.world_size)
         if not slot.is_stamped():
             await asyncio.to_thread(slot.stamp_payload)
         source = Source.of(key, slot)
         if request.head:
-            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)])))
-        elif request.end:
-            await self._give_part(pipe, request, source, slot)
+            leaves = await asyncio.to_thread(self._leaves_of, source, slot) if request.leaves else b""
+            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)]), leaves=leaves))
+        elif request.parts:
+            await self._give_parts(pipe, request, source, slot)
         elif request.streams and len(source.body) > HAULED_BYTES:
             have = request.have if request.header == source.header else ()
             work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
@@ -233,18 +238,36 @@ class PeerServer:
             raise SnapshotMissing(f"{key}: overwritten while it was being sent")
         await pipe.send(Done())
 
-    async def _give_part(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
-        """For parity. A writer that came back too soon is asked for patience for a while (hold.py): others' stripes wait for this one."""
+    def _leaves_of(self, source: Source, slot: Slot) -> bytes:
+        """Made once for each snapshot, however many nodes ask. Raises SnapshotCorrupt if the payload is not what was hashed."""
+        known = self._leaves.get(slot.where)
+        if known is not None and known[0] == source.header:
+            return known[1]
+        at = payload_place(source.header)
+        tally = Tally(layout_at(source.header, source.body), len(source.body) - at)
+        tally.add_all(source.body[at:], threads=LEAVES_THREADS)
+        if tally.digest() != stamped_digest(source.header) and source.unmoved():
+            raise SnapshotCorrupt(f"the payload is not what was hashed ({slot.where})")
+        leaves = tally.leaves()
+        self._leaves[slot.where] = (source.header, leaves)
+        for oldest in list(self._leaves)[:-LEAVES_MAX]:
+            self._leaves.pop(oldest, None)
+        return leaves
+
+    async def _give_parts(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
+        """A writer that came back too soon is asked for patience for a while (hold.py): others' stripes of a parity wait for this one."""
         if request.header != source.header:
             raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
-        if not 0 <= request.begin < request.end <= len(source.body):
-            raise ProtocolError(f"{request.begin} to {request.end} of a body of {len(source.body)} bytes asked for")
+        for begin, end in request.parts:
+            if not 0 <= begin < end <= min(begin + PIECE_BYTES, len(source.body)):
+                raise ProtocolError(f"{begin} to {end} of a body of {len(source.body)} bytes asked for")
         work = Outgoing(
-            source.body[request.begin : request.end],
+            source.body,
+            parts=request.parts,
             have=request.have,
             limit=self._limit if request.limited else None,
             unmoved=source.unmoved,
-            sums=True,
+            sums=request.sums,
             transport=self._transport,
         )
         patience = slot.held() if self._overtaken.get(request.rank, 0.0) > time.monotonic() else contextlib.nullcontext()
@@ -252,7 +275,7 @@ class PeerServer:
             with patience:
                 async with self._haul(pipe, work, request.streams) as haul:
                     await pipe.send(Found(header=source.header, haul=haul.name))
-                    await haul.hauled(request.end - request.begin)
+                    await haul.hauled(sum(end - begin for begin, end in request.parts))
         finally:
             if not source.unmoved():
                 self._overtaken[request.rank] = time.monotonic() + OVERTAKEN_S

@@ -19,21 +19,20 @@ group, in different failure domains, are lost at a time is what the persistent t
 
 from __future__ import annotations
 
-import socket
 import threading
 from typing import Final
 
 import msgspec
 import xxhash
 
-from resilient.checkpoint.haul import END, NUMBER, PIECE_BYTES, TCP, Pieces, piece_count, piece_of
+from resilient.checkpoint.handed import Handed
+from resilient.checkpoint.haul import TCP, piece_of, pieces
 from resilient.checkpoint.layout import Layout, Row, Twins, padded
 from resilient.checkpoint.snapshot import BODY, HEAD_DIGEST, HEADER_BYTES, LAYOUT_BYTES, OWN_BYTES, announced_bytes, own_of
 from resilient.checkpoint.transport import Transport
 from resilient.errors import SnapshotCorrupt
 
 PARITY: Final = 1 << 24  # a rank from here on is nobody's
-_TAG_BYTES: Final = NUMBER.size + 16
 _ALIGN: Final = 4096
 
 
@@ -95,62 +94,21 @@ def span(header: bytes, stripes: int, number: int) -> tuple[int, int]:
     return min(number * size, body_bytes), min((number + 1) * size, body_bytes)
 
 
-class Fold:
+class Fold(Handed):
     """The receiving side of a haul that lays what comes over what is there: target ^= bytes."""
 
     def __init__(self, target: memoryview, lock: threading.Lock, *, transport: Transport = TCP) -> None:
         """`target`: writable, as long as what will come. `lock`: of all that is laid over this memory."""
         self._target = target
         self._lock = lock
-        self._transport = transport
-        self._pieces = Pieces(piece_count(len(target)))
+        lengths = [end - begin for begin, end in pieces(0, len(target))]
+        super().__init__(lengths, self._lay_over, sums=True, transport=transport)
 
-    def carry(self, road: socket.socket) -> None:
-        """As `Incoming.carry`; raises SnapshotCorrupt if a piece is not what was sent."""
-        scratch = memoryview(bytearray(min(PIECE_BYTES, len(self._target))))
-        region = self._transport.register(scratch)
-        number, digest = END, b""
-
-        def place(tag: bytes) -> memoryview:
-            nonlocal number, digest
-            (announced,), digest = NUMBER.unpack(tag[: NUMBER.size]), tag[NUMBER.size :]
-            if announced == END:
-                return scratch[:0]
-            number = self._pieces.claim(announced)
-            return scratch[: len(piece_of(self._target, number))]
-
-        try:
-            receiver = self._transport.receiver(road, region)
-            while True:
-                number = END
-                try:
-                    receiver.receive(_TAG_BYTES, place)
-                    if number == END:
-                        return
-                    self._lay(number, scratch, digest)
-                except BaseException:
-                    self._pieces.settle(number, arrived=False)
-                    raise
-                self._pieces.settle(number, arrived=True)
-        finally:
-            region.close()
-
-    def _lay(self, number: int, scratch: memoryview, digest: bytes) -> None:
-        target = piece_of(self._target, number)
-        if xxhash.xxh3_128_digest(scratch[: len(target)]) != digest:
+    def _lay_over(self, number: int, piece: memoryview, digest: bytes) -> None:
+        if xxhash.xxh3_128_digest(piece) != digest:
             raise SnapshotCorrupt(f"a piece of a stripe ({number}) is not what was sent")
         with self._lock:
-            lay_over(target, scratch[: len(target)])
-
-    def have(self) -> tuple[int, ...]:
-        """The pieces that are in there."""
-        return self._pieces.have()
-
-    def stop(self) -> None:
-        """Nothing here waits for anything but the connection."""
-
-    def close(self) -> None:
-        """Nothing is kept between two hauls."""
+            lay_over(piece_of(self._target, number), piece)
 
 
 def lay_over(target: memoryview, what: memoryview) -> None:

@@ -18,15 +18,16 @@ their own (checkpoint/haul.py), so that own state passes them by:
 (of a Get the pieces go the other way). A received copy is sealed last, after every digest was found right. When a transfer breaks off, the
 pieces that came stay where they are, and the next transfer of the same snapshot, which is one with the same header, brings only the
 others; its payload's digest is checked as a whole all the same. Anything unexpected closes the connection with one log line. Nothing is
-encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py). For parity (checkpoint/parity.py)
-`pull` fetches part of a body, each piece with its digest, and lays it over what is there; vaults `say` when that can be done, and has been.
+encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py). `pull` fetches parts of a body, for
+parity (checkpoint/parity.py) each with its digest, for a world of another size (checkpoint/afar.py) by the digests that `head` gives;
+vaults `say` when parity can be laid, and has been.
 Rejected: the sender hashing whole snapshots too (the receiver does, before it seals).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -34,8 +35,8 @@ import msgspec
 
 from resilient.checkpoint import replicas
 from resilient.checkpoint.chest import Berth
-from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Work
-from resilient.checkpoint.parity import Fold
+from resilient.checkpoint.handed import Handed
+from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Span, Work
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
@@ -173,31 +174,38 @@ class Peer:
             await checked(target, key, num_bytes, incoming.digest() if found.haul else None)
         return num_bytes
 
-    async def head(self, key: SnapshotKey) -> tuple[bytes, bytes]:
-        """(header, what follows up to the payload) of what lies there. Nothing of it has been checked."""
-        async with self._talk.conversation() as pipe:
-            await pipe.send(Get(rank=key.rank, step=key.step, kind=key.kind, head=True))
-            found = await _expect(pipe, Found, 0)
-            await _expect(pipe, Done, 0)
-        return found.header, found.head
+    async def head(self, key: SnapshotKey, *, world_size: int = 0, leaves_of: int = 0) -> tuple[bytes, bytes, bytes]:
+        """(header, what follows up to the payload, leaves) of what lies there. Nothing of it has been checked.
 
-    async def pull(self, key: SnapshotKey, header: bytes, begin: int, end: int, fold: Fold, *, limited: bool = False) -> None:
-        """Lay part of a snapshot's body over what is in `fold`, which goes on where it broke off. SnapshotMissing if it is another one."""
+        `world_size`: of the world that sealed it, 0 = of any. `leaves_of`: of a snapshot of so many bytes, the leaves (tally.py) as well.
+        """
+        async with self._talk.conversation() as pipe:
+            request = Get(rank=key.rank, step=key.step, kind=key.kind, world_size=world_size, head=True, leaves=leaves_of > 0)
+            await pipe.send(request)
+            found = await _expect(pipe, Found, leaves_of)
+            await _expect(pipe, Done, 0)
+        return found.header, found.head, found.leaves
+
+    async def pull(
+        self, key: SnapshotKey, header: bytes, parts: Sequence[Span], into: Handed, *, world_size: int = 0, limited: bool = False
+    ) -> None:
+        """These pieces of a snapshot's body to `into`, which goes on where it broke off. SnapshotMissing if it is another one."""
         request = Get(
             rank=key.rank,
             step=key.step,
             kind=key.kind,
             streams=len(self._streams),
             header=header,
-            have=fold.have(),
-            begin=begin,
-            end=end,
+            have=into.have(),
+            world_size=world_size,
+            parts=tuple(parts),
+            sums=into.sums,
             limited=limited,
         )
         async with self._haul.conversation() as pipe:
             await pipe.send(request)
             found = await _expect(pipe, Found, 0)
-            await self._carry(pipe, found.haul, fold, end - begin)
+            await self._carry(pipe, found.haul, into, sum(end - begin for begin, end in parts))
             await _expect(pipe, Done, 0)
 
     async def say(self, word: Offer | Covered) -> None:

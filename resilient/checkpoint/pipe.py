@@ -52,9 +52,11 @@ class Get(Msg, frozen=True):
     streams: int = 0
     header: bytes = b""  # of a transfer that broke off: if it is the same snapshot still, go on with what is missing
     have: tuple[int, ...] = ()
+    world_size: int = 0  # of the world that sealed it, 0 = of any
     head: bool = False  # nothing but the head, in Found
-    begin: int = 0  # with `end`: that part of the body, of the snapshot with this header, each piece with its digest
-    end: int = 0
+    leaves: bool = False  # with the head: the digests by which its pieces can be checked (tally.py)
+    parts: tuple[tuple[int, int], ...] = ()  # these pieces of the body (begin, end), of the snapshot with this header
+    sums: bool = False  # each of them with its digest
     limited: bool = False  # by what the sender may send to keep copies elsewhere
 
 
@@ -90,6 +92,7 @@ class Found(Msg, frozen=True):
     haul: bytes = b""
     head: bytes = b""  # what lies between header and payload, if that was all that was asked for
     room: int = 0  # as in Put
+    leaves: bytes = b""
 
 
 class Carry(Msg, frozen=True):

@@ -1,29 +1,104 @@
-"""Recut: a rank's snapshot in another world than the one whose snapshots lie in this node's memory.
+"""Recut: a rank's snapshot in another world than the one whose snapshots lie in memory, here and on other nodes.
 
-Think of a tablecloth sewn anew for a longer table, from the panels of the old one that lie in the same chest.
+Think of a tablecloth sewn anew for a longer table: first from the panels of the old one that lie in this chest; for what is lacking then,
+the neighbours are asked, for just those panels.
 
-Contract: as `DiskTier.reshape`, from memory: `sources` are all ranks' sealed snapshots of one step, of a world of so many ranks. Those that
-this rank needs are read whole and their digests compared before a byte is used; they are looked at once more before the seal, for a
-writer in the meantime voids what was read. What boxes there are and whose own state is given: reshape.py.
-Memory: none but the slot itself. Rejected: a copy in the form of files in between (twice the bytes, to use one reader for both).
+Contract: as `DiskTier.reshape`, from memory: `sources` are all ranks' sealed snapshots of one step, of a world of so many ranks. Of those
+in this node's memory (Held) the whole payload's digest is compared before a byte is used, of those elsewhere (afar.py) each piece's. A box
+of which several ranks have the same is read once, from the nearest; if that one is damaged or gone, from another. Old snapshots are looked
+at once more before the seal, for a writer in the meantime voids what was read. What boxes there are, and whose own state is given, says
+reshape.py.
+Memory: none here but the slot itself. Rejected: bringing whole old snapshots to every node first (a whole state per node, most of it for
+nothing); a copy in the form of files in between (twice the bytes, to use one reader for both).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Mapping
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Protocol, Self
 
 from resilient.checkpoint import layout, reshape
-from resilient.checkpoint.layout import Layout
+from resilient.checkpoint.layout import Layout, Row
+from resilient.checkpoint.reshape import Box, Cut
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import slot_bytes
-from resilient.errors import SnapshotMissing
+from resilient.checkpoint.snapshot import Snapshot, slot_bytes
+from resilient.errors import CheckpointError, SnapshotMissing
+
+Lay = Callable[[int, memoryview, int], None]  # number of a row, bytes of it that are right, number of the first one
+THREADS: Final = 2  # that hash a snapshot; the ranks of a node are cut at the same time
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """One old rank's snapshot. Thread-safe."""
+
+    near: bool  # in this node's memory
+
+    def head(self) -> Snapshot:
+        """Layout and own state, checked. Raises as `Tier.get`."""
+        ...
+
+    def read(self, wanted: Mapping[int, Box], lay: Lay) -> None:
+        """At least these boxes of these rows, checked, by any thread. Raises as `Tier.get`; what was laid then may be laid again."""
+        ...
+
+
+class Held:
+    """A snapshot in this node's memory. A context: within it the slot's writer is asked to wait."""
+
+    near = True
+
+    def __init__(self, slot: Slot, *, run: str, rank: int, step: int) -> None:
+        """Nothing is read yet."""
+        self._slot, self._run, self._rank, self._step = slot, run, rank, step
+        self._generation = slot.generation()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Ask."""
+        self._stack.enter_context(self._slot.held())
+        self._generation = self._slot.generation()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It may be written again."""
+        self._stack.close()
+
+    def head(self) -> Snapshot:
+        """As `Source.head`."""
+        return self._slot.read(run=self._run, rank=self._rank, step=self._step, verify=False)
+
+    def read(self, wanted: Mapping[int, Box], lay: Lay) -> None:
+        """As `Source.read`: the whole payload is looked at, once."""
+        if not self._slot.is_stamped():
+            self._slot.stamp_payload()
+        found = self._slot.read(run=self._run, rank=self._rank, step=self._step, stamped=True, threads=THREADS)
+        places = layout.decode(found.layout).places()
+        for number in wanted:
+            begin, length = places[number]
+            lay(number, found.payload[begin : begin + length], 0)
+        self.check()
+
+    def check(self) -> None:
+        """Nobody has written there, or SnapshotMissing."""
+        if self._slot.generation() != self._generation:
+            raise SnapshotMissing(f"snapshot rank={self._rank} step={self._step}: overwritten while it was being read")
+
+
+Turn = Callable[[], contextlib.AbstractContextManager[Iterable[Source]]]
+
+
+def nobody() -> contextlib.AbstractContextManager[Iterable[Source]]:
+    """Nobody else is being cut on this node."""
+    return contextlib.nullcontext(())
 
 
 def recut(
-    sources: Mapping[int, Slot],
+    sources: Mapping[int, Source],
     wanted: Layout,
     room: Callable[[int], Ring],
     *,
@@ -31,50 +106,61 @@ def recut(
     rank: int,
     world_size: int,
     step: int,
+    turn: Turn = nobody,
 ) -> int:
     """Seal the snapshot of `rank` at `step` in the ring that `room(bytes)` gives. Gives the old rank whose own state it has.
 
-    Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch; nothing is sealed then.
+    turn: entered before other nodes are asked; gives what has been cut for other ranks of this node, which may hold the same.
+    Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch, TierUnavailable; nothing is sealed then.
     """
     whose = reshape.own_rank(rank, len(sources))
     with contextlib.ExitStack() as held:
-        generations = {}
-        for old, slot in sources.items():
-            held.enter_context(slot.held())
-            generations[old] = slot.generation()
-        heads = {old: slot.read(run=run, rank=old, step=step, verify=False) for old, slot in sources.items()}
-        there = {old: layout.decode(head.layout) for old, head in heads.items()}
-        rows = reshape.rows_for(wanted, there[whose])
-        described, own = rows.encode(), heads[whose].own
-        payload_bytes = sum(layout.padded(row.num_bytes) for row in rows.rows)
-        ring = room(slot_bytes(len(described), len(own), payload_bytes))
-        payload = ring.begin(run=run, rank=rank, world_size=world_size, round=0, layout=described, own=own, payload_bytes=payload_bytes)
-        _fill(sources, there, rows, payload, step)
-        if any(slot.generation() != generations[old] for old, slot in sources.items()):
-            raise SnapshotMissing(f"snapshot step={step}: overwritten while it was being cut for rank {rank}")
-        del payload
+        here = [held.enter_context(source) for source in sources.values() if isinstance(source, Held)]
+        head = sources[whose].head()
+        rows = reshape.rows_for(wanted, layout.decode(head.layout))
+        described, payload_bytes = rows.encode(), sum(layout.padded(row.num_bytes) for row in rows.rows)
+        ring = room(slot_bytes(len(described), len(head.own), payload_bytes))
+        payload = ring.begin(
+            run=run, rank=rank, world_size=world_size, round=0, layout=described, own=head.own, payload_bytes=payload_bytes
+        )
+        cut = Cut(rows, payload)
+        spoilt: list[CheckpointError] = []
+        order = sorted(sources, key=lambda old: abs((2 * old + 1) * world_size - (2 * rank + 1) * len(sources)))  # where its boxes lay
+        spoilt += _fill(cut, [sources[old] for old in order if sources[old].near], cut.wanted)
+        if cut.lacks:
+            with turn() as others:
+                spoilt += _fill(cut, others, cut.same)
+                spoilt += _fill(cut, [sources[old] for old in order if not sources[old].near], cut.wanted)
+        if spoilt and cut.lacks:
+            raise spoilt[0]
+        for error in spoilt:
+            log.warning("rank %d: another rank's copy is used: %s", rank, error)
+        cut.check(f"snapshot step={step}", "in no rank's memory")
+        for source in here:
+            source.check()
+        del payload, cut
         ring.seal(step)
     return whose
 
 
-def _fill(sources: Mapping[int, Slot], there: Mapping[int, Layout], rows: Layout, payload: memoryview, step: int) -> None:
-    for begin, length in rows.places():
-        payload[begin + length : begin + layout.padded(length)] = bytes(layout.padded(length) - length)
-    places = {row.key: (row, begin) for row, (begin, _) in zip(rows.rows, rows.places(), strict=True)}
-    lacking = {row.key: math.prod(row.local) for row in rows.rows if row.num_bytes}
-    seen: set[tuple[str, tuple[int, ...]]] = set()
-    for rank, described in sorted(there.items()):
-        found: memoryview | None = None
-        for old, (at, _) in zip(described.rows, described.places(), strict=True):
-            row, begin = places.get(old.key, (old, 0))
-            common = reshape.overlap(old, row)
-            if old.key not in lacking or common is None or (old.key, old.offsets) in seen:
-                continue
-            if found is None:
-                found = sources[rank].read(rank=rank, step=step).payload  # every byte of it is right, or this raises
-            seen.add((old.key, old.offsets))
-            reshape.copy_box(found[at : at + old.num_bytes], old, payload[begin : begin + row.num_bytes], row, common)
-            lacking[old.key] -= math.prod(end - start for start, end in common)
-    for key, count in lacking.items():
-        if count:
-            raise SnapshotMissing(f"snapshot step={step}: {count} elements of {key} are in no rank's memory")
+def _fill(cut: Cut, sources: Iterable[Source], choose: Callable[[Row], Box | None]) -> list[CheckpointError]:
+    """What these have of it; what was wrong."""
+    wrong: list[CheckpointError] = []
+    for source in sources:
+        if not cut.lacks:
+            break
+        try:
+            rows = layout.decode(source.head().layout).rows
+            chosen = {number: box for number, row in enumerate(rows) if (box := choose(row)) is not None}
+            if chosen:
+                source.read(chosen, functools.partial(_lay, cut, rows))
+        except CheckpointError as error:
+            wrong.append(error)
+            continue
+        for number in chosen:
+            cut.done(rows[number])
+    return wrong
+
+
+def _lay(cut: Cut, rows: Sequence[Row], number: int, memory: memoryview, begin: int) -> None:
+    cut.lay(rows[number], memory, begin)

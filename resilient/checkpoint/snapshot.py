@@ -24,6 +24,7 @@ Rejected: a sequence number on both sides of the data (says nothing about a flip
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import struct
 from dataclasses import dataclass
@@ -95,13 +96,35 @@ def parse(
     header = bytes(view[:HEADER_BYTES]) if header is None else header
     num_bytes = announced_bytes(header, where)
     words = memoryview(header).cast("q")
-    found_step, found_rank, world_size, round_, layout_len, own_len, payload_at, _, found_run = FIELDS.unpack(header[BODY])
-    subject = f"snapshot rank={found_rank} step={found_step}"
     if num_bytes > len(view):
-        raise SnapshotCorrupt(f"{subject}: {num_bytes} bytes expected, {len(view)} found ({where})")
-    head_end = HEADER_BYTES + layout_len + own_len
-    head = bytes(view[HEADER_BYTES:head_end])
-    if not _is_sound(header, head) or any(view[head_end:payload_at]):
+        raise SnapshotCorrupt(f"{_subject(header)}: {num_bytes} bytes expected, {len(view)} found ({where})")
+    found = parse_head(header, view[HEADER_BYTES : words[PAYLOAD_AT]], run=run, rank=rank, step=step, where=where)
+    subject, payload = _subject(header), view[words[PAYLOAD_AT] : num_bytes]
+    if not payload and any(header[STAMP_ALL]):
+        raise SnapshotCorrupt(f"{subject}: a stamp where there is no payload ({where})")
+    is_stamped = words[STAMP] == words[SEAL] or not payload
+    if stamped and not is_stamped:
+        raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
+    if verify and is_stamped and payload:
+        try:
+            digest = hashed or payload_digest(found.layout, payload, threads=threads)
+        except SnapshotCorrupt as error:
+            raise SnapshotCorrupt(f"{subject}: {error} ({where})") from error
+        if digest != header[PAYLOAD_DIGEST]:
+            raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
+    return dataclasses.replace(found, payload=payload, stamped=is_stamped)
+
+
+def parse_head(
+    header: bytes, head: Buffer, *, run: str | None = None, rank: int | None = None, step: int | None = None, where: str = "memory"
+) -> Snapshot:
+    """As `parse`, of all that comes before the payload: `head` is what lies between the header and that. `payload` is empty."""
+    num_bytes = announced_bytes(header, where)
+    words = memoryview(header).cast("q")
+    found_step, found_rank, world_size, round_, layout_len, own_len, payload_at, _, found_run = FIELDS.unpack(header[BODY])
+    subject, view = _subject(header), memoryview(head)
+    end = layout_len + own_len
+    if len(view) != payload_at - HEADER_BYTES or not _is_sound(header, bytes(view[:end])) or any(view[end:]):
         raise SnapshotCorrupt(f"{subject}: header, layout or own state are not what was sealed ({where})")
     if words[ECHO] != ~words[SEAL] or (words[SEAL] & SEALED) - 1 != found_step:
         raise SnapshotCorrupt(f"{subject}: the seal {words[SEAL]:#x} is not that of its header ({where})")
@@ -110,22 +133,9 @@ def parse(
     for name, wanted, there in (("rank", rank, found_rank), ("step", step, found_step)):
         if wanted is not None and wanted != there:
             raise SnapshotMismatch(f"{subject}: {name} {wanted} expected, {there} found ({where})")
-
-    payload = view[payload_at:num_bytes]
-    if not payload and any(header[STAMP_ALL]):
-        raise SnapshotCorrupt(f"{subject}: a stamp where there is no payload ({where})")
-    is_stamped = words[STAMP] == words[SEAL] or not payload
-    if stamped and not is_stamped:
-        raise SnapshotCorrupt(f"{subject}: its payload was not hashed under this seal ({where})")
-    layout, own = head[:layout_len], head[layout_len:]
-    if verify and is_stamped and payload:
-        try:
-            found = hashed or payload_digest(layout, payload, threads=threads)
-        except SnapshotCorrupt as error:
-            raise SnapshotCorrupt(f"{subject}: {error} ({where})") from error
-        if found != header[PAYLOAD_DIGEST]:
-            raise SnapshotCorrupt(f"{subject}: the payload is not what was hashed ({where})")
-    return Snapshot(found_step, found_rank, world_size, round_, layout, own, payload, num_bytes, is_stamped)
+    layout, own = bytes(view[:layout_len]), bytes(view[layout_len:end])
+    is_stamped = words[STAMP] == words[SEAL]
+    return Snapshot(found_step, found_rank, world_size, round_, layout, own, memoryview(b""), num_bytes, is_stamped)
 
 
 def layout_at(header: bytes, body: memoryview) -> bytes:
@@ -135,6 +145,11 @@ def layout_at(header: bytes, body: memoryview) -> bytes:
     if not _is_sound(header, head):
         raise SnapshotCorrupt("header, layout or own state are not what was sealed")
     return head[: words[LAYOUT_BYTES]]
+
+
+def _subject(header: bytes) -> str:
+    step, rank, *_ = FIELDS.unpack(header[BODY])
+    return f"snapshot rank={rank} step={step}"
 
 
 def _is_sound(header: bytes, head: bytes) -> bool:

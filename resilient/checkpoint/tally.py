@@ -9,6 +9,9 @@ Think of a bill of lading: every crate is weighed once, by whoever has a hand fr
 
 A payload without layout is one tensor without a gap (only tests and tools make such).
 
+    leaves     the digests of all pieces, and of the tensors of one piece, in the order of the layout: with them any piece can be checked
+               without the others, and they themselves by the payload's digest
+
 Contract: pure but for threads. The layout may be anybody's bytes: what does not describe exactly this payload is SnapshotCorrupt. Parts, in
 which the payload is to be looked at, cover it without overlap: a piece of a large tensor, or small ones side by side. `add` may be called
 for each part by any thread, in any order.
@@ -32,6 +35,7 @@ from resilient.errors import SnapshotCorrupt
 
 PIECE: Final = 4 << 20
 _LOCKED_MAX: Final = 64 << 10  # up to here hashed with the lock of the interpreter: giving it up costs more
+_DIGEST: Final = 16  # bytes
 _ALONE: Final = 2 * PIECE  # less than this is hashed before other threads are awake
 
 
@@ -89,9 +93,9 @@ class Tally:
             at, length = self.places[number]
             memory = view[max(at - part.begin, 0) : at + length - part.begin]
             if part.piece < 0:
-                self._rows[number] = _digest(memory)
+                self._rows[number] = piece_digest(memory)
             else:
-                self._pieces[number][part.piece] = _digest(memory)
+                self._pieces[number][part.piece] = piece_digest(memory)
             gap = min(self._ends[number], part.end) - at - length
             if gap > 0 and any(odd := bytes(view[at + length - part.begin : at + length + gap - part.begin])):
                 self._odd[number] = odd
@@ -124,6 +128,30 @@ class Tally:
         assert all(self._rows), "rows() before every part was added"
         return tuple(self._rows)
 
+    def leaves(self) -> bytes:
+        """What another Tally takes instead of the payload. All parts have been added."""
+        return b"".join(leaf for number in range(len(self.places)) for leaf in self._pieces.get(number, self._rows[number : number + 1]))
+
+    def take(self, leaves: bytes) -> None:
+        """As if all parts had been added and had these digests: whether `digest` is then the right one is the caller's to see.
+
+        Raises SnapshotCorrupt if they are too many or too few.
+        """
+        expected = _DIGEST * sum(len(self._pieces.get(number, b".")) for number in range(len(self.places)))
+        if len(leaves) != expected:
+            raise SnapshotCorrupt(f"layout: {expected} bytes of digests expected, {len(leaves)} found")
+        found = (leaves[at : at + _DIGEST] for at in range(0, expected, _DIGEST))
+        for number in range(len(self.places)):
+            if number in self._pieces:
+                self._pieces[number][:] = itertools.islice(found, len(self._pieces[number]))
+            else:
+                self._rows[number] = next(found)
+
+    def pieces(self, number: int) -> list[tuple[int, int, bytes]]:
+        """Of one tensor: (begin, end, digest) of each of its pieces, within its memory."""
+        leaves, (_, length) = self._pieces.get(number, self._rows[number : number + 1]), self.places[number]
+        return [(at * PIECE, min((at + 1) * PIECE, length), leaf) for at, leaf in enumerate(leaves)]
+
     def digest(self) -> bytes:
         """Of the payload. All parts have been added."""
         odd = (number.to_bytes(8, "little") + gap for number, gap in sorted(self._odd.items()))
@@ -133,8 +161,8 @@ class Tally:
 def tensor_digest(memory: memoryview) -> bytes:
     """Of one tensor's memory."""
     if len(memory) <= PIECE:
-        return _digest(memory)
-    return xxhash.xxh3_128_digest(b"".join(_digest(memory[at : at + PIECE]) for at in range(0, len(memory), PIECE)))
+        return piece_digest(memory)
+    return xxhash.xxh3_128_digest(b"".join(piece_digest(memory[at : at + PIECE]) for at in range(0, len(memory), PIECE)))
 
 
 def payload_digest(described: bytes, payload: memoryview, *, threads: int = 1) -> bytes:
@@ -144,5 +172,6 @@ def payload_digest(described: bytes, payload: memoryview, *, threads: int = 1) -
     return tally.digest()
 
 
-def _digest(memory: memoryview) -> bytes:
+def piece_digest(memory: memoryview) -> bytes:
+    """Of at most PIECE bytes of one tensor."""
     return xxhash.xxh3_128_digest(memory) if len(memory) <= _LOCKED_MAX else xxhash.xxh3_128(memory).digest()

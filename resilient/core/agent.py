@@ -413,7 +413,7 @@ class Agent:
                 continue
             if worker.seated is not None and worker.seated.round >= new.round:
                 continue
-            if any((new.plan.origin or f.rank in (place.rank, new.plan.lender)) and f not in self._vault.fetched for f in new.fetch):
+            if any(f.rank in (place.rank, new.plan.lender) and f not in self._vault.fetched for f in new.fetch):
                 continue
             worker.seated = sheets.seated(new, place, self._seals)
             self._out.append(m.Tell(worker=worker.name, message=worker.seated))

@@ -22,6 +22,7 @@ from resilient.core.messages import (
     Audit,
     Compared,
     Comparison,
+    Elder,
     Fetch,
     Holding,
     Layout,
@@ -335,6 +336,7 @@ class VaultDo(Msg):
     step: int = NONE  # at which it begins: of later steps nothing counts that was sealed before
     node_rank: int = NONE  # position of this node in it
     compare: Comparison | None = None  # bring these sheets together; say in Vaulted.compared what they show
+    elders: tuple[Elder, ...] = ()  # who has what of a world of another size, for ranks that ask to have it cut for them
 
 
 class Log(Msg):

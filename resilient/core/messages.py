@@ -304,6 +304,13 @@ class Comparison(Msg):
     sheets: tuple[Sheet, ...]
 
 
+class Elder(Msg):
+    """A rank of a world of another size, and who has its snapshot of the plan's step: what is wanted of it is read there."""
+
+    rank: int
+    vaults: tuple[str, ...]  # "host:port", ascending
+
+
 class Assignment(Msg):
     """Everything one node should be. A later one replaces an earlier one whole."""
 
@@ -338,6 +345,7 @@ class Assignment(Msg):
     group: tuple[Member, ...] = ()  # this node and those with which it keeps parity of their snapshots; () = whole copies go to `peers`
     term: int = 0  # of the coordinator: one that was started again has another, and knows nothing of what the first one said
     compare: Comparison | None = None  # leader only
+    elders: tuple[Elder, ...] = ()  # plan.origin: all of them
 
 
 # --------------------------------------------------------------------------- worker <-> its agent (Unix socket)
@@ -365,7 +373,7 @@ class Layout(Msg):
     rows: bytes = b""  # for that: what is tracked (checkpoint/layout.py)
     world_size: int = 0
     own: bytes = b""  # for that: the own state with which the script began; an imported step has none
-    origin: int = 0  # for that: not of the persistent tier, but from the snapshots of a world of so many ranks in this node's memory
+    origin: int = 0  # for that: not of the persistent tier, but from the snapshots of a world of so many ranks in the nodes' memories
 
 
 class Recorded(Msg):

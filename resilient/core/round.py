@@ -99,6 +99,7 @@ class Round:
             put_down=seating.put_down.get(node, ()),
             peers=tuple(self._vaults[holder] for holder in self._holders.get(node, ())),
             fetch=seating.fetch.get(node, ()),
+            elders=seating.elders,
             restart=self.restart,
             group=tuple(Member(vault=self._vaults[member], ranks=self.ranks[member]) for member in self._group.get(node, ())),
         )

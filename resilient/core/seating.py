@@ -21,7 +21,7 @@ import msgspec
 
 from resilient.core import rebuild
 from resilient.core.ledger import Account, Choice, Copy, Poison, best_copy, choose
-from resilient.core.messages import NONE, Chair, Fetch, Holding, Msg, Plan, Rebuild, Report
+from resilient.core.messages import NONE, Chair, Elder, Fetch, Holding, Msg, Plan, Rebuild, Report
 from resilient.core.placement import Place, Room, seat_emptied
 from resilient.core.rebuild import Sources
 
@@ -37,6 +37,7 @@ class Seating(Msg):
     emptied: tuple[int, ...] = ()
     put_down: dict[str, tuple[str, ...]] = {}  # node -> workers
     fetch: dict[str, tuple[Fetch, ...]] = {}  # node -> copies to bring
+    elders: tuple[Elder, ...] = ()  # plan.origin: where the snapshots are from which every rank's is cut
     homeless: tuple[int, ...] = ()  # ranks for which no node has room: there is no round then
     reached: int = NONE  # the newest step that every rank is known to have completed
     why: tuple[str, ...] = ()
@@ -98,7 +99,9 @@ def seat(hall: Hall) -> Seating:
     if again:  # nobody asks for the minutes of a set-up that is made anew
         fetch = {node: tuple(f for f in items if f.tier != "memory") for node, items in fetch.items()}
     plan = msgspec.structs.replace(choice.plan, starting=starting or again)
-    if plan.tier == "memory" and any(f.tier == "peer" for fs in fetch.values() for f in fs):
+    old = next((ranks for step, world, ranks in elders if (step, world) == (plan.step, plan.origin)), {})
+    apart = any(place.node not in nodes for place in places.values() for nodes in old.values())
+    if plan.tier == "memory" and (apart or any(f.tier == "peer" for fs in fetch.values() for f in fs)):
         plan = msgspec.structs.replace(plan, tier="peer")
     return Seating(
         places=places,
@@ -107,6 +110,7 @@ def seat(hall: Hall) -> Seating:
         emptied=tuple(sorted(emptied)),
         put_down=_put_down(hall, emptied),
         fetch=fetch,
+        elders=tuple(Elder(rank=rank, vaults=tuple(hall.reports[node].vault for node in nodes)) for rank, nodes in sorted(old.items())),
         reached=reached,
         why=(choice.why, *why)[:WHY_MAX],
     )
@@ -258,13 +262,7 @@ def _fetches(
     """What each node has to bring into its memory before its ranks can be seated."""
     plan = choice.plan
     fetch: dict[str, list[Fetch]] = {}
-    if plan.origin:
-        (ranks,) = (ranks for step, world, ranks in _elders(hall) if (step, world) == (plan.step, plan.origin))
-        for node in sorted({place.node for place in places.values()}):
-            lacking = (rank for rank in sorted(ranks) if node not in ranks[rank])
-            fetch[node] = [_from_peer(hall, ranks[rank][0], rank, plan.step) for rank in lacking]
-        return {node: tuple(items) for node, items in fetch.items() if items}
-    for rank in plan.receivers:
+    for rank in () if plan.origin else plan.receivers:
         node, chair = places[rank].node, chairs.get(rank)
         if plan.tier == "persistent":
             fetch.setdefault(node, []).append(Fetch(rank=rank, step=plan.step, tier="persistent", round=hall.round))

@@ -67,6 +67,7 @@ def vault_do(new: Assignment) -> VaultDo:
         step=new.plan.step,
         node_rank=new.node_rank,
         compare=new.compare,
+        elders=new.elders,
     )
 
 

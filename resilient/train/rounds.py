@@ -183,7 +183,8 @@ class Rounds:
         except GoneError as error:
             self.leave(str(error))
         except CheckpointError as error:
-            self.desk.send(restore.refusal(plan, self.comm.rank, error))
+            if not plan.origin or self.comm.mode == "live":  # else what was left elsewhere is perhaps only not asked for any more
+                self.desk.send(restore.refusal(plan, self.comm.rank, error))
             self._ask_again(seated, str(error))
 
     def _listen(self, seated: Seated) -> None:

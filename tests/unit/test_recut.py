@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
 from resilient.checkpoint.layout import Layout, Row, Twins
-from resilient.checkpoint.recut import recut
+from resilient.checkpoint.recut import Held, recut
+from resilient.checkpoint.reshape import Cut, overlap, stretch
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
@@ -44,6 +47,10 @@ def slot_of(directory, rank: int, world_size: int) -> Slot:
     return slot
 
 
+def held(slots: dict[int, Slot]) -> dict[int, Held]:
+    return {rank: Held(slot, run="run", rank=rank, step=6) for rank, slot in slots.items()}
+
+
 def room(directory):
     def made(num_bytes: int) -> Ring:
         path = directory / "new"
@@ -58,7 +65,7 @@ def test_every_element_is_where_it_belongs(tmp_path, before, after):
     sources = {rank: slot_of(tmp_path, rank, before) for rank in range(before)}
     for rank in range(after):
         wanted = described(rank, after)
-        assert recut(sources, wanted, room(tmp_path), run="run", rank=rank, world_size=after, step=6) == rank % before
+        assert recut(held(sources), wanted, room(tmp_path), run="run", rank=rank, world_size=after, step=6) == rank % before
         slot = Slot(str(tmp_path / "new"))
         found = slot.read(run="run", rank=rank, step=6)
         assert (found.world_size, found.own) == (after, b"own %d" % (rank % before))
@@ -70,8 +77,45 @@ def test_nothing_damaged_or_missing_is_used(tmp_path):
     sources = {rank: slot_of(tmp_path, rank, 3) for rank in range(3)}
     words = {"run": "run", "rank": 0, "world_size": 1, "step": 6}
     with pytest.raises(SnapshotMissing, match=r"elements of model\.[wb] are in no rank's memory"):
-        recut({rank: sources[rank] for rank in range(2)}, described(0, 1), room(tmp_path), **words)
+        recut(held({rank: sources[rank] for rank in range(2)}), described(0, 1), room(tmp_path), **words)
     sources[1].memory[-60] ^= 1
     with pytest.raises(SnapshotCorrupt, match="rank=1"):
-        recut(sources, described(0, 1), room(tmp_path), **words)
+        recut(held(sources), described(0, 1), room(tmp_path), **words)
     assert Slot(str(tmp_path / "new")).sealed_step() == -1
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (5, 7), (4, 3, 5), (2, 3, 1, 4)])
+def test_a_box_may_come_in_pieces_that_end_anywhere(shape):
+    dice = random.Random(str(shape))
+    for _ in range(60):
+        whole = np.array(dice.choices(range(100), k=int(np.prod(shape))), dtype="int16").reshape(shape)
+        old, row = box_of(shape, dice), box_of(shape, dice)
+        view = memoryview(bytearray(row.num_bytes + -row.num_bytes % 64))
+        cut = Cut(Layout((row,)), view)
+        common = cut.wanted(old)
+        assert common == overlap(old, row)
+        if common is None:
+            continue
+        memory = memoryview(bytearray(inside(whole, old).tobytes()))
+        first, last = stretch(old, common)
+        at = first
+        while at < last:
+            end = min(last, at + 2 * dice.randrange(1, 12))
+            cut.lay(old, memory[at:end], at)
+            at = end
+        cut.done(old)
+        assert (cut.wanted(old), cut.lacks) == (None, common != overlap(row, row))
+        found = np.frombuffer(view[: row.num_bytes], "int16").reshape(row.local)
+        here = tuple(slice(begin - o, end - o) for (begin, end), o in zip(common, row.offsets, strict=True))
+        expected = np.zeros_like(found)
+        expected[here] = whole[tuple(slice(begin, end) for begin, end in common)]
+        assert (found == expected).all()
+
+
+def box_of(shape: tuple[int, ...], dice: random.Random) -> Row:
+    edges = [sorted(dice.sample(range(size + 1), 2)) for size in shape]
+    return Row("w", "int16", shape, tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+
+
+def inside(whole: np.ndarray, row: Row) -> np.ndarray:
+    return whole[tuple(slice(o, o + n) for o, n in zip(row.offsets, row.local, strict=True))]

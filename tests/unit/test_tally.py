@@ -12,7 +12,7 @@ from resilient.checkpoint import tally
 from resilient.checkpoint.layout import Layout, Row, padded
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
-from resilient.checkpoint.tally import Tally, payload_digest, tensor_digest
+from resilient.checkpoint.tally import Tally, payload_digest, piece_digest, tensor_digest
 from resilient.errors import SnapshotCorrupt
 
 SIZES = (7, 0, 300, 256, 257, 64, 64, 0, 5000, 1, 512, 0)
@@ -39,6 +39,26 @@ def test_every_tensor_has_its_own_digest_in_whatever_order_parts_come(monkeypatc
     assert found.rows() == tuple(tensor_digest(data[at : at + length]) for at, length in found.places)
     assert found.digest() == xxhash.xxh3_128_digest(b"".join(found.rows()))
     assert found.digest() == payload_digest(described(SIZES), data, threads=3)
+
+
+@pytest.mark.parametrize("piece", [64, 256, 4 << 20])
+def test_the_leaves_stand_for_the_payload_and_each_for_its_piece(monkeypatch, piece):
+    monkeypatch.setattr(tally, "PIECE", piece)
+    data = memoryview(payload())
+    looked, told = Tally(described(SIZES), len(data)), Tally(described(SIZES), len(data))
+    looked.add_all(data)
+    told.take(looked.leaves())
+    assert told.digest() == looked.digest() == payload_digest(described(SIZES), data)
+    for number, (at, length) in enumerate(told.places):
+        found = told.pieces(number)
+        assert [end - begin for begin, end, _ in found] == [min(piece, length - start) for start in range(0, length, piece)] or not length
+        assert all(piece_digest(data[at + begin : at + end]) == digest for begin, end, digest in found)
+    wrong = bytearray(looked.leaves())
+    wrong[40] ^= 1
+    told.take(bytes(wrong))
+    assert told.digest() != looked.digest()
+    with pytest.raises(SnapshotCorrupt, match="bytes of digests expected"):
+        told.take(looked.leaves()[:-16])
 
 
 def test_a_small_tensor_has_the_plain_digest_of_its_memory():
