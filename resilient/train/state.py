@@ -252,18 +252,28 @@ class Tracked:
         wanted = {row.key for row in rows}
         if wanted - {item.key for item in self.shared()}:
             self.prime(wanted)
-        for item in self.shared():
-            if item.key not in wanted and item.owner is not None:
+        beyond = [item for item in self.shared() if item.key not in wanted]
+        for item in beyond:
+            if item.owner is not None:
                 optimizer, param, _ = item.owner
                 optimizer.state.pop(param, None)
                 self._items = None
-        own = [item.row() for item in self.shared()]
-        for there, here in zip(rows, own, strict=False):
+        own = {item.key: item.row() for item in self.shared()}
+        for there in rows:
+            if (here := own.get(there.key)) is None:
+                beside = there.key.rpartition(".")[0] + "."  # other state of the same parameter, which was dropped with it
+                lacking = next((item.key for item in beyond if item.owner is not None and item.key.startswith(beside)), "")
+                raise SnapshotMismatch(
+                    f"{where}: {lacking} expected, which is not in it"
+                    if lacking
+                    else f"{where}: {there.key} found, which is not tracked here"
+                )
             if there != here:
                 raise SnapshotMismatch(f"{where}: {_described(here)} expected, {_described(there)} found")
-        if len(rows) != len(own):
-            msg = f"{where}: {len(own)} tensors expected, {len(rows)} found"
-            raise SnapshotMismatch(msg)
+        if lacking := next((item.key for item in beyond if item.key in own), ""):
+            raise SnapshotMismatch(f"{where}: {lacking} expected, which is not in it")
+        if list(own) != [row.key for row in rows]:
+            raise SnapshotMismatch(f"{where}: its tensors stand in another order")
 
     # ------------------------------------------------------------------ own
 

@@ -16,10 +16,10 @@ import pathlib
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 
 import pytest
 import torch
+from packed import Part
 
 from resilient.checkpoint import capture_gpu
 from resilient.checkpoint.capture import Packing
@@ -34,21 +34,6 @@ STATE = 1 << 30
 ROUNDS = 11
 SHAPES = {"16 x 64 MiB": [16 << 20] * 16, "768 x 1.33 MiB": [349_525] * 768, "transformer": [], "20,000 x 52 KiB": [13_421] * 20_000}
 SHAPES["transformer"] = 3 * [count for _ in range(10) for count in (1024 * 3072, 3072, 1024 * 1024, 1024, 1024, 1024, 1024 * 4096, 4096)]
-
-
-@dataclass
-class Part:
-    local: torch.Tensor
-    key: str = ""
-    steady: bool = True
-
-    @property
-    def num_bytes(self) -> int:
-        return self.local.numel() * self.local.element_size()
-
-    @property
-    def version(self) -> int:
-        return self.local._version
 
 
 def limit_s() -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
+from packed import Part
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,21 +21,6 @@ from resilient.train.state import Tracked
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 LATE = 200_000_000  # clock cycles: a tenth of a second, longer than any body here
-
-
-@dataclass
-class Part:
-    local: torch.Tensor
-    key: str = ""
-    steady: bool = True
-
-    @property
-    def num_bytes(self):
-        return self.local.numel() * self.local.element_size()
-
-    @property
-    def version(self):
-        return self.local._version
 
 
 @pytest.fixture

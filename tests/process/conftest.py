@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,3 +45,17 @@ def script(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return writer
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB in memory."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(directory)], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)

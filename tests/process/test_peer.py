@@ -20,6 +20,7 @@ import uvloop
 from resilient_agents.copies import Copies
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
+from test_vault import until
 
 from resilient.checkpoint import haul, memory, transport
 from resilient.checkpoint.chest import Chest, MemoryTier
@@ -152,15 +153,6 @@ def held(server: PeerServer, step: int, rank: int = 0) -> bool:
         found = server.memory.slot(SnapshotKey(rank, step)).read(rank=rank, step=step, stamped=True)
         return bytes(found.payload) == content(step)
     return False
-
-
-async def until(condition, timeout_s: float = 15.0, poke=lambda: None):
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        poke()
-        await asyncio.sleep(0.01)
-    return found
 
 
 async def there_and_back(tmp_path: Path) -> None:
@@ -482,6 +474,7 @@ import asyncio, sys
 from pathlib import Path
 from resilient.checkpoint import memory
 from resilient_agents.vault import Vault
+from test_vault import until
 async def main():
     vault = Vault(run="run", directory=Path(sys.argv[1]), key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="secret", node="n2")
     print(await vault.start(), flush=True)

@@ -222,20 +222,6 @@ async def test_slow(tmp_path, caplog):
 # --------------------------------------------------------------------------- a directory that cannot be written
 
 
-@pytest.fixture
-def small(tmp_path):
-    """A file system of 4 MiB in memory."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(directory)], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
 def files(kept: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in kept.rglob("*") if path.is_file() and path.suffix != ".part")
 

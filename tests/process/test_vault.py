@@ -605,20 +605,6 @@ async def test_slow_storage_leaves_some_out(tmp_path, caplog, monkeypatch):
 # --------------------------------------------------------------------------- memory
 
 
-@pytest.fixture
-def small(tmp_path):
-    """A file system of 4 MiB in memory."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(directory)], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
 async def test_memory_that_is_full_is_said_to_the_worker(small):
     async with vault(small) as keeper:
         worker = Worker(keeper, layout(0))

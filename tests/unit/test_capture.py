@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from packed import Part
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
@@ -37,21 +37,6 @@ DTYPES = (
     torch.uint16,
     torch.bool,
 )
-
-
-@dataclass
-class Part:
-    local: torch.Tensor
-    key: str = ""
-    steady: bool = True
-
-    @property
-    def version(self):
-        return self.local._version
-
-    @property
-    def num_bytes(self):
-        return self.local.numel() * self.local.element_size()
 
 
 @pytest.fixture(autouse=True)

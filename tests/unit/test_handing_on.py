@@ -466,3 +466,50 @@ def test_torchs_own_safetensors_storage_reads_an_export_and_writes_an_import(tmp
     assert main(["ckpt", "import", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
     held = Tensors(DiskTier(str(tmp_path / "again")).checkpoint(1))
     assert all(bytes(held.read(held.entries[f"model.{name}"])) == raw(tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("form", ["dcp", "safetensors"])
+def test_an_export_is_all_or_nothing_and_over_nobodys_files(tmp_path, capsys, monkeypatch, form):
+    """Rank files without an index were written over; what an interrupted export left lay about."""
+    kept(tmp_path / "kept", 7, state())
+    flags = ["--format", form, "--max-shard-size", "300"]
+    for free in ("a", "b"):
+        (tmp_path / free).mkdir()
+        (tmp_path / free / "README").write_text("mine")
+    real = Storage.writing
+    written = []
+
+    def interrupted(storage, path, about_bytes=0):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return real(storage, path, about_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "writing", interrupted)
+        assert main(["ckpt", "export", str(tmp_path / "kept"), str(tmp_path / "a"), *flags]) == 130
+    assert len(written) == 2
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["README"]
+    assert main(["ckpt", "export", str(tmp_path / "kept"), str(tmp_path / "a"), *flags]) == 0
+    (tmp_path / "b" / written[1]).write_text("another's")
+    assert main(["ckpt", "export", str(tmp_path / "kept"), str(tmp_path / "b"), *flags]) == 1
+    assert f"a directory without {written[1]} expected, it is there already" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["README", written[1]]
+    assert (tmp_path / "b" / written[1]).read_text() == "another's"
+
+
+def test_ls_tells_of_files_that_are_gone_and_takes_no_other_directory_for_a_step(tmp_path, capsys):
+    url = tmp_path / "kept"
+    for step in (6, 7):
+        kept(url, step, state())
+    (url / "step-000000001").mkdir()  # nine digits
+    (url / "step-000000006").mkdir()
+    assert main(["ckpt", "ls", str(url)]) == 0
+    (url / "step-00000006" / "rank-00001.distcp").unlink()
+    capsys.readouterr()
+    assert main(["ckpt", "ls", str(url), "--json"]) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["step"], second["step"], second["ranks"]) == (6, 7, 2)
+    assert first["error"].startswith("checkpoint step=6: no such file (") and "rank-00001" in first["error"]
+    assert main(["ckpt", "prune", str(url), "--keep-last", "1"]) == 0
+    assert sorted(path.name for path in url.iterdir()) == ["step-000000001", "step-000000006", "step-00000007"]

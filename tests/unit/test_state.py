@@ -109,6 +109,32 @@ def test_another_models_layout_is_refused_by_its_first_difference() -> None:
         other.shape_like(source.layout()[0], "test")
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True),
+            r"test: opt.state.model.0.weight.max_exp_avg_sq expected, which is not in it",
+        ),
+        (lambda m: torch.optim.SGD(m.parameters()), r"test: opt.state.model.0.weight.exp_avg found, which is not tracked here"),
+        (lambda m: (m.append(nn.Linear(2, 2)), torch.optim.AdamW(m.parameters()))[1], r"test: model.3.weight expected, which is not in it"),
+        (lambda m: (m.__delitem__(2), torch.optim.AdamW(m.parameters()))[1], r"test: model.2.weight found, which is not tracked here"),
+        (
+            lambda m: (m.insert(0, m.pop(2)), torch.optim.AdamW(m.parameters()))[1],
+            r"test: model.0.weight float32 \[2, 4\] of \[2, 4\] expected",
+        ),
+    ],
+)
+def test_the_first_that_does_not_fit_is_named(make, why) -> None:
+    source, *_ = build(1, 1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    other = Tracked()
+    other.add("model", model)
+    other.add("opt", make(model))
+    with pytest.raises(SnapshotMismatch, match=why):
+        other.shape_like(source.layout()[0], "test")
+
+
 def test_what_has_no_state_dict_cannot_be_tracked() -> None:
     with pytest.raises(
         UsageError, match=r"track\(loader=...\): an object with state_dict\(\) and load_state_dict\(\) expected, list found"
