@@ -102,3 +102,17 @@ def test_replicas_that_are_equal_are_no_finding(tmp_path: pathlib.Path) -> None:
         assert run.status()["replicas"]["differ"] == []
         assert not run.events("finding")
         end(run)
+
+
+@pytest.mark.long
+def test_a_newcomer_is_not_given_the_state_that_the_majority_contradicts(tmp_path: pathlib.Path) -> None:
+    arguments = ["--out", str(tmp_path), *PACED, "--flip", "0:6"]
+    with Launched(tmp_path, ["--nproc-per-node", "3", *AUDITED], "resized.py", arguments) as run:
+        run.until(lambda: [e for e in run.events("finding") if e["kind"] == "replicas_differ"], "the finding")
+        run.signal(1)
+        run.until(run.incidents, "the recovery")
+        assert run.incidents()[0]["restored_from"] == "live"
+        known = run.status()["replicas"]["audits"]
+        run.until(lambda: audited(run, known + 2), "two audits more")
+        assert run.status()["replicas"]["differ"] == [0]
+        end(run)
