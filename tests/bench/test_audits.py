@@ -32,7 +32,7 @@ from resilient.core.machine import VaultDo
 from resilient.core.messages import Layout
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
-WIDTH, LAYERS, TIMES, MINUTE_S = 912, 9, 5, 20.0
+WIDTH, LAYERS, TIMES, MINUTE_S = 912, 9, 9, 12.0
 SHAPES = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,)]
 ROWS = tuple(
     Row(f"optimizer.state.blocks.{layer}.{n}.{kind}", "float32", shape, (0,) * len(shape), shape)
@@ -95,7 +95,7 @@ async def measure(directory: pathlib.Path) -> tuple[list[float], list[float], li
             cpu = time.process_time()
             await audit(keeper, rank)
             cost.append(time.process_time() - cpu)
-            slot = Slot(keeper.snapshot_path(0, rank.step), writable=False)
+            slot = Slot(keeper.snapshot_path(0, rank.step), writable=False, populate=True)
             cpu, body = time.process_time(), slot.body()
             for at in range(0, len(body), 4 << 20):
                 xxhash.xxh3_128(body[at : at + (4 << 20)]).digest()
@@ -114,7 +114,12 @@ def test_what_an_audit_costs() -> None:
     cost, least, minutes = asyncio.run(measure(directory))
     one, pass_s = statistics.median(cost), statistics.median(least)
     rows = [
-        {"what": "an audit, CPU s", "median": round(one, 3), "max": round(max(cost), 3)},
+        {"what": "an audit, CPU s", "median": round(one, 3), "max": round(max(cost[2:]), 3)},
+        {
+            "what": "the first of each slot: its pages are mapped",
+            "median": round(statistics.median(cost[:2]), 3),
+            "max": round(max(cost[:2]), 3),
+        },
         {"what": "a pass of xxh3, CPU s", "median": round(pass_s, 3), "max": round(max(least), 3)},
         {
             "what": "the vault without audits, CPU s a minute",

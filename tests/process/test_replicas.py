@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import pathlib
+import socket
 
 import pytest
 from launched import Launched
@@ -56,6 +58,11 @@ AUDITED = ("--audit-every-s", "1")
 PACED = ("--steps", "100000", "--pace", "0.02")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def audited(run: Launched, count: int) -> bool:
     found = run.status().get("replicas")
     return found is not None and found["audits"] >= count
@@ -96,9 +103,41 @@ def test_a_flipped_bit_is_found_without_any_checkpoint(tmp_path: pathlib.Path, k
         end(run)
 
 
+@pytest.mark.long
+def test_a_flipped_bit_is_found_on_another_node(tmp_path: pathlib.Path) -> None:
+    meet = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "apart", *AUDITED]
+    arguments = ["--out", str(tmp_path), *PACED, "--flip", "3:6"]
+    env = {"RESILIENT_TOKEN": "0123456789abcdef"}
+    with contextlib.ExitStack() as stack:
+        nodes = [Launched(tmp_path, meet, "resized.py", arguments, name=name, standalone=False, env=env) for name in ("a", "b")]
+        for node in nodes:
+            stack.enter_context(node)
+        nodes[0].until(lambda: any(node.events("finding") for node in nodes), "the finding")
+        first = next(node for node in nodes if node.events("finding"))
+        (found,) = first.events("finding")
+        assert (found["kind"], found["rank"]) == ("replicas_differ", 3)
+        assert "of 4 replicas" in found["text"]
+        first.process.terminate()
+        assert [node.wait() for node in nodes] == [1, 1]
+
+
 def test_replicas_that_are_equal_are_no_finding(tmp_path: pathlib.Path) -> None:
     with Launched(tmp_path, ["--nproc-per-node", "2", *AUDITED], "resized.py", ["--out", str(tmp_path), *PACED]) as run:
         run.until(lambda: audited(run, 2), "two audits")
         assert run.status()["replicas"]["differ"] == []
         assert not run.events("finding")
+        end(run)
+
+
+@pytest.mark.long
+def test_a_newcomer_is_not_given_the_state_that_the_majority_contradicts(tmp_path: pathlib.Path) -> None:
+    arguments = ["--out", str(tmp_path), *PACED, "--flip", "0:6"]
+    with Launched(tmp_path, ["--nproc-per-node", "3", *AUDITED], "resized.py", arguments) as run:
+        run.until(lambda: [e for e in run.events("finding") if e["kind"] == "replicas_differ"], "the finding")
+        run.signal(1)
+        run.until(run.incidents, "the recovery")
+        assert run.incidents()[0]["restored_from"] == "live"
+        known = run.status()["replicas"]["audits"]
+        run.until(lambda: audited(run, known + 2), "two audits more")
+        assert run.status()["replicas"]["differ"] == [0]
         end(run)

@@ -4,7 +4,8 @@
 
 Each step has the same 12 samples, made from its number; a rank takes its part. Rank 0 writes losses.jsonl. `--flip`: before that step one
 bit of that rank's optimizer state changes, as a device that computes wrongly would leave it. `--hold`: in that step all ranks wait for the file
-DIR/go. `--pace`: how long a step takes at least.
+DIR/go. `--pace`: how long a step takes at least; no losses are written then, and no
+collective follows the optimizer's step.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ for step in run.steps(args.steps):
     loss.backward()
     optimizer.step()
     scheduler.step()
+    if args.pace:
+        continue
     whole = loss.detach().clone()
     dist.all_reduce(whole)
     if run.rank == 0 and run.sound:
