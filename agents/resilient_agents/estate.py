@@ -25,6 +25,7 @@ from resilient.checkpoint.layout import decode
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.recut import Held, Source, recut
 from resilient.checkpoint.reshape import own_rank
+from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
 from resilient.core.messages import Elder, Layout
@@ -105,7 +106,7 @@ class Estate:
             try:
                 chests = [other for rank, other in sorted(self._memory.chests.items()) if other.seated and rank != wanted.rank]
                 slots = [(other.rank, other.sealed("snapshot", size).get(step)) for other in chests]
-                yield [Held(slot, run=self._run, rank=rank, step=step) for rank, slot in slots if slot is not None]
+                yield [Held(slot, run=self._run, rank=rank, step=step) for rank, slot in slots if slot is not None and _stamped(slot)]
             finally:
                 fetched = asked.num_bytes() - before
                 self._turn.release()
@@ -118,6 +119,15 @@ class Estate:
             return whose, fetched
         finally:
             chest.filling.release()
+
+
+def _stamped(slot: Slot) -> bool:
+    """Whether its payload is hashed, by now."""
+    with contextlib.suppress(CheckpointError):
+        if not slot.is_stamped():
+            slot.stamp_payload()
+        return True
+    return False
 
 
 class _Others:

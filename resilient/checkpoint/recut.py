@@ -73,9 +73,7 @@ class Held:
         return self._slot.read(run=self._run, rank=self._rank, step=self._step, verify=False)
 
     def read(self, wanted: Mapping[int, Box], lay: Lay) -> None:
-        """As `Source.read`: the whole payload is looked at, once."""
-        if not self._slot.is_stamped():
-            self._slot.stamp_payload()
+        """As `Source.read`: the whole payload is looked at, once. It must have been hashed before."""
         found = self._slot.read(run=self._run, rank=self._rank, step=self._step, stamped=True, threads=THREADS)
         places = layout.decode(found.layout).places()
         for number in wanted:

@@ -15,11 +15,15 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import msgspec
+import numpy as np
 import pytest
 import tally
+import test_estate
 from launched import Launched
 from test_vault import PAYLOAD, Worker, layout, right, until, vault
 
+from resilient.checkpoint import afar
+from resilient.checkpoint import tally as piecewise
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import Row, Twins
 from resilient.checkpoint.layout import decode as described
@@ -423,6 +427,49 @@ async def test_a_peer_gives_out_nothing_damaged(tmp_path: pathlib.Path, dice: ra
                 tally.count("memory: peer's slot, served", deed, outcome)
                 assert outcome != "WRONG", (deed, number)
         peer.close()
+
+
+@pytest.mark.parametrize("near", [False, True], ids=["there", "here"])
+@pytest.mark.parametrize("trials", TRIALS)
+async def test_nothing_damaged_is_cut_for_another_world(
+    tmp_path: pathlib.Path, dice: random.Random, trials: int, near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two old ranks' snapshots, in another node's memory or here, are wanted whole by a new one; damage before and after the first reading."""
+    whole = np.arange(6001, dtype="float32").reshape(-1, 17)
+    monkeypatch.setattr(test_estate, "WHOLE", {"model.w": whole, "model.b": whole[0], "model.one": np.array(0.5)})
+    monkeypatch.setattr(piecewise, "PIECE", 4096)  # so that a tensor has several
+    monkeypatch.setattr(afar, "PAUSE_S", 0.001)
+    async with vault(tmp_path / "n1") as there, vault(tmp_path / "n0") as here:
+        keeper = here if near else there
+        for rank in range(2):
+            test_estate.leave(keeper, "rows", rank, 2)
+        chest = here._memory.chest(7)
+        here.do(test_estate.elders(2, there.address))
+        for rank in range(2):
+            path = pathlib.Path(keeper.snapshot_path(rank, test_estate.STEP))
+            data = read(path)
+            for deed, damage in (("a byte flipped", flipped), ("zeros", blanked)):
+                for number in range(trials):
+                    if number % 2:
+                        there._server._leaves.clear()
+                    spoilt = damage(data[: parse(data).num_bytes], dice, number) + data[parse(data).num_bytes :]
+                    in_place(path, spoilt)
+                    segments = await test_estate.cut(here, "copies", 7, 9, 2)
+                    in_place(path, data)
+                    outcome = "found"
+                    if not segments.refused:
+                        found = chest.sealed("snapshot", 9)[test_estate.STEP].read(rank=7, step=test_estate.STEP)
+                        rows = test_estate.described("copies", 7, 9)
+                        right_ones = (test_estate.part(row) for row in rows.rows)
+                        held = (bytes(found.payload[at : at + length]) for at, length in rows.places())
+                        outcome = "harmless" if [*right_ones] == [*held] and found.own == b"own 1" else "WRONG"
+                        del found
+                    for slot in chest.slots("snapshot"):
+                        slot.unseal()
+                    place = "here" if near else "there"
+                    tally.count(f"memory: old snapshot {place}, cut anew", deed, outcome)
+                    assert outcome != "WRONG", (rank, deed, number)
+                    assert outcome == "found" or spoilt == data or not near, (rank, deed, number)
 
 
 def read(path: str | pathlib.Path) -> bytes:
