@@ -160,12 +160,12 @@ class Copies:
     async def _send_one(self, address: str, rank: int, kind: Kind, slot: Slot, mark: Mark) -> None:
         try:
             if kind != "snapshot":
-                step = await self._put(address, *await staged(slot, rank, kind, self._lane))
+                step = await self._put(address, *await staged(slot, rank, kind, self._lane))  # its room has some to spare
             elif self._overtaken.get(rank, 0.0) > time.monotonic():
                 async with self._staging:
-                    step = await self._put(address, *await staged(slot, rank, kind, self._lane))
+                    step = await self._put(address, *await staged(slot, rank, kind, self._lane), slot.num_bytes)
             else:
-                step = await self._put(address, *await self._straight(slot, rank, kind))
+                step = await self._put(address, *await self._straight(slot, rank, kind), slot.num_bytes)
         except SnapshotMissing as error:  # its writer was faster: the next round takes the newer one
             if kind == "snapshot":
                 log.info("rank %d: %s; snapshots are copied before they are sent for %.0f s", rank, error, STAGED_S)
@@ -191,13 +191,13 @@ class Copies:
             raise SnapshotMissing(f"{kind} of rank {rank}: overwritten just now")
         return SnapshotKey(rank, step, kind), slot
 
-    async def _put(self, address: str, key: SnapshotKey, sealed: memoryview | Slot) -> int:
+    async def _put(self, address: str, key: SnapshotKey, sealed: memoryview | Slot, room: int = 0) -> int:
         """The step that lies there now; NONE if the peer did not take it. Raises SnapshotMissing, SnapshotCorrupt if that is ours."""
         peer = self._peers.get(address)
         if peer is None:
             return NONE
         try:
-            await peer.put(key, sealed)
+            await peer.put(key, sealed, room=room)
         except SnapshotMissing:
             raise
         except CheckpointError as error:

@@ -80,7 +80,7 @@ class Chest:
         try:
             for number, path in enumerate(self._slot_paths):
                 spares.append(_create_anew(f"{path}.new", num_bytes, (SLOT_COUNT - number) * num_bytes))
-            new = Ring.open(spares)
+            new = Ring.open(spares, populate=not self.seated)  # who receives here writes; who only reads gets many pages with one fault
             if old is not None:
                 _carry_over(old, new)
         finally:
@@ -93,8 +93,8 @@ class Chest:
         self.snapshots = new
         return new
 
-    def room(self, key: SnapshotKey, num_bytes: int) -> Ring:
-        """The ring for a copy of `key` that comes in, `num_bytes` long. Raises TierUnavailable."""
+    def room(self, key: SnapshotKey, num_bytes: int, owner_has: int = 0) -> Ring:
+        """The ring for a copy of `key` that comes in, `num_bytes` long. owner_has: room for each of its own. Raises TierUnavailable."""
         if key.kind != "snapshot":
             fits = self.own is not None and (self.seated or self.own.own_bytes >= num_bytes)
             own = self.own if self.own is not None and fits else self.grow_own(own_slot_bytes(2 * num_bytes))
@@ -102,7 +102,7 @@ class Chest:
         if self.snapshots is not None and self._room() >= num_bytes:
             return self.snapshots
         if not self.seated:
-            return self.grow_snapshots(num_bytes)
+            return self.grow_snapshots(max(num_bytes, owner_has))
         self.drop_fetched()
         self.fetched = Ring.open([create(self._fetched_path, num_bytes)])
         return self.fetched
@@ -187,13 +187,13 @@ def _create_anew(path: str, num_bytes: int, of_bytes: int = 0) -> str:
 
 
 def _carry_over(source: Ring, target: Ring) -> None:
-    """Copy what is sealed and sound, oldest first, so that the order of writing stays as it was."""
+    """Copy what is sealed and sound, straight to its new place; oldest first, so that the order of writing stays as it was."""
     for slot in sorted(source.slots, key=Slot.generation):
         if slot.sealed_step() != NONE:
-            spare = memoryview(bytearray(slot.sealed_bytes()))
             with contextlib.suppress(SnapshotCorrupt):
-                slot.stage(spare)
-                target.receive(bytes(spare[:HEADER_BYTES]))[:] = spare[HEADER_BYTES:]
+                if not slot.is_stamped():
+                    slot.stamp_payload()
+                slot.fill(target.receive(slot.header()), HEADER_BYTES)
                 target.accept()
 
 
@@ -217,9 +217,9 @@ class Berth:
         """Whatever happened, the next one may come."""
         self._chest.filling.release()
 
-    def receive(self, header: bytes) -> memoryview:
-        """As `Landing.receive`; allocates (0.3 s per GB) where there is no room yet."""
-        self._ring = self._chest.room(self._key, announced_bytes(header, f"{self._key} coming in"))
+    def receive(self, header: bytes, owner_has: int = 0) -> memoryview:
+        """As `Landing.receive`; allocates (0.3 s per GB) where there is no room yet. owner_has: see `Chest.room`."""
+        self._ring = self._chest.room(self._key, announced_bytes(header, f"{self._key} coming in"), owner_has)
         view = self._ring.receive(header)
         self._received = self._ring.generations()
         return view

@@ -167,22 +167,22 @@ class PeerServer:
     async def _take(self, pipe: Pipe, request: Put) -> None:
         key = SnapshotKey(request.rank, request.step, request.kind)
         num_bytes = announced_bytes(request.header, f"sent by {pipe.name}")
-        if num_bytes > SNAPSHOT_BYTES_MAX or not 0 <= key.rank < RANKS_MAX:
-            raise ProtocolError(f"{key}: {num_bytes} bytes announced, at most {SNAPSHOT_BYTES_MAX} taken")
+        if max(num_bytes, request.room) > SNAPSHOT_BYTES_MAX or not 0 <= key.rank < RANKS_MAX:
+            raise ProtocolError(f"{key}: {max(num_bytes, request.room)} bytes announced, at most {SNAPSHOT_BYTES_MAX} taken")
         if self._memory.chest(key.rank).seated:
             raise TierUnavailable(f"{key}: that rank sits on this node, its worker writes here")
         broken = self._broken.pop((key.rank, key.kind), None)
         berth = broken.berth if broken is not None and broken.header == request.header else self._memory.berth(key)
         with berth:
             if not request.streams:
-                view = await asyncio.to_thread(berth.receive, request.header)
+                view = await asyncio.to_thread(berth.receive, request.header, request.room)
                 await pipe.send(Ready())
                 await pipe.recv_bulk(view)
                 await checked(berth, key, num_bytes, None)
             elif broken is not None and berth is broken.berth and berth.untouched():
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, broken))
             else:
-                view = await asyncio.to_thread(berth.receive, request.header)
+                view = await asyncio.to_thread(berth.receive, request.header, request.room)
                 fresh = _Broken(berth, request.header, Incoming(view, request.header, transport=self._transport))
                 await checked(berth, key, num_bytes, await self._take_haul(pipe, request, fresh))
         self.changed()
@@ -217,7 +217,7 @@ class PeerServer:
             have = request.have if request.header == source.header else ()
             work = Outgoing(source.body, have=have, unmoved=source.unmoved, transport=self._transport)
             async with self._haul(pipe, work, request.streams) as haul:
-                await pipe.send(Found(header=source.header, haul=haul.name))
+                await pipe.send(Found(header=source.header, haul=haul.name, room=slot.num_bytes))
                 await haul.hauled(len(source.body))
         else:
             await pipe.send(Found(header=source.header))

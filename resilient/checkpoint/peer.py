@@ -102,14 +102,16 @@ class Peer:
         self._threads = ThreadPoolExecutor(streams, "peer")
         self._broken: tuple[Landing, bytes, Incoming] | None = None  # a `get` that broke off
 
-    async def put(self, key: SnapshotKey, sealed: Buffer | Slot) -> None:
+    async def put(self, key: SnapshotKey, sealed: Buffer | Slot, *, room: int = 0) -> None:
         """Leave a copy there. Raises as `Tier.put`; the payload's digest is checked by the receiver, before it seals.
+
+        room: what may be wanted for later ones of its kind, so that their place need not be made anew.
 
         A Slot is sent from where it lies: SnapshotMissing if it is overwritten before all of it has gone.
         """
         source = Source.of(key, sealed)
         num_bytes = len(source.body)
-        request = Put(rank=key.rank, step=key.step, kind=key.kind, header=source.header)
+        request = Put(rank=key.rank, step=key.step, kind=key.kind, header=source.header, room=room)
         try:
             if num_bytes > HAULED_BYTES:
                 await self._put_haul(request, source)
@@ -152,7 +154,8 @@ class Peer:
             if broken is not None and found.header == broken[1]:
                 incoming = broken[2]
             else:
-                body = await asyncio.to_thread(target.receive, found.header)
+                more = (found.room,) if isinstance(target, Berth) else ()
+                body = await asyncio.to_thread(target.receive, found.header, *more)
                 incoming = Incoming(body, found.header, transport=self._transport)
             if found.haul:
                 try:

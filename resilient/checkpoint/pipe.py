@@ -40,6 +40,7 @@ class Put(Msg, frozen=True):
     kind: Kind
     header: bytes
     streams: int = 0
+    room: int = 0  # what its owner has for each of its snapshots: those that follow will fit as well
 
 
 class Get(Msg, frozen=True):
@@ -88,6 +89,7 @@ class Found(Msg, frozen=True):
     header: bytes
     haul: bytes = b""
     head: bytes = b""  # what lies between header and payload, if that was all that was asked for
+    room: int = 0  # as in Put
 
 
 class Carry(Msg, frozen=True):

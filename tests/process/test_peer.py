@@ -173,6 +173,20 @@ def test_there_and_back_on_both_loops(tmp_path):
             runner.run(there_and_back(tmp_path / name))
 
 
+async def test_room_for_what_will_come_is_made_with_the_first_copy_and_with_the_first_fetch(tmp_path):
+    async with holder(tmp_path / "n1") as (server, _, peer):
+        await peer.put(SnapshotKey(0, 1), seal(ring_at(tmp_path, "source"), 1), room=3 * SIZE)
+        assert [slot.num_bytes for slot in server.memory.chest(0).slots("snapshot")] == [3 * SIZE] * 2
+        tier = MemoryTier(tmp_path, memory.new_key())
+        with tier.berth(SnapshotKey(0, 1)) as berth:
+            await peer.get(SnapshotKey(0, 1), berth)
+        assert [slot.num_bytes for slot in tier.chest(0).slots("snapshot")] == [3 * SIZE] * 2
+        tier.unlink()
+        with pytest.raises(TierUnavailable):
+            await peer.put(SnapshotKey(0, 2), seal(ring_at(tmp_path, "other"), 2), room=1 << 50)
+        assert held(server, 1)
+
+
 async def test_a_bit_flipped_on_the_way_is_refused_and_the_older_copy_stays(tmp_path):
     async with holder(tmp_path / "n1") as (server, proxy, peer):
         source = ring_at(tmp_path, "source")

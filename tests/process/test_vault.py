@@ -343,8 +343,8 @@ async def test_what_changes_faster_than_it_travels_keeps_nothing_else_back(tmp_p
         origin.do(VaultDo(peers=(holder.address,), ranks=(0,)))
         steps, real = itertools.count(6), Peer.put
 
-        async def put(*args) -> None:
-            await real(*args)
+        async def put(*args, **more) -> None:
+            await real(*args, **more)
             worker.step(next(steps))  # whenever something has arrived there is a newer one already, of every kind
 
         monkeypatch.setattr(Peer, "put", put)
