@@ -64,6 +64,7 @@ class Copies:
     ) -> None:
         """`notes`: those of ranks seated here are sent as well (`keep`). `limit`: of all that is sent to peers."""
         self.whole = True  # snapshots are sent; else own state alone
+        self.hold = False  # none is begun with now: ranks are still copying theirs into memory
         self._notes = notes
         self._lane = lane
         self._limit = limit
@@ -138,7 +139,7 @@ class Copies:
 
     def _behind(self, chest: Chest, address: str) -> Iterator[tuple[Kind, Slot, Mark]]:
         """What a peer lacks: (kind, slot, this writing of it). Each kind once, as it is when its turn comes."""
-        for kind, ring in _rings(chest, whole=self.whole):
+        for kind, ring in _rings(chest, whole=self.whole and not self.hold):
             slot = ring.newest() if self._answers(address) else None
             if slot is not None:
                 mark = (slot.where, slot.generation())

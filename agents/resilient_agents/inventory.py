@@ -24,6 +24,8 @@ from resilient.errors import SnapshotMissing, TierUnavailable
 
 FORSAKEN_STEPS: Final = 100  # a copy serves for a step or two; all ranks are within one step of each other
 SWEEP_STEPS: Final = 10
+BOUNDARY_S: Final = 1.0
+COPIED_BYTES_S: Final = 2 << 30  # into memory, by a rank that shares its cores
 FILLING_S: Final = 60.0  # a copy that comes in while a rank is cut anew: none is on its way then
 log = logging.getLogger("resilient.vault")
 
@@ -124,6 +126,30 @@ def end_futures(chest: Chest, step: int) -> None:
         for held, slot in chest.sealed(kind).items():
             if held > max(step, 0) + (kind == "gate"):
                 slot.unseal()
+
+
+class Boundary:
+    """Whether ranks may still be copying into memory what others have sealed. All wait for the last one, so cores are theirs first.
+
+    Of the ranks seated here that is known; those of other nodes are thought to be done when as many bytes could have been copied once
+    more. Who seals at fixed steps may be waiting for his copies, and is not held back.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been looked at."""
+        self._sealed: dict[int, int] = {}
+        self._since, self._open = 0.0, False
+
+    def is_open(self, chests: Collection[Chest], now: float) -> bool:
+        """At most for BOUNDARY_S: one of them may have died, or gone back."""
+        rings = {c.rank: c.snapshots for c in chests if c.snapshots is not None and not (c.replicated or c.often)}
+        sealed = {rank: ring.newest_step() for rank, ring in rings.items()}
+        if sealed != self._sealed and not self._open:  # who seals again within it gets no more time
+            self._since = now
+        again_s = max((ring.slots[0].num_bytes for ring in rings.values()), default=0) / COPIED_BYTES_S
+        patience_s = BOUNDARY_S if len(set(sealed.values())) > 1 else min(again_s, BOUNDARY_S)
+        self._sealed, self._open = sealed, now < self._since + patience_s
+        return self._open
 
 
 class Sweep:

@@ -74,7 +74,6 @@ class Vault:
         """`checkpoint_every`: steps between two checkpoints, 0 = only those that `sealed` tells of.
 
         `directory`, `key`: see checkpoint/memory.py. `host`: how other nodes reach this one; `bind`: where to listen.
-
         `data_rate`: bytes/s at most sent to keep copies elsewhere, 0 = any number; what another node fetches is not held back.
         `keep_s`, `position`, `alone`: see heir.py. Raises TierUnavailable if the URL is of a kind that cannot be opened.
         """
@@ -104,6 +103,7 @@ class Vault:
         self._coming: set[int] = set()  # ranks of which copies are just being fetched
         self._refused: dict[tuple[str, int, int], Refused] = {}
         self._sweep = inventory.Sweep(self._memory)
+        self._boundary = inventory.Boundary()
         self._hashing = Hashing(self._lane)
         self._errands = Errands()
         self._told = Vaulted()
@@ -293,16 +293,18 @@ class Vault:
         """A look happened: start to copy, to hash, to write what is new."""
         self.heir.seen(tuple(sorted(self._ranks)), self._position)
         seated = [chest for _, chest in sorted(self._memory.chests.items()) if chest.seated]
+        self._copies.hold = self._boundary.is_open(seated, time.monotonic())
         for chest in seated:
             if chest.rank not in self._coming:  # half of what comes must not go back to where the other half still has to be fetched
                 self._copies.look(chest)
-                self._parities.look(chest)
+                if not self._copies.hold:
+                    self._parities.look(chest)
             if self._drain is not None:
                 self._drain.look(chest)
             inventory.drop_outdated(chest)
         wanted = {fetch.rank for fetch in self._fetches} | self._parities.kept()
         self._sweep.look(min((chest.start_step() for chest in seated), default=NONE), wanted)
-        self._hashing.look(seated)
+        self._hashing.look(() if self._copies.hold else seated)
 
     # ------------------------------------------------------------------ bringing copies here
 

@@ -1,9 +1,11 @@
-"""Chests: room that is right from the first copy on, and growth that takes nothing beside the files."""
+"""Chests: room that is right from the first copy on, growth that takes nothing beside the files, and when their copies are left in peace."""
 
 from __future__ import annotations
 
 import os
 import tracemalloc
+
+from resilient_agents.inventory import BOUNDARY_S, COPIED_BYTES_S, Boundary
 
 from resilient.checkpoint.chest import Chest, MemoryTier
 from resilient.checkpoint.ring import Ring
@@ -57,3 +59,20 @@ def test_growing_carries_over_what_is_sound_and_needs_no_memory_of_its_size(tmp_
     chest.snapshots.get(1).memory[-1] ^= 1  # no longer within the snapshot
     chest.snapshots.get(2).memory[SIZE - 1] ^= 1
     assert chest.grow_snapshots(3 * SIZE).steps() == (1,)
+
+
+def test_copies_are_begun_when_all_ranks_have_sealed_and_may_be_done_elsewhere(tmp_path):
+    chests, boundary, again_s = [seated(tmp_path, rank) for rank in (0, 1)], Boundary(), SIZE / COPIED_BYTES_S
+    assert boundary.is_open(chests, 100.0) is True  # nothing was known before
+    assert boundary.is_open(chests, 100.0 + 1.1 * again_s) is False
+    seal(chests[0].snapshots, 1, bytes(PAYLOAD))
+    assert boundary.is_open(chests, 200.0) is True
+    assert boundary.is_open(chests, 200.0 + 0.9 * BOUNDARY_S) is True
+    assert boundary.is_open(chests, 200.0 + 1.1 * BOUNDARY_S) is False  # the other one has died
+    seal(chests[1].snapshots, 1, bytes(PAYLOAD))
+    assert boundary.is_open(chests, 300.0) is True
+    assert boundary.is_open(chests, 300.0 + 1.1 * again_s) is False
+    for chest in chests:
+        chest.often = True  # may be waiting for its copies
+    seal(chests[0].snapshots, 2, bytes(PAYLOAD))
+    assert boundary.is_open(chests, 400.0) is False
