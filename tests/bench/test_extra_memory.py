@@ -58,8 +58,10 @@ class Gauge:
                 continue
             workers = {row["pid"] for row in ranks}
             ours = [pid for job in self._running.jobs for pid in (job.process.pid, *(child.pid for child in job.descendants()))]
-            self.worker = max([self.worker, *map(private, workers)])
             taken = sum(private(pid) for pid in ours if pid not in workers)
+            if not all(map(private, workers)):
+                continue  # one has ended meanwhile: what it shared with the zygote that it was forked from counts as the zygote's alone
+            self.worker = max([self.worker, *map(private, workers)])
             self.before = self.before or taken
             self.peak = max(self.peak, taken)
             self._segments()
