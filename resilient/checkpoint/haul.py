@@ -11,7 +11,9 @@ payload while it comes: whichever thread has set down a piece hashes the parts o
 as the layout is there, which says what they are. When no connection is at work any more, whichever way it ended, `close` is called.
 Numbers: tests/bench/test_peer_wire.py.
 Rejected: one fixed share per connection (the slowest connection would decide); a digest for each piece of a
-whole snapshot (the payload's own is checked before anything is sealed, whatever was broken off and gone on with).
+whole snapshot (the payload's own is checked before anything is sealed, whatever was broken off and gone on with); to hash each piece just
+before it is sent, in place of the whole before the first (0.74 of raw TCP instead of 0.70 where both ends share two cores; the digest
+would have to follow the bytes, and a transfer that broke off could not be known again by its header).
 """
 
 from __future__ import annotations
