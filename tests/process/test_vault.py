@@ -537,9 +537,9 @@ async def test_everything_killed_while_a_checkpoint_is_written(tmp_path):
 
 
 async def test_storage_that_fails_is_tried_again(tmp_path, caplog):
-    (tmp_path / "checkpoints").touch()  # a file where the directory should be
     url = str(tmp_path / "checkpoints")
     async with vault(tmp_path / "shm", url=url) as keeper:
+        (tmp_path / "checkpoints").touch()  # a file where the directory should be
         worker = Worker(keeper, layout(0))
         worker.snapshot(10)
         await until(lambda: "rank 0 is missing in a checkpoint" in caplog.text, poke=keeper.poke)
