@@ -33,6 +33,7 @@ from resilient_agents.lane import Errands, Lane
 QUAY_MAX: Final = 2  # per rank: one being written, one waiting
 ANSWER_S: Final = 60.0  # for listing, a manifest, a marker, a removal
 RANKS_S: Final = 20  # ranks whose files a commit looks at in a second, at least
+TAILS_BYTES_S: Final = 100_000  # of what these say: 1000 tensors; the index has several entries of each
 PACE_BYTES_S: Final = 5 << 20  # slower than this, storage counts as hung
 RETRY_S: Final = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)  # the last one again and again
 STEPS_KEPT: Final = 4  # newest steps of a rank in `persisted`: some rank may lag behind
@@ -155,7 +156,7 @@ class Drain:
             if self._wish != (step, manifest):
                 return
             try:
-                await self._writing.run(work, deadline_s=ANSWER_S + len(manifest) / RANKS_S)
+                await self._writing.run(work, deadline_s=commit_s(manifest))
                 break
             except TierUnavailable as error:
                 log.warning("checkpoint of step %d is not committed yet: %s", step, error)
@@ -251,6 +252,12 @@ class Drain:
         for step in sorted(set(steps) - self._heeded):
             self.distrust(step)
         self._heeded = frozenset(steps)
+
+
+def commit_s(manifest: Collection[Persisted]) -> float:
+    """How long a commit may take: it reads all tails, and writes an index of all tensors."""
+    tails = sum(part.num_bytes - part.tail_at for part in manifest)
+    return ANSWER_S + len(manifest) / RANKS_S + tails / TAILS_BYTES_S
 
 
 def _pauses() -> Iterable[float]:

@@ -22,6 +22,7 @@ import msgspec
 import pytest
 import uvloop
 from resilient_agents import drain
+from resilient_agents.drain import commit_s
 from resilient_agents.inventory import FORSAKEN_STEPS
 from resilient_agents.lane import Lane
 from resilient_agents.vault import Vault
@@ -36,7 +37,7 @@ from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
-from resilient.core.messages import NONE, Fetch, Layout, Recorded
+from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded
 from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 pytestmark = pytest.mark.process
@@ -600,6 +601,11 @@ async def test_slow_storage_leaves_some_out(tmp_path, caplog, monkeypatch):
         assert "checkpoint of step 30 left out for rank 0" in caplog.text
         gate.set()
         await until(lambda: [part.step for part in keeper.known().persisted] == [10, 20])
+
+
+def test_a_commit_is_given_time_for_its_index():
+    """50,000 parameters with AdamW: the index took 76 s on a busy machine, and a minute was all it had, again and again."""
+    assert commit_s([Persisted(rank=0, step=1, num_bytes=160_000_000, tail_at=135_000_000)]) > 300
 
 
 # --------------------------------------------------------------------------- memory
