@@ -55,6 +55,7 @@ REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger f
 REPORT_S_MAX = 12.0
 BOOTS_MAX = 64  # of an agent, remembered
 LEASE_REPORTS = 3  # so many reports in a row may be lost
+LATE_REPORTS = 2  # in whose time the last words of an agent that is gone have come; an earlier one that speaks after that has outlived it
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
 STATUS_S = 1.0
@@ -174,10 +175,11 @@ class Coordinator:
             self._leases.touch(report.node, now)
             self._lack = ""  # a new node may have the room that a chair waits for
             return None
-        if report.boot in node.past or (report.boot == node.report.boot and report.seq <= node.report.seq):
+        late = now - node.heard < LATE_REPORTS * self._report_s()
+        if (report.boot in node.past and late) or (report.boot == node.report.boot and report.seq <= node.report.seq):
             return None
         if report.boot != node.report.boot:
-            node.past = (*node.past, node.report.boot)[-BOOTS_MAX:]
+            node.past = (*(boot for boot in node.past if boot != report.boot), node.report.boot)[-BOOTS_MAX:]
             self._lose(node.name, f"the agent of {node.name} was started again", now)
             if node.assignment is not None:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)

@@ -11,7 +11,7 @@ import pytest
 
 from resilient.core.machine import Asked, Stop
 from resilient.core.rescue import newest_common
-from resilient.sim.faults import KINDS, heal, storm
+from resilient.sim.faults import FAULTS, KINDS, heal, storm
 from resilient.sim.script import Segment
 from resilient.sim.world import Spec, World
 
@@ -178,3 +178,15 @@ def test_checkpoints_go_on_after_the_storm_and_a_sigterm_loses_nothing_sealed(bl
         if spec.snapshots and not spec.loss:
             reached = min(c.record.step for c in chairs.values())
             assert max(world.stored) >= reached - 1, f"{story}: step {reached} was reached, {world.finish}\n{world.trace.tail()}"
+
+
+def test_agents_that_are_started_again_at_once_are_heard() -> None:
+    """The first report of one may overtake the last of the one before it."""
+    for seed in range(40):
+        world = World(Spec(nodes=3, slots=1, standbys=1, steps=20), seed)
+        for _ in range(3):
+            FAULTS["agent_restart"](world)
+        heal(world)
+        assert world.run(60.0, world.over), f"seed {seed}: no progress\n{world.trace.tail()}"
+        assert world.finish is not None
+        assert world.finish.exit_code == 0, f"seed {seed}: {world.finish}\n{world.trace.tail()}"

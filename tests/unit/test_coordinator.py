@@ -249,6 +249,18 @@ def test_a_clock_that_goes_back_keeps_no_agent_out(house):
         assert house.coordinator.nodes["n0"].report.boot == 500
 
 
+def test_an_agent_whose_first_words_overtook_the_last_of_the_one_before_is_heard(house):
+    for boot in (8, 7):  # 7 is gone: this was on its way
+        house.report(boot=boot)
+        assert house.coordinator.nodes["n0"].report.boot == boot
+    house.report(boot=8, after=1.0)
+    assert house.coordinator.nodes["n0"].report.boot == 7
+    house.report(boot=8, after=1.1)
+    assert house.coordinator.nodes["n0"].report.boot == 8
+    house.report(boot=7)
+    assert house.coordinator.nodes["n0"].report.boot == 8
+
+
 def two_nodes():
     house = House(nodes_min=2, nodes_max=2)
     house.report("n0")
