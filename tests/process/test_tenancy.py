@@ -147,8 +147,8 @@ async def _after(barrier, work):
 
 async def test_storage_that_does_not_answer_refuses_nobody(tmp_path, caplog):
     place = tmp_path / "kept"
-    place.touch()  # a file where the directory should be
     lost, ours = [], Tenancy(str(place), "run")
+    place.touch()  # a file where the directory should be
     await ours.claim()
     ours.hold(lost.append)
     await asyncio.sleep(0.3)
