@@ -86,6 +86,19 @@ def choose(
 
     elder: (step, ranks) of a world of another size that all lies in memory: every rank's state can be cut from it.
     """
+    choice = _choose(accounts, committed, poison, elder)
+    if choice.plan.step == NONE or all(a.replicated for a in accounts):
+        return choice
+    loaded = choice.plan.tier != "none" and len(choice.plan.receivers) == len(accounts)  # and it lies in memory then, wherever it came from
+    kept = (
+        choice.plan.step
+        if loaded
+        else max((s for s in _common(_sound(a, poison) for a in accounts) if s <= choice.plan.step), default=NONE)
+    )
+    return msgspec.structs.replace(choice, plan=msgspec.structs.replace(choice.plan, kept=kept))
+
+
+def _choose(accounts: Sequence[Account], committed: Collection[int], poison: Collection[Poison], elder: tuple[int, int]) -> Choice:
     reached = min((s for a in accounts if (s := _known(a)) != NONE), default=NONE)
     accounts = [_sound(a, poison) for a in accounts] if poison else accounts
     records = [(a, a.record) for a in accounts if a.record is not None and a.record.phase != "setup"]

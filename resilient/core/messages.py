@@ -261,6 +261,7 @@ class Plan(Msg):
     over: bool = False  # everybody else is past the end of the loop: a newcomer finishes alone, without groups
     starting: bool = False  # not every rank has come to the first step: groups are agreed upon, collectives perhaps repeated
     origin: int = 0  # tier memory, peer: the step was sealed in a world of so many ranks, and is cut for every rank of this one
+    kept: int = NONE  # the newest step that every rank will have a snapshot of, if it is sharded: they overwrite it last
 
 
 class Member(Msg):

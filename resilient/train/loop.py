@@ -289,6 +289,7 @@ class Loop:
         """
         while True:
             seated = self.desk.seat_after(round_)
+            self.sealing.told(seated.plan.kept)
             commits = seated.plan.step == step + 1
             self.ledger.write("committing" if commits else "running")
             if self.page.fence() < seated.round:
@@ -421,7 +422,7 @@ class Loop:
 
     def _placed(self) -> None:
         """Checkpoints that were asked for up to here are made; of a later one, made in a future that will not be, nobody knows any more."""
-        self.sealing.placed(self.ledger.step)
+        self.sealing.placed(self.ledger.step, self.desk.latest().plan.kept)
         if self._asked > self.ledger.step:
             self._asked = self.ledger.step
             self.page.sealed(NONE)

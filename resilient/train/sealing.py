@@ -6,9 +6,10 @@ Contract: `wish` is what this rank puts into the vote at a step's gate; the grea
 0 asks as often as the copying takes SHARE of the time (at every step, where it takes no more), or at each multiple of `every`.
 With sharded state there is always a step that all ranks have. A rank that sealed alone, or whose snapshot came to nothing, asks for
 another of all (AGAIN); a vote that passes without that shows that all have sealed what they were to seal, and this step is overwritten
-last (`Tier0.keep`). While somebody needs what was sealed last (it is on its way to another node, where it is the only copy of a shard;
-the agent reads it for the persistent tier) the wish is NOT_YET. Where it is certain that a step will be sealed, its gate waits for the
-copies instead. Both have an end: a peer or storage that hangs holds nobody up for ever.
+last (`Tier0.keep`); behind a broken vote, which some have heard and some not, the coordinator names it (`Plan.kept`). While somebody
+needs what was sealed last (it is on its way to another node, where it is the only copy of a shard; the agent reads it for the persistent
+tier) the wish is NOT_YET. Where it is certain that a step will be sealed, its gate waits for the copies instead. Both have an end: a peer
+or storage that hangs holds nobody up for ever.
 Where other ranks hold the same to the last bit, one of these snapshots is named for an AUDIT now and then: all ranks' agents hash it, and
 the coordinator compares (core/audits.py). It costs the training thread nothing but this: of the two slots, that snapshot is not overwritten
 before it is hashed.
@@ -73,8 +74,14 @@ class Sealing:
         self._audits = wish == AUDIT
         return wish in (SNAPSHOT, AUDIT, CHECKPOINT, AGAIN)
 
-    def placed(self, step: int) -> None:
-        """A round begins at `step`: what later ones sealed is gone, and somebody may be new."""
+    def told(self, kept: int) -> None:
+        """The coordinator has looked which step all ranks have; some of them may not have heard it in the vote."""
+        if kept != NONE:
+            self._tier0.keep(kept)
+
+    def placed(self, step: int, kept: int) -> None:
+        """A round begins at `step`: what later ones sealed is gone, and somebody may be new. kept: as in the plan."""
+        self.told(kept)
         self._alike, self.audit = False, NONE
         if self.newest > step:
             self.newest = NONE

@@ -1,4 +1,4 @@
-"""What the machine allows: one warm pass of memory, and a write to the disk past the page cache."""
+"""What the machine allows: one warm pass of memory, a write to the disk past the page cache; and files that are read as if for the first time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pathlib
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 BLOCK = 16 << 20
+LOADS = 3  # of which the median counts: how fast a disk answers differs from one time to the next
 
 
 def memcpy_s(num_bytes: int, threads: int, rounds: int = 5, before: Callable[[], object] | None = None) -> float:
@@ -55,3 +56,11 @@ def disk_s(num_bytes: int, where: pathlib.Path, rounds: int = 3) -> float:
         os.close(fd)
         path.unlink()
     return statistics.median(found)
+
+
+def cold(paths: Iterable[pathlib.Path]) -> None:
+    """Nothing of these files is in memory."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

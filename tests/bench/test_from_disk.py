@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
 import statistics
 import sys
@@ -16,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dist_checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from limits import cold
 from told import told
 
 from resilient.checkpoint.disk import DiskTier
@@ -30,13 +30,8 @@ pytestmark = pytest.mark.bench
 MB, TENSORS, TIMES = 512, 48, 5
 
 
-def cold(where: pathlib.Path) -> None:
-    """Nothing of it is in memory."""
-    for path in [where, *where.rglob("*")]:
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def files(where: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in where.rglob("*") if path.is_file()]
 
 
 def taken(work: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
@@ -78,20 +73,25 @@ def test_from_a_cold_disk(tmp_path: pathlib.Path) -> None:
             f"ours, verified, zstd {level}",
             written,
             part.num_bytes,
-            taken(functools.partial(tier.get, key, room), functools.partial(cold, kept)),
+            taken(functools.partial(tier.get, key, room), lambda kept=kept: cold(files(kept))),
         )
         room.close()
     theirs, dcp = tmp_path / "torch.pt", tmp_path / "dcp"
     begin = time.perf_counter()
     torch.save(state, theirs)
-    cold(theirs)
+    cold([theirs])
     written = time.perf_counter() - begin
-    tell("torch.save, fsync; torch.load", written, theirs.stat().st_size, taken(lambda: torch.load(theirs), lambda: cold(theirs)))
+    tell("torch.save, fsync; torch.load", written, theirs.stat().st_size, taken(lambda: torch.load(theirs), lambda: cold([theirs])))
     begin = time.perf_counter()
     dist_checkpoint.save({"s": state}, checkpoint_id=dcp, no_dist=True)
     written = time.perf_counter() - begin
     into = {"s": {name: torch.zeros_like(tensor) for name, tensor in state.items()}}
-    tell("torch's DCP", written, num_bytes, taken(lambda: dist_checkpoint.load(into, checkpoint_id=dcp, no_dist=True), lambda: cold(dcp)))
+    tell(
+        "torch's DCP",
+        written,
+        num_bytes,
+        taken(lambda: dist_checkpoint.load(into, checkpoint_id=dcp, no_dist=True), lambda: cold(files(dcp))),
+    )
     told("from_disk", rows, state=f"{num_bytes / 1e6:.0f} MB of fp32 weights and moments", reads=f"cold, medians of {TIMES}")
     slot.close()
 

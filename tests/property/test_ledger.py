@@ -82,6 +82,8 @@ def test_the_plan_can_be_carried_out(ranks, committed, poison):
     elif plan.tier == "persistent":
         assert plan.step in sound
     assert set(plan.repeat) <= set(plan.receivers)
+    if plan.kept not in (NONE, plan.step):
+        assert all(plan.kept in held(a, poison) for a in ranks)
 
 
 @settings(max_examples=600, deadline=None)

@@ -58,13 +58,22 @@ def test_a_shard_takes_its_own_snapshot():
 def test_a_shard_whose_newest_snapshot_is_missing_takes_all_back():
     accounts = [rank(0, 5, "committing", replicated=False, snapshots=[4, 5]), rank(1, replicated=False, own=[5], snapshots=[4, 5])]
     choice = choose(accounts, ())
-    assert choice.plan == Plan(step=5, tier="memory", receivers=(0, 1))
+    assert choice.plan == Plan(step=5, tier="memory", receivers=(0, 1), kept=5)
     assert choice.lost == 0, "a step that one rank never completed is replayed, not lost"
+
+
+def test_shards_keep_the_newest_step_that_all_have_a_snapshot_of():
+    """One of them may not have heard the vote by which the others know it."""
+    ranks = [rank(0, 6, replicated=False, snapshots=[5, 6]), rank(1, 5, "committing", replicated=False, snapshots=[4, 5])]
+    assert choose(ranks, ()).plan == Plan(step=6, kept=5)
+    assert choose(ranks, (), {("memory", 5, 1)}).plan == Plan(step=6), "there is none"
+    ranks[1] = rank(1, 6, replicated=False, snapshots=[5, 6])
+    assert choose(ranks, ()).plan == Plan(step=6, kept=6)
 
 
 def test_the_persistent_tier_is_next_and_refused_ones_are_skipped():
     accounts = [rank(0, 55, replicated=False), rank(1, replicated=False)]
-    assert choose(accounts, {40, 50}).plan == Plan(step=50, tier="persistent", receivers=(0, 1))
+    assert choose(accounts, {40, 50}).plan == Plan(step=50, tier="persistent", receivers=(0, 1), kept=50)
     choice = choose(accounts, {40, 50}, {("persistent", 50, 1)})
     assert (choice.plan.step, choice.lost) == (40, 15)
 
@@ -90,7 +99,7 @@ def test_all_checkpoints_refused_is_an_error_and_no_fresh_start():
 def test_a_refused_copy_is_never_chosen_again():
     accounts = [rank(0, 5, replicated=False, snapshots=[4, 5]), rank(1, replicated=False, snapshots=[4, 5])]
     choice = choose(accounts, (), {("memory", 5, 1)})
-    assert choice.plan == Plan(step=4, tier="memory", receivers=(0, 1))
+    assert choice.plan == Plan(step=4, tier="memory", receivers=(0, 1), kept=4)
     assert choose([rank(0, 5), rank(1, own=[5], snapshots=[5])], (), {("live", 5, 1)}).plan.tier == "memory"
 
 

@@ -125,7 +125,7 @@ def test_after_a_new_round_all_ranks_are_made_alike(page, tier0):
     tier0.cost_s = 3600.0
     ours.sealed(8, alike=True)
     page.set_copied(NONE)
-    ours.placed(5)
+    ours.placed(5, NONE)
     assert wish(ours, 6, rank=2, asked=True) == AGAIN  # what was sealed at 8 is of a future that will not be: nobody waits for it
     assert ours.passed(AGAIN)
     ours.sealed(6, alike=True)
@@ -133,6 +133,14 @@ def test_after_a_new_round_all_ranks_are_made_alike(page, tier0):
     assert wish(ours, 7, rank=2) == NOTHING
     assert not ours.passed(NOTHING)
     assert tier0.kept == [6]
+
+
+def test_what_a_broken_vote_may_have_told_others_the_plan_tells(page, tier0):
+    ours = Sealing(page, tier0, every=1, checkpoint_every=0)
+    ours.told(7)
+    ours.placed(8, 8)
+    ours.placed(8, NONE)  # there is none that all have: what was known stands
+    assert tier0.kept == [7, 8]
 
 
 def test_what_one_rank_sealed_alone_is_no_common_step(page, tier0):
@@ -218,7 +226,7 @@ def test_an_agent_that_does_not_answer_is_not_waited_for_for_ever(page, tier0, m
     monkeypatch.setattr(sealing, "NEEDED_S", -1.0)
     assert wish(ours, 3, sharded=False) == SNAPSHOT
     monkeypatch.undo()
-    ours.placed(2)
+    ours.placed(2, NONE)
     time.sleep(1e-4)
     assert wish(ours, 3, sharded=False) == SNAPSHOT  # the round is another one
 
