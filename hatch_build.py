@@ -33,7 +33,6 @@ class StreamBuildHook(BuildHookInterface):
         """Compile, and tell hatchling what there is besides Python."""
         source = pathlib.Path(self.root, "resilient", "checkpoint", "stream.c")
         target = source.with_name(f"_stream.{platform.machine()}.so")
-        target.unlink(missing_ok=True)  # whatever is there may be of another source
         if self.target_name != "wheel" or platform.machine() not in PROCESSORS:
             return
         compiler = shutil.which(os.environ.get("CC", "cc"))

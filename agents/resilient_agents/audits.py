@@ -81,10 +81,13 @@ class Audits:
     # ------------------------------------------------------------------ one digest for each rank
 
     def begin(self, rank: int, step: int) -> None:
-        """The worker of this rank has sealed the step that is audited. Nothing, while the one before is under way: it has a deadline."""
-        if rank not in self._busy:
-            self._busy.add(rank)
-            self._errands.start(self._hash(rank, step))
+        """The worker of this rank has sealed the step that is audited. Void at once, while the one before is being hashed."""
+        if rank in self._busy:
+            self._done[rank] = step
+            self._on_done(rank)
+            return
+        self._busy.add(rank)
+        self._errands.start(self._hash(rank, step))
 
     def done(self, rank: int) -> tuple[int, float]:
         """(the step that was audited last on this rank, seconds that this node hashed for the newest one, all its ranks together)."""
@@ -96,8 +99,12 @@ class Audits:
             slot = self._memory.slot(SnapshotKey(rank, step))
             async with self._turn:
                 begin = time.monotonic()
-                round_, kept = await self._lane.run(lambda: _read(slot, rank, step), deadline_s=COPY_S + slot.sealed_bytes() / COPY_BYTES_S)
-                seconds = time.monotonic() - begin
+                try:
+                    round_, kept = await self._lane.run(
+                        lambda: _read(slot, rank, step), deadline_s=COPY_S + slot.sealed_bytes() / COPY_BYTES_S
+                    )
+                finally:
+                    seconds = time.monotonic() - begin
             steps = self._kept.setdefault(rank, {})
             steps[round_, step] = kept
             for old in sorted(steps)[:-SHEETS]:
@@ -107,7 +114,7 @@ class Audits:
         finally:
             self._busy.discard(rank)
             self._cost = (step, seconds + (self._cost[1] if self._cost[0] == step else 0.0))
-            self._done[rank] = step
+            self._done[rank] = max(step, self._done.get(rank, NONE))
             self._spent(seconds)
             self._on_done(rank)
         self._changed()

@@ -55,7 +55,7 @@ REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger f
 REPORT_S_MAX = 12.0
 BOOTS_MAX = 64  # of an agent, remembered
 LEASE_REPORTS = 3  # so many reports in a row may be lost
-LATE_REPORTS = 2  # in whose time the last words of an agent that is gone have come; an earlier one that speaks after that has outlived it
+LATE_REPORTS = 2  # in whose time the last words of an agent that is gone have come: until then they may follow the first of its successor
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
 STATUS_S = 1.0
@@ -170,16 +170,18 @@ class Coordinator:
             return None
         node = self.nodes.get(report.node)
         if node is None:
-            self.nodes[report.node] = Node(report.node, len(self.nodes), report, now)
+            self.nodes[report.node] = Node(report.node, len(self.nodes), report, now, since={report.boot: now})
             self._leases.lease_s = max(self.settings.lease_s, LEASE_REPORTS * self._report_s())
             self._leases.touch(report.node, now)
             self._lack = ""  # a new node may have the room that a chair waits for
             return None
-        late = now - node.heard < LATE_REPORTS * self._report_s()
-        if (report.boot in node.past and late) or (report.boot == node.report.boot and report.seq <= node.report.seq):
+        if report.boot in node.past or (report.boot == node.report.boot and report.seq <= node.report.seq):
             return None
         if report.boot != node.report.boot:
-            node.past = (*(boot for boot in node.past if boot != report.boot), node.report.boot)[-BOOTS_MAX:]
+            if now - node.since.get(node.report.boot, now) >= LATE_REPORTS * self._report_s():
+                node.past = (*node.past, node.report.boot)[-BOOTS_MAX:]
+                node.since.pop(node.report.boot, None)
+            node.since.setdefault(report.boot, now)
             self._lose(node.name, f"the agent of {node.name} was started again", now)
             if node.assignment is not None:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)

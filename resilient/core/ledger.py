@@ -87,14 +87,9 @@ def choose(
     elder: (step, ranks) of a world of another size that all lies in memory: every rank's state can be cut from it.
     """
     choice = _choose(accounts, committed, poison, elder)
-    if choice.plan.step == NONE or all(a.replicated for a in accounts):
+    if choice.plan.step == NONE:
         return choice
-    loaded = choice.plan.tier != "none" and len(choice.plan.receivers) == len(accounts)  # and it lies in memory then, wherever it came from
-    kept = (
-        choice.plan.step
-        if loaded
-        else max((s for s in _common(_sound(a, poison) for a in accounts) if s <= choice.plan.step), default=NONE)
-    )
+    kept = _kept([_sound(a, poison) for a in accounts] if poison else accounts, choice.plan)
     return msgspec.structs.replace(choice, plan=msgspec.structs.replace(choice.plan, kept=kept))
 
 
@@ -169,6 +164,20 @@ def _known(account: Account) -> int:
     """The newest step that this rank is known to have completed."""
     held = (s for c in account.copies for s in (*c.own_steps, *c.snapshots))
     return max(account.record.step if account.record is not None else NONE, max(held, default=NONE))
+
+
+def _kept(accounts: Sequence[Account], plan: Plan) -> int:
+    """The newest step that all have in their own slots when the plan is carried out, and so keep."""
+    loads = plan.receivers if plan.tier not in ("none", "live") and plan.lender == NONE else ()
+    common: set[int] | None = None
+    for account in accounts:
+        held = {s for c in account.copies if c.seated for s in c.snapshots if s <= plan.step}
+        if account.rank in loads:
+            held.add(plan.step)
+        common = held if common is None else common & held
+        if not common:
+            return NONE
+    return max(common or (), default=NONE)
 
 
 def _common(accounts: Iterable[Account]) -> set[int]:

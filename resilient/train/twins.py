@@ -47,7 +47,10 @@ def _parameters(tracked: Tracked) -> list[Tensor]:
 
 
 def _all_inside(tracked: Tracked) -> bool:
-    """Whether DDP keeps every tracked parameter; an averaged model is made of them alike everywhere."""
+    """Whether DDP keeps every tracked parameter; an averaged model is made of them alike everywhere, but for what it takes of buffers."""
+    averaged = [module.module for module in tracked.modules.values() if isinstance(module, AveragedModel)]
+    if any(True for module in averaged for _ in module.buffers()):  # each rank's own statistics
+        return False
     covered = {id(p) for wrapped in wrappers.replicas(tracked) for p in wrapped.parameters()}
     plain = [module for module in tracked.modules.values() if not isinstance(module, AveragedModel)]
     return all(id(p) in covered for module in plain for p in module.parameters())

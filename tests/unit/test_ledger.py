@@ -47,7 +47,7 @@ def test_a_torn_survivor_receives_and_does_not_give():
 
 def test_all_torn_takes_snapshots():
     accounts = [rank(n, 5, torn=True, snapshots=[4, 5]) for n in range(2)]
-    assert choose(accounts, ()).plan == Plan(step=5, tier="memory", receivers=(0, 1))
+    assert choose(accounts, ()).plan == Plan(step=5, tier="memory", receivers=(0, 1), kept=5)
 
 
 def test_a_shard_takes_its_own_snapshot():
@@ -69,6 +69,8 @@ def test_shards_keep_the_newest_step_that_all_have_a_snapshot_of():
     assert choose(ranks, (), {("memory", 5, 1)}).plan == Plan(step=6), "there is none"
     ranks[1] = rank(1, 6, replicated=False, snapshots=[5, 6])
     assert choose(ranks, ()).plan == Plan(step=6, kept=6)
+    moved = msgspec.structs.replace(rank(1, replicated=False), copies=(Copy(node="n1", snapshots=(5, 6)),))
+    assert choose([ranks[0], moved], ()).plan == Plan(step=6, tier="memory", receivers=(1,), kept=6), "it is brought that one alone"
 
 
 def test_the_persistent_tier_is_next_and_refused_ones_are_skipped():

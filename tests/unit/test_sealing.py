@@ -202,11 +202,17 @@ def test_rank_0_names_a_snapshot_that_is_audited(page, tier0, sharded):
     assert ours.passed(AUDIT)
     ours.sealed(2, alike=True)
     assert ours.audit == 2
+    time.sleep(1e-4)
+    assert ours.wish(3, rank=0, sharded=sharded, asked=False, twins=True) == SNAPSHOT  # it goes into the other slot
+    ours.sealed(3, alike=True)
     for rank in (0, 1):  # until the agent has hashed it
-        assert ours.wish(3, rank=rank, sharded=sharded, asked=False, twins=True) == NOT_YET
+        assert ours.wish(4, rank=rank, sharded=sharded, asked=True, twins=True) == NOT_YET
+    tier0.void.add(2)
+    assert ours.wish(4, rank=0, sharded=sharded, asked=True, twins=True) == CHECKPOINT  # there is nothing to be hashed
+    tier0.void.clear()
     page.set_audited(2, 0.001)
     time.sleep(1e-4)
-    assert ours.wish(3, rank=0, sharded=sharded, asked=False, twins=True) == SNAPSHOT  # and the next one is not due
+    assert ours.wish(4, rank=0, sharded=sharded, asked=False, twins=True) == SNAPSHOT  # and the next one is not due
 
 
 def test_what_other_ranks_may_not_have_sealed_is_not_audited(page, tier0):
@@ -222,13 +228,15 @@ def test_an_agent_that_does_not_answer_is_not_waited_for_for_ever(page, tier0, m
     ours = auditing(page, tier0)
     ours.passed(AUDIT)
     ours.sealed(2, alike=True)
-    assert wish(ours, 3, sharded=False) == NOT_YET
-    monkeypatch.setattr(sealing, "NEEDED_S", -1.0)
-    assert wish(ours, 3, sharded=False) == SNAPSHOT
-    monkeypatch.undo()
-    ours.placed(2, NONE)
+    ours.sealed(3, alike=True)
     time.sleep(1e-4)
-    assert wish(ours, 3, sharded=False) == SNAPSHOT  # the round is another one
+    assert wish(ours, 4, sharded=False) == NOT_YET
+    monkeypatch.setattr(sealing, "NEEDED_S", -1.0)
+    assert wish(ours, 4, sharded=False) == SNAPSHOT
+    monkeypatch.undo()
+    ours.placed(3, NONE)
+    time.sleep(1e-4)
+    assert wish(ours, 4, sharded=False) == SNAPSHOT  # the round is another one
 
 
 def test_audits_are_as_rare_as_they_are_dear(page, tier0, monkeypatch):

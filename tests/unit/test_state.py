@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
 
 from resilient.checkpoint import capture
 from resilient.errors import CheckpointError, SnapshotMismatch, UsageError
+from resilient.train import twins
 from resilient.train.item import item_of
 from resilient.train.state import Tracked
 
@@ -83,6 +85,20 @@ def test_version_counters_see_a_change_outside_of_a_gate() -> None:
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert tracked.versions() != before
+
+
+@pytest.mark.parametrize(("norm", "alike"), [(nn.BatchNorm1d, False), (nn.LayerNorm, True)])
+def test_an_average_of_own_statistics_is_no_replica(norm: type[nn.Module], *, alike: bool) -> None:
+    """Every rank's BatchNorm has seen other samples, and its average is made of that."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tracked, model = Tracked(), nn.Sequential(nn.Linear(3, 4), norm(4))
+        tracked.add("model", nn.parallel.DistributedDataParallel(model))
+        assert twins._all_inside(tracked)
+        tracked.add("average", AveragedModel(model))
+        assert twins._all_inside(tracked) == alike
+    finally:
+        dist.destroy_process_group()
 
 
 def test_version_counters_see_a_change_of_a_distributed_tensor() -> None:
