@@ -18,7 +18,7 @@ pytestmark = pytest.mark.process
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 3), pytest.param("hsdp", 4, marks=pytest.mark.long)])
 def test_a_flipped_bit_is_a_finding_and_never_a_checkpoint(tmp_path: pathlib.Path, kind: str, world: int) -> None:
     keep = ["--checkpoint", f"file://{tmp_path}/kept", "--checkpoint-every", "4"]
-    arguments = ["--out", str(tmp_path), "--kind", kind, "--steps", "9", "--flip", "1:6"]
+    arguments = ["--out", str(tmp_path), "--kind", kind, "--steps", "9", "--flip", "1:6", "--pace", "0.1"]  # storage has its time
     with Launched(tmp_path, ["--nproc-per-node", str(world), *keep], "resized.py", arguments) as run:
         assert run.wait() == 0, run.text()
     assert {event["step"] for event in run.events("checkpoint_committed")} == {4}
