@@ -85,7 +85,7 @@ class Afar:
     # ------------------------------------------------------------------ what it holds
 
     def _fetch_head(self, peer: Peer) -> Snapshot:
-        header, head, _ = self._wait(peer.head(self._key, world_size=self._world_size))
+        header, head = self._wait(peer.head(self._key, world_size=self._world_size))
         found = self._checked(header, head, peer)
         self._header = header
         return found
@@ -106,12 +106,9 @@ class Afar:
 
     def _fetch_leaves(self, peer: Peer) -> Tally:
         assert self._found is not None, "head() comes first"
-        found = self._found
-        header, _, leaves = self._wait(peer.head(self._key, world_size=self._world_size, leaves_of=found.num_bytes))
-        if header != self._header:
-            raise SnapshotMissing(f"{self._key}: another snapshot of that step lies at {peer.address}")
-        tally = Tally(found.layout, found.num_bytes - len(header) - payload_place(header))
-        tally.take(leaves)
+        header = self._header
+        tally = Tally(self._found.layout, self._found.num_bytes - len(header) - payload_place(header))
+        tally.take(self._wait(peer.leaves(self._key, header, tally.leaves_bytes(), world_size=self._world_size)))
         if tally.digest() != stamped_digest(header):
             raise SnapshotCorrupt(f"{self._key}: its digests do not make that of its payload (sent by {peer.address})")
         return tally

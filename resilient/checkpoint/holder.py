@@ -47,14 +47,13 @@ from resilient.checkpoint.pipe import (
     Request,
 )
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import announced_bytes, layout_at, stamped_digest
+from resilient.checkpoint.snapshot import SNAPSHOT_BYTES_MAX, announced_bytes, layout_at, stamped_digest
 from resilient.checkpoint.tally import Tally
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.checkpoint.transport import STALL_S, Transport
 from resilient.errors import CheckpointError, ProtocolError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
-SNAPSHOT_BYTES_MAX: Final = 1 << 40  # whether there is room is seen when it is made; this only keeps nonsense out
 RANKS_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
@@ -221,8 +220,14 @@ class PeerServer:
             await asyncio.to_thread(slot.stamp_payload)
         source = Source.of(key, slot)
         if request.head:
-            leaves = await asyncio.to_thread(self._leaves_of, source, slot) if request.leaves else b""
-            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)]), leaves=leaves))
+            head = source.body[: payload_place(source.header)]
+            await pipe.send(Found(header=source.header, num_bytes=len(head)))
+            await pipe.send_bulk(head)
+        elif request.leaves:
+            _same(request, source)
+            leaves = await asyncio.to_thread(self._leaves_of, source, slot)
+            await pipe.send(Found(header=source.header, num_bytes=len(leaves)))
+            await pipe.send_bulk(memoryview(leaves))
         elif request.parts:
             await self._give_parts(pipe, request, source, slot)
         elif request.streams and len(source.body) > HAULED_BYTES:
@@ -256,8 +261,7 @@ class PeerServer:
 
     async def _give_parts(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
         """A writer that came back too soon is asked for patience for a while (hold.py): others' stripes of a parity wait for this one."""
-        if request.header != source.header:
-            raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
+        _same(request, source)
         for begin, end in request.parts:
             if not 0 <= begin < end <= min(begin + PIECE_BYTES, len(source.body)):
                 raise ProtocolError(f"{begin} to {end} of a body of {len(source.body)} bytes asked for")
@@ -358,6 +362,11 @@ class _Broken:
     berth: Berth
     header: bytes
     incoming: Incoming
+
+
+def _same(request: Get, source: Source) -> None:
+    if request.header != source.header:
+        raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
 
 
 def _no_sheet(digest: str) -> bytes:

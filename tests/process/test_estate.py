@@ -57,16 +57,16 @@ def payload_bytes(rows: Described) -> int:
     return sum(length + -length % 64 for _, length in rows.places())
 
 
-def chair(rank: int, rows: Described) -> Layout:
-    room = slot_bytes(2000, 100, payload_bytes(rows))
+def chair(rank: int, rows: Described, more: int = 0) -> Layout:
+    room = slot_bytes(2000, 100 + more, payload_bytes(rows))
     return Layout(rank=rank, digest="", replicated=False, own_bytes=2000, snapshot_bytes=room)
 
 
-def leave(keeper, kind: str, rank: int, world: int) -> None:
+def leave(keeper, kind: str, rank: int, world: int, more: bytes = b"") -> None:
     """That rank's snapshot lies in this vault's memory."""
     rows = described(kind, rank, world)
-    ring = Ring.open(keeper.allocate(chair(rank, rows)).slots)
-    own = b"own %d" % rank
+    ring = Ring.open(keeper.allocate(chair(rank, rows, len(more))).slots)
+    own = b"own %d" % rank + more
     words = {"run": "run", "rank": rank, "world_size": world, "round": 1}
     view = ring.begin(**words, layout=rows.encode(), own=own, payload_bytes=payload_bytes(rows))
     for row, (begin, length) in zip(rows.rows, rows.places(), strict=True):
@@ -148,6 +148,17 @@ async def test_only_what_the_ranks_of_a_node_need_comes(tmp_path, caplog, kind, 
     else:
         assert sum(mine) - 8 <= sum(fetched(caplog)) <= sum(mine) + 4 * 2 * PIECE  # the scalar comes once
     assert list(tmp_path.glob("*/resilient.*")) == []
+
+
+async def test_own_state_may_be_larger_than_a_frame(tmp_path):
+    async with nodes(tmp_path, 2) as (there, here):
+        more = bytes(range(256)) * (5 << 12)
+        leave(there, "rows", 0, 1, more)
+        here.do(elders(1, there.address))
+        segments = await cut(here, "rows", 0, 2, 1)
+        assert (segments.error, segments.refused) == ("", "")
+        found = here._memory.chest(0).sealed("snapshot", 2)[STEP].read(run="run", rank=0, step=STEP)
+        assert found.own == b"own 0" + more
 
 
 async def test_what_is_here_is_not_fetched(tmp_path, caplog):
