@@ -244,14 +244,16 @@ class PeerServer:
         await pipe.send(Done())
 
     def _leaves_of(self, source: Source, slot: Slot) -> bytes:
-        """Made once for each snapshot, however many nodes ask. Raises SnapshotCorrupt if the payload is not what was hashed."""
+        """Made once for each snapshot, however many nodes ask. Raises SnapshotCorrupt or SnapshotMissing if it is not what was hashed."""
         known = self._leaves.get(slot.where)
         if known is not None and known[0] == source.header:
             return known[1]
         at = payload_place(source.header)
         tally = Tally(layout_at(source.header, source.body), len(source.body) - at)
         tally.add_all(source.body[at:], threads=LEAVES_THREADS)
-        if tally.digest() != stamped_digest(source.header) and source.unmoved():
+        if tally.digest() != stamped_digest(source.header):
+            if not source.unmoved():
+                raise SnapshotMissing(f"overwritten while its digests were made ({slot.where})")
             raise SnapshotCorrupt(f"the payload is not what was hashed ({slot.where})")
         leaves = tally.leaves()
         self._leaves[slot.where] = (source.header, leaves)
