@@ -24,7 +24,7 @@ from resilient.checkpoint.haul import PIECE_BYTES, TCP, payload_place
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.recut import Lay
 from resilient.checkpoint.reshape import Box, stretch
-from resilient.checkpoint.snapshot import Snapshot, parse_head, stamped_digest
+from resilient.checkpoint.snapshot import SNAPSHOT_BYTES_MAX, Snapshot, announced_bytes, parse_head, stamped_digest
 from resilient.checkpoint.tally import Tally, piece_digest
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
@@ -92,6 +92,8 @@ class Afar:
 
     def _checked(self, header: bytes, head: bytes, peer: Peer) -> Snapshot:
         where = f"sent by {peer.address}"
+        if (num_bytes := announced_bytes(header, where)) > SNAPSHOT_BYTES_MAX:
+            raise SnapshotCorrupt(f"{self._key}: at most {SNAPSHOT_BYTES_MAX} bytes expected, {num_bytes} announced ({where})")
         found = parse_head(header, head, run=self._run, rank=self._key.rank, step=self._key.step, where=where)
         if found.world_size != self._world_size:
             raise SnapshotMismatch(f"{self._key}: of {self._world_size} ranks expected, of {found.world_size} found ({where})")

@@ -7,10 +7,12 @@ import contextlib
 import logging
 import re
 import socket
+import struct
 
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 from test_peer import Proxy
 from test_vault import until, vault
 
@@ -19,10 +21,12 @@ from resilient.checkpoint.layout import Layout as Described
 from resilient.checkpoint.layout import Row, Twins
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import slot_bytes
+from resilient.checkpoint.snapshot import FIELDS, HEADER_BYTES, MAGIC, SNAPSHOT_BYTES_MAX, payload_offset, slot_bytes
 from resilient.checkpoint.tally import PIECE
+from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Elder, Layout
+from resilient.errors import SnapshotCorrupt
 
 pytestmark = pytest.mark.process
 STEP = 6
@@ -199,6 +203,35 @@ async def test_a_bit_that_flips_after_the_digests_were_told_is_found(tmp_path, m
         check(here, await cut(here, "rows", 0, 2, 1), "rows", 0, 2, 1)
         flip(there, 0, 200)  # rank 0 has the last tensor right
         assert "model.small is not what was sealed" in (await cut(here, "rows", 1, 2, 1)).refused
+
+
+class _Liar:
+    address = "there"
+
+    def __init__(self, header: bytes, head: bytes) -> None:
+        self.said = header, head
+
+    async def head(self, key, **_):
+        return self.said
+
+
+def test_what_no_memory_holds_is_refused_before_its_pieces_are_counted(monkeypatch):
+    """A head that is sound in itself, of a payload that nobody can have."""
+    monkeypatch.setattr(afar, "PAUSE_S", 0.0)
+    for num_bytes, told in ((1 << 50, SNAPSHOT_BYTES_MAX), (64, "a payload of")):
+        rows = Described((Row("model.big", "uint8", (1 << 50,), (0,), (1 << 50,)),), Twins(0)).encode()
+        header, head = announced(rows, num_bytes)
+        far = afar.Afar([_Liar(header, head)], SnapshotKey(0, STEP), run="run", world_size=1, wait=asyncio.run)
+        with pytest.raises(SnapshotCorrupt, match=str(told)):
+            far.read({0: ((0, 1),)}, lambda *_: None)
+
+
+def announced(rows: bytes, payload: int) -> tuple[bytes, bytes]:
+    at = payload_offset(len(rows), 0, payload)
+    body = FIELDS.pack(STEP, 0, 1, 1, len(rows), 0, at, payload, xxhash.xxh3_128_digest(b"run"))
+    seal = 1 << 32 | STEP + 1
+    front = struct.pack("<6q", MAGIC, seal, ~seal, seal, 0, 0)
+    return front + xxhash.xxh3_128_digest(body + rows) + body, rows.ljust(at - HEADER_BYTES, b"\0")
 
 
 async def test_of_several_that_hold_the_same_a_sound_one_is_used(tmp_path):
