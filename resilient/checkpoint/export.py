@@ -86,9 +86,11 @@ class _Target(Storage):
         super().__init__(url)
         self.begun: list[str] = []
 
-    def writing(self, path: str, about_bytes: int = 0) -> contextlib.AbstractContextManager[Output]:
+    @contextlib.contextmanager
+    def writing(self, path: str, about_bytes: int = 0) -> Iterator[Output]:
         self.begun.append(path)
-        return super().writing(path, about_bytes)
+        with super().writing(path, about_bytes) as output:
+            yield output
 
 
 @contextlib.contextmanager

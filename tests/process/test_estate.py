@@ -243,10 +243,20 @@ async def test_of_several_that_hold_the_same_a_sound_one_is_used(tmp_path):
         check(here, await cut(here, "copies", 0, 3, 2), "copies", 0, 3, 2)
 
 
+@pytest.mark.parametrize("back", [61, -HEADER_BYTES - 5], ids=["payload", "head"])
+async def test_of_a_rank_whose_snapshot_here_is_damaged_another_node_s_copy_is_used(tmp_path, back):
+    async with nodes(tmp_path, 2) as (there, here):
+        for keeper in (there, here):
+            leave(keeper, "rows", 0, 1)
+        flip(here, 0, back)
+        here.do(elders(1, here.address, there.address))
+        check(here, await cut(here, "rows", 0, 2, 1), "rows", 0, 2, 1)
+
+
 def flip(keeper, rank: int, back: int = 61) -> None:
-    """A bit so many bytes before the end: of the last tensor, or of another one."""
+    """A bit so many bytes before the end, of the last tensor or another one; negative: behind the beginning."""
     slot = Slot(keeper.snapshot_path(rank, STEP))
-    slot.memory[slot.sealed_bytes() - back] ^= 16
+    slot.memory[slot.sealed_bytes() - back if back > 0 else -back] ^= 16
     slot.close()
 
 
