@@ -4,8 +4,8 @@ Think of heirs who divide an estate among new households: each says what it has 
 piece stands in; who comes second looks first at what the first one has carried home.
 
 Contract: `heed` says which vaults have which old rank's snapshot; another word than before gives up what is under way. `cut` seals a rank's
-snapshot in its chest (recut.py): old ranks in this node's memory are read there, others from those vaults (afar.py), one rank at a time,
-so that what two ranks of this node share comes once. The connections are closed when nothing is being cut.
+snapshot in its chest (recut.py): old ranks in this node's memory are read there, others, and what is damaged here, from those vaults
+(afar.py), one rank at a time, so that what two ranks of this node share comes once. The connections are closed when nothing is being cut.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class Estate:
             return own_rank(wanted.rank, wanted.origin)  # for somebody who sat here a moment ago
         async with self._named.used() as others:
             sources = {rank: self._source(SnapshotKey(rank, wanted.reshape), wanted.origin, others) for rank in range(wanted.origin)}
+            spare = {rank: others.source(SnapshotKey(rank, wanted.reshape), wanted.origin) for rank in sources if others.knows(rank)}
             allowed_s = CUT_S + wanted.snapshot_bytes / CUT_BYTES_S
             try:
-                whose, fetched = await self._lane.run(lambda: self._cut(wanted, sources, others, allowed_s), deadline_s=allowed_s)
+                whose, fetched = await self._lane.run(lambda: self._cut(wanted, sources, spare, others, allowed_s), deadline_s=allowed_s)
             except CheckpointError as error:
                 log.warning("step %d of %d ranks is not cut for rank %d: %s", wanted.reshape, wanted.origin, wanted.rank, error)
                 raise
@@ -93,7 +94,7 @@ class Estate:
             return Held(slot, run=self._run, rank=key.rank, step=key.step)
         return others.source(key, world_size)
 
-    def _cut(self, wanted: Layout, sources: dict[int, Source], asked: _Others, allowed_s: float) -> tuple[int, int]:
+    def _cut(self, wanted: Layout, sources: dict[int, Source], spare: dict[int, Afar], asked: _Others, allowed_s: float) -> tuple[int, int]:
         """In a thread. Gives the old rank whose own state it has, and the bytes that were fetched for it."""
         chest, step, size, fetched = self._memory.chest(wanted.rank), wanted.reshape, wanted.world_size, 0
 
@@ -115,7 +116,9 @@ class Estate:
             raise TierUnavailable(f"snapshot rank={wanted.rank} step={step}: another copy of that rank is just coming in")
         try:
             rows = decode(wanted.rows)
-            whose = recut(sources, rows, chest.grow_snapshots, run=self._run, rank=wanted.rank, world_size=size, step=step, turn=turn)
+            whose = recut(
+                sources, rows, chest.grow_snapshots, run=self._run, rank=wanted.rank, world_size=size, step=step, turn=turn, spare=spare
+            )
             return whose, fetched
         finally:
             chest.filling.release()
@@ -167,8 +170,7 @@ class _Others:
     def source(self, key: SnapshotKey, world_size: int) -> Afar:
         """The same for all ranks that are cut at a time. Raises SnapshotMissing."""
         if key.rank not in self._sources:
-            vaults = next((elder.vaults for elder in self.elders if elder.rank == key.rank), ())
-            if not vaults:
+            if not (vaults := self._vaults(key.rank)):
                 raise SnapshotMissing(f"{key}, of {world_size} ranks: in no node's memory")
             for address in vaults:
                 if address not in self._peers:
@@ -177,6 +179,13 @@ class _Others:
             peers = [self._peers[address] for address in vaults]
             self._sources[key.rank] = Afar(peers, key, run=self._run, world_size=world_size, wait=wait, transport=self._transport)
         return self._sources[key.rank]
+
+    def knows(self, rank: int) -> bool:
+        """Whether a vault is named for that old rank."""
+        return bool(self._vaults(rank))
+
+    def _vaults(self, rank: int) -> tuple[str, ...]:
+        return next((elder.vaults for elder in self.elders if elder.rank == rank), ())
 
     def num_bytes(self) -> int:
         """That have come."""

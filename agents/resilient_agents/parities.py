@@ -345,7 +345,7 @@ class Parities:
 
 
 async def _content(peer: Peer, key: SnapshotKey) -> tuple[bytes, Content]:
-    header, head, _ = await peer.head(key)
+    header, head = await peer.head(key)
     return header, parity.content_of(header, head, f"{key} at {peer.address}")
 
 

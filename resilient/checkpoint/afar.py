@@ -24,7 +24,7 @@ from resilient.checkpoint.haul import PIECE_BYTES, TCP, payload_place
 from resilient.checkpoint.peer import Peer
 from resilient.checkpoint.recut import Lay
 from resilient.checkpoint.reshape import Box, stretch
-from resilient.checkpoint.snapshot import Snapshot, parse_head, stamped_digest
+from resilient.checkpoint.snapshot import SNAPSHOT_BYTES_MAX, Snapshot, announced_bytes, parse_head, stamped_digest
 from resilient.checkpoint.tally import Tally, piece_digest
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
@@ -85,13 +85,15 @@ class Afar:
     # ------------------------------------------------------------------ what it holds
 
     def _fetch_head(self, peer: Peer) -> Snapshot:
-        header, head, _ = self._wait(peer.head(self._key, world_size=self._world_size))
+        header, head = self._wait(peer.head(self._key, world_size=self._world_size))
         found = self._checked(header, head, peer)
         self._header = header
         return found
 
     def _checked(self, header: bytes, head: bytes, peer: Peer) -> Snapshot:
         where = f"sent by {peer.address}"
+        if (num_bytes := announced_bytes(header, where)) > SNAPSHOT_BYTES_MAX:
+            raise SnapshotCorrupt(f"{self._key}: at most {SNAPSHOT_BYTES_MAX} bytes expected, {num_bytes} announced ({where})")
         found = parse_head(header, head, run=self._run, rank=self._key.rank, step=self._key.step, where=where)
         if found.world_size != self._world_size:
             raise SnapshotMismatch(f"{self._key}: of {self._world_size} ranks expected, of {found.world_size} found ({where})")
@@ -106,12 +108,9 @@ class Afar:
 
     def _fetch_leaves(self, peer: Peer) -> Tally:
         assert self._found is not None, "head() comes first"
-        found = self._found
-        header, _, leaves = self._wait(peer.head(self._key, world_size=self._world_size, leaves_of=found.num_bytes))
-        if header != self._header:
-            raise SnapshotMissing(f"{self._key}: another snapshot of that step lies at {peer.address}")
-        tally = Tally(found.layout, found.num_bytes - len(header) - payload_place(header))
-        tally.take(leaves)
+        header = self._header
+        tally = Tally(self._found.layout, self._found.num_bytes - len(header) - payload_place(header))
+        tally.take(self._wait(peer.leaves(self._key, header, tally.leaves_bytes(), world_size=self._world_size)))
         if tally.digest() != stamped_digest(header):
             raise SnapshotCorrupt(f"{self._key}: its digests do not make that of its payload (sent by {peer.address})")
         return tally

@@ -26,13 +26,14 @@ from typing import Final, Self
 from resilient.checkpoint.memory import create, remove, segment_path
 from resilient.checkpoint.ring import OwnSegment, Ring, own_slot_bytes
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import HEADER_BYTES, Buffer, announced_bytes
+from resilient.checkpoint.snapshot import HEADER_BYTES, SNAPSHOT_BYTES_MAX, Buffer, announced_bytes
 from resilient.checkpoint.tier import KINDS, Kind, Landing, SnapshotKey, check, landing
 from resilient.core.messages import NONE
 from resilient.errors import SnapshotCorrupt, SnapshotMissing, TierUnavailable
 
 _FILE: Final = re.compile(r"rank-(\d+)\.(?:own|slot-\d|fetched)")
 SLOT_COUNT: Final = 2  # one is being filled while the other is whole
+LATER_MAX: Final = 8  # times the first copy's size are believed of later ones: optimizer state, which comes with a step, makes it three
 
 
 class Chest:
@@ -94,7 +95,10 @@ class Chest:
         return new
 
     def room(self, key: SnapshotKey, num_bytes: int, owner_has: int = 0) -> Ring:
-        """The ring for a copy of `key` that comes in, `num_bytes` long. owner_has: room for each of its own. Raises TierUnavailable."""
+        """The ring for a copy of `key` that comes in, `num_bytes` long. Raises TierUnavailable.
+
+        owner_has: room for each of its own, made where it can be.
+        """
         if key.kind != "snapshot":
             fits = self.own is not None and (self.seated or self.own.own_bytes >= num_bytes)
             own = self.own if self.own is not None and fits else self.grow_own(own_slot_bytes(2 * num_bytes))
@@ -102,7 +106,11 @@ class Chest:
         if self.snapshots is not None and self._room() >= num_bytes:
             return self.snapshots
         if not self.seated:
-            return self.grow_snapshots(max(num_bytes, owner_has))
+            later = min(owner_has, num_bytes * LATER_MAX, SNAPSHOT_BYTES_MAX)
+            with contextlib.suppress(TierUnavailable):
+                if later > num_bytes:
+                    return self.grow_snapshots(later)
+            return self.grow_snapshots(num_bytes)
         self.drop_fetched()
         self.fetched = Ring.open([create(self._fetched_path, num_bytes)])
         return self.fetched

@@ -12,7 +12,7 @@ file, or one tensor, at a time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -43,8 +43,10 @@ def export(tier: DiskTier, step: int, directory: str) -> Exported:
     """
     whole = tier.checkpoint(step)
     tensors, total = set(), 0
-    with _into(directory, METADATA, *(entry.file for entry in whole.manifest.ranks)) as target:
-        tier.verify(step)
+    names = METADATA, *(entry.file for entry in whole.manifest.ranks)
+    _free(Storage(directory), names)
+    tier.verify(step)  # takes its time
+    with _into(directory, *names) as target:
         for entry in whole.manifest.ranks:
             tail, described = whole.tail(entry.rank)
             tensors |= {described.rows[item.row].key for item in tail.items}
@@ -77,20 +79,38 @@ def export_safetensors(tier: DiskTier, step: int, directory: str, *, name: str, 
     return Exported(step, len(entries), total, len(shards) + (len(shards) > 1))
 
 
+class _Target(Storage):
+    """Where an export goes: knows which files it has begun."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.begun: list[str] = []
+
+    @contextlib.contextmanager
+    def writing(self, path: str, about_bytes: int = 0) -> Iterator[Output]:
+        self.begun.append(path)
+        with super().writing(path, about_bytes) as output:
+            yield output
+
+
 @contextlib.contextmanager
 def _into(directory: str, *names: str) -> Iterator[Storage]:
-    """Where files of these names come: none of them is there before, and none stays if the block ends with an exception."""
-    target = Storage(directory)
-    there = set(target.names())
-    if taken := [name for name in names if name in there]:
-        raise CheckpointError(f"export to {target.url}: a directory without {taken[0]} expected, it is there already")
+    """Where files of these names come: none of them is there before, and none that was begun stays if the block ends with an exception."""
+    target = _Target(directory)
+    _free(target, names)
     try:
         yield target
     except BaseException:
-        for name in dict.fromkeys(names):
+        for name in target.begun:
             with contextlib.suppress(TierUnavailable):  # the first error is the one to be told
                 target.remove(name)
         raise
+
+
+def _free(target: Storage, names: Sequence[str]) -> None:
+    there = set(target.names())
+    if taken := [name for name in names if name in there]:
+        raise CheckpointError(f"export to {target.url}: a directory without {taken[0]} expected, it is there already")
 
 
 def _name(entry: Entry) -> str:

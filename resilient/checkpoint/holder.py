@@ -47,14 +47,13 @@ from resilient.checkpoint.pipe import (
     Request,
 )
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import announced_bytes, layout_at, stamped_digest
+from resilient.checkpoint.snapshot import SNAPSHOT_BYTES_MAX, announced_bytes, layout_at, stamped_digest
 from resilient.checkpoint.tally import Tally
 from resilient.checkpoint.tier import Kind, SnapshotKey
 from resilient.checkpoint.transport import STALL_S, Transport
 from resilient.errors import CheckpointError, ProtocolError, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient.wire.link import accept
 
-SNAPSHOT_BYTES_MAX: Final = 1 << 40  # whether there is room is seen when it is made; this only keeps nonsense out
 RANKS_MAX: Final = 1 << 20
 CONNECTIONS_MAX: Final = 256  # each peer has six; those are the owners of copies here, and one for each lost rank that is fetched
 STREAMS_MAX: Final = 32
@@ -221,8 +220,14 @@ class PeerServer:
             await asyncio.to_thread(slot.stamp_payload)
         source = Source.of(key, slot)
         if request.head:
-            leaves = await asyncio.to_thread(self._leaves_of, source, slot) if request.leaves else b""
-            await pipe.send(Found(header=source.header, head=bytes(source.body[: payload_place(source.header)]), leaves=leaves))
+            head = source.body[: payload_place(source.header)]
+            await pipe.send(Found(header=source.header, num_bytes=len(head)))
+            await pipe.send_bulk(head)
+        elif request.leaves:
+            _same(request, source)
+            leaves = await asyncio.to_thread(self._leaves_of, source, slot)
+            await pipe.send(Found(header=source.header, num_bytes=len(leaves)))
+            await pipe.send_bulk(memoryview(leaves))
         elif request.parts:
             await self._give_parts(pipe, request, source, slot)
         elif request.streams and len(source.body) > HAULED_BYTES:
@@ -239,14 +244,16 @@ class PeerServer:
         await pipe.send(Done())
 
     def _leaves_of(self, source: Source, slot: Slot) -> bytes:
-        """Made once for each snapshot, however many nodes ask. Raises SnapshotCorrupt if the payload is not what was hashed."""
+        """Made once for each snapshot, however many nodes ask. Raises SnapshotCorrupt or SnapshotMissing if it is not what was hashed."""
         known = self._leaves.get(slot.where)
         if known is not None and known[0] == source.header:
             return known[1]
         at = payload_place(source.header)
         tally = Tally(layout_at(source.header, source.body), len(source.body) - at)
         tally.add_all(source.body[at:], threads=LEAVES_THREADS)
-        if tally.digest() != stamped_digest(source.header) and source.unmoved():
+        if tally.digest() != stamped_digest(source.header):
+            if not source.unmoved():
+                raise SnapshotMissing(f"overwritten while its digests were made ({slot.where})")
             raise SnapshotCorrupt(f"the payload is not what was hashed ({slot.where})")
         leaves = tally.leaves()
         self._leaves[slot.where] = (source.header, leaves)
@@ -256,8 +263,7 @@ class PeerServer:
 
     async def _give_parts(self, pipe: Pipe, request: Get, source: Source, slot: Slot) -> None:
         """A writer that came back too soon is asked for patience for a while (hold.py): others' stripes of a parity wait for this one."""
-        if request.header != source.header:
-            raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
+        _same(request, source)
         for begin, end in request.parts:
             if not 0 <= begin < end <= min(begin + PIECE_BYTES, len(source.body)):
                 raise ProtocolError(f"{begin} to {end} of a body of {len(source.body)} bytes asked for")
@@ -358,6 +364,11 @@ class _Broken:
     berth: Berth
     header: bytes
     incoming: Incoming
+
+
+def _same(request: Get, source: Source) -> None:
+    if request.header != source.header:
+        raise SnapshotMissing(f"rank {request.rank} step {request.step}: another snapshot of that step lies here")
 
 
 def _no_sheet(digest: str) -> bytes:

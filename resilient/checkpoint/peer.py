@@ -19,7 +19,7 @@ their own (checkpoint/haul.py), so that own state passes them by:
 pieces that came stay where they are, and the next transfer of the same snapshot, which is one with the same header, brings only the
 others; its payload's digest is checked as a whole all the same. Anything unexpected closes the connection with one log line. Nothing is
 encrypted: see docs/protocol.md. Beside snapshots a peer keeps a rank's notes (checkpoint/notes.py). `pull` fetches parts of a body, for
-parity (checkpoint/parity.py) each with its digest, for a world of another size (checkpoint/afar.py) by the digests that `head` gives;
+parity (checkpoint/parity.py) each with its digest, for a world of another size (checkpoint/afar.py) by the digests that `leaves` gives;
 vaults `say` when parity can be laid, and has been.
 Rejected: the sender hashing whole snapshots too (the receiver does, before it seals).
 """
@@ -36,7 +36,7 @@ import msgspec
 from resilient.checkpoint import replicas
 from resilient.checkpoint.chest import Berth
 from resilient.checkpoint.handed import Handed
-from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Span, Work
+from resilient.checkpoint.haul import RATE_MIN, TCP, Incoming, Limit, Outgoing, Source, Span, Work, payload_place
 from resilient.checkpoint.pipe import (
     ANSWER_S,
     Caller,
@@ -76,6 +76,7 @@ from resilient.errors import (
 
 STREAMS: Final = 4  # connections of one haul; on one wire two are enough, several wires (bonded, or many hops) need more
 SHEET_BYTES_MAX: Final = 64 << 20  # a hundred bytes for each tensor
+HEAD_BYTES_MAX: Final = 1 << 30  # layout and own state
 HAULED_BYTES: Final = 1 << 20  # fewer are on their way sooner than the other connections are told
 
 T = TypeVar("T")
@@ -174,17 +175,22 @@ class Peer:
             await checked(target, key, num_bytes, incoming.digest() if found.haul else None)
         return num_bytes
 
-    async def head(self, key: SnapshotKey, *, world_size: int = 0, leaves_of: int = 0) -> tuple[bytes, bytes, bytes]:
-        """(header, what follows up to the payload, leaves) of what lies there. Nothing of it has been checked.
+    async def head(self, key: SnapshotKey, *, world_size: int = 0) -> tuple[bytes, bytes]:
+        """(header, what follows up to the payload) of what lies there. Of their content nothing has been checked.
 
-        `world_size`: of the world that sealed it, 0 = of any. `leaves_of`: of a snapshot of so many bytes, the leaves (tally.py) as well.
+        `world_size`: of the world that sealed it, 0 = of any.
         """
         async with self._talk.conversation() as pipe:
-            request = Get(rank=key.rank, step=key.step, kind=key.kind, world_size=world_size, head=True, leaves=leaves_of > 0)
-            await pipe.send(request)
-            found = await _expect(pipe, Found, leaves_of)
-            await _expect(pipe, Done, 0)
-        return found.header, found.head, found.leaves
+            await pipe.send(Get(rank=key.rank, step=key.step, kind=key.kind, world_size=world_size, head=True))
+            found = await _expect(pipe, Found, 0)
+            announced_bytes(found.header, f"sent by {self.address}")
+            return found.header, await _following(pipe, found, min(payload_place(found.header), HEAD_BYTES_MAX))
+
+    async def leaves(self, key: SnapshotKey, header: bytes, num_bytes: int, *, world_size: int = 0) -> bytes:
+        """So many bytes: the leaves (tally.py) of the snapshot with this header. SnapshotMissing if it is another one."""
+        async with self._talk.conversation() as pipe:
+            await pipe.send(Get(rank=key.rank, step=key.step, kind=key.kind, header=header, world_size=world_size, leaves=True))
+            return await _following(pipe, await _expect(pipe, Found, announced_bytes(header)), num_bytes)
 
     async def pull(
         self, key: SnapshotKey, header: bytes, parts: Sequence[Span], into: Handed, *, world_size: int = 0, limited: bool = False
@@ -325,6 +331,16 @@ async def _expect(pipe: Pipe, kind: type[A], num_bytes: int) -> A:
     if not isinstance(answer, kind):
         raise ProtocolError(f"{kind.__name__} expected, {type(answer).__name__} found")
     return answer
+
+
+async def _following(pipe: Pipe, found: Found, num_bytes: int) -> bytes:
+    """The bytes behind the frame: exactly so many, or ProtocolError before any is taken."""
+    if found.num_bytes != num_bytes:
+        raise ProtocolError(f"{num_bytes} bytes expected, {found.num_bytes} announced")
+    data = bytearray(num_bytes)
+    await pipe.recv_bulk(memoryview(data))
+    await _expect(pipe, Done, 0)
+    return bytes(data)
 
 
 async def checked(target: Landing, key: SnapshotKey, num_bytes: int, hashed: bytes | None) -> None:

@@ -53,8 +53,8 @@ class Get(Msg, frozen=True):
     header: bytes = b""  # of a transfer that broke off: if it is the same snapshot still, go on with what is missing
     have: tuple[int, ...] = ()
     world_size: int = 0  # of the world that sealed it, 0 = of any
-    head: bool = False  # nothing but the head, in Found
-    leaves: bool = False  # with the head: the digests by which its pieces can be checked (tally.py)
+    head: bool = False  # nothing but the head
+    leaves: bool = False  # nothing but the digests by which its pieces can be checked (tally.py), of the snapshot with this header
     parts: tuple[tuple[int, int], ...] = ()  # these pieces of the body (begin, end), of the snapshot with this header
     sums: bool = False  # each of them with its digest
     limited: bool = False  # by what the sender may send to keep copies elsewhere
@@ -90,9 +90,8 @@ class Found(Msg, frozen=True):
 
     header: bytes
     haul: bytes = b""
-    head: bytes = b""  # what lies between header and payload, if that was all that was asked for
     room: int = 0  # as in Put
-    leaves: bytes = b""
+    num_bytes: int = 0  # that follow, if head or leaves were all that was asked for
 
 
 class Carry(Msg, frozen=True):

@@ -5,9 +5,9 @@ the neighbours are asked, for just those panels.
 
 Contract: as `DiskTier.reshape`, from memory: `sources` are all ranks' sealed snapshots of one step, of a world of so many ranks. Of those
 in this node's memory (Held) the whole payload's digest is compared before a byte is used, of those elsewhere (afar.py) each piece's. A box
-of which several ranks have the same is read once, from the nearest; if that one is damaged or gone, from another. Old snapshots are looked
-at once more before the seal, for a writer in the meantime voids what was read. What boxes there are, and whose own state is given, says
-reshape.py.
+of which several ranks have the same is read once, from the nearest; if that is damaged or gone, from another, or another node's copy. Old
+snapshots are looked at once more before the seal, for a writer in the meantime voids what was read. What boxes there are, and whose own
+state is given, says reshape.py.
 Memory: none here but the slot itself. Rejected: bringing whole old snapshots to every node first (a whole state per node, most of it for
 nothing); a copy in the form of files in between (twice the bytes, to use one reader for both).
 """
@@ -18,6 +18,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Protocol, Self
 
 from resilient.checkpoint import layout, reshape
@@ -105,16 +106,18 @@ def recut(
     world_size: int,
     step: int,
     turn: Turn = nobody,
+    spare: Mapping[int, Source] = MappingProxyType({}),
 ) -> int:
     """Seal the snapshot of `rank` at `step` in the ring that `room(bytes)` gives. Gives the old rank whose own state it has.
 
     turn: entered before other nodes are asked; gives what has been cut for other ranks of this node, which may hold the same.
+    spare: the same snapshots as near ones, on other nodes, for those that are damaged or gone.
     Raises SnapshotMissing, SnapshotCorrupt, SnapshotMismatch, TierUnavailable; nothing is sealed then.
     """
     whose = reshape.own_rank(rank, len(sources))
     with contextlib.ExitStack() as held:
         here = [held.enter_context(source) for source in sources.values() if isinstance(source, Held)]
-        head = sources[whose].head()
+        head = _head(sources[whose], spare.get(whose))
         rows = reshape.rows_for(wanted, layout.decode(head.layout))
         described, payload_bytes = rows.encode(), sum(layout.padded(row.num_bytes) for row in rows.rows)
         ring = room(slot_bytes(len(described), len(head.own), payload_bytes))
@@ -122,28 +125,39 @@ def recut(
             run=run, rank=rank, world_size=world_size, round=0, layout=described, own=head.own, payload_bytes=payload_bytes
         )
         cut = Cut(rows, payload)
-        spoilt: list[CheckpointError] = []
         order = sorted(sources, key=lambda old: abs((2 * old + 1) * world_size - (2 * rank + 1) * len(sources)))  # where its boxes lay
-        spoilt += _fill(cut, [sources[old] for old in order if sources[old].near], cut.wanted)
+        spoilt = _fill(cut, [sources[old] for old in order if sources[old].near], cut.wanted)
         if cut.lacks:
+            far = [spare.get(old) if sources[old] in spoilt else sources[old] for old in order]
             with turn() as others:
-                spoilt += _fill(cut, others, cut.same)
-                spoilt += _fill(cut, [sources[old] for old in order if not sources[old].near], cut.wanted)
+                spoilt |= _fill(cut, others, cut.same)
+                spoilt |= _fill(cut, [source for source in far if source is not None and not source.near], cut.wanted)
         if spoilt and cut.lacks:
-            raise spoilt[0]
-        for error in spoilt:
-            log.warning("rank %d: another rank's copy is used: %s", rank, error)
+            raise next(iter(spoilt.values()))
+        for error in spoilt.values():
+            log.warning("rank %d: another copy is used: %s", rank, error)
         cut.check(f"snapshot step={step}", "in no rank's memory")
         for source in here:
-            source.check()
+            if source not in spoilt:
+                source.check()
         del payload, cut
         ring.seal(step)
     return whose
 
 
-def _fill(cut: Cut, sources: Iterable[Source], choose: Callable[[Row], Box | None]) -> list[CheckpointError]:
+def _head(source: Source, spare: Source | None) -> Snapshot:
+    try:
+        return source.head()
+    except CheckpointError as error:
+        if spare is None:
+            raise
+        log.warning("another copy's head is used: %s", error)
+        return spare.head()
+
+
+def _fill(cut: Cut, sources: Iterable[Source], choose: Callable[[Row], Box | None]) -> dict[Source, CheckpointError]:
     """What these have of it; what was wrong."""
-    wrong: list[CheckpointError] = []
+    wrong: dict[Source, CheckpointError] = {}
     for source in sources:
         if not cut.lacks:
             break
@@ -153,7 +167,7 @@ def _fill(cut: Cut, sources: Iterable[Source], choose: Callable[[Row], Box | Non
             if chosen:
                 source.read(chosen, functools.partial(_lay, cut, rows))
         except CheckpointError as error:
-            wrong.append(error)
+            wrong[source] = error
             continue
         for number in chosen:
             cut.done(rows[number])

@@ -37,6 +37,7 @@ from resilient.errors import SnapshotCorrupt, SnapshotMismatch, SnapshotMissing
 
 ALIGN: Final = 4096
 HEADER_BYTES: Final = 256
+SNAPSHOT_BYTES_MAX: Final = 1 << 40  # of what others announce: whether there is room is seen when it is made, this only keeps nonsense out
 MAGIC: Final = 0x3230_5041_4E53_5352  # "RSSNAP02"
 SEAL, ECHO, STAMP, STEP, WORLD_SIZE = 1, 2, 3, 8, 10  # words
 LAYOUT_BYTES, OWN_BYTES, PAYLOAD_AT, PAYLOAD_BYTES = 12, 13, 14, 15

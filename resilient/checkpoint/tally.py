@@ -132,12 +132,16 @@ class Tally:
         """What another Tally takes instead of the payload. All parts have been added."""
         return b"".join(leaf for number in range(len(self.places)) for leaf in self._pieces.get(number, self._rows[number : number + 1]))
 
+    def leaves_bytes(self) -> int:
+        """Length of `leaves`, before any part has been added."""
+        return _DIGEST * sum(len(self._pieces.get(number, b".")) for number in range(len(self.places)))
+
     def take(self, leaves: bytes) -> None:
         """As if all parts had been added and had these digests: whether `digest` is then the right one is the caller's to see.
 
         Raises SnapshotCorrupt if they are too many or too few.
         """
-        expected = _DIGEST * sum(len(self._pieces.get(number, b".")) for number in range(len(self.places)))
+        expected = self.leaves_bytes()
         if len(leaves) != expected:
             raise SnapshotCorrupt(f"layout: {expected} bytes of digests expected, {len(leaves)} found")
         found = (leaves[at : at + _DIGEST] for at in range(0, expected, _DIGEST))

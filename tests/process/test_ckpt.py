@@ -11,9 +11,11 @@ import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from launched import Launched
 
+from resilient.checkpoint import export as checkpoint_export
 from resilient.checkpoint.disk import DiskTier
 from resilient.checkpoint.layout import padded
 from resilient.cli import main
+from resilient.errors import CheckpointError, TierUnavailable
 
 pytestmark = pytest.mark.process
 WORLD, STEP = 3, 5
@@ -63,6 +65,28 @@ def test_an_export_is_read_by_a_program_that_knows_nothing_of_us(kept: pathlib.P
     dist_checkpoint.load({"model": model}, checkpoint_id=tmp_path / "there", no_dist=True)
     assert all(torch.equal(tensor, expected[f"model.{key}"]) for key, tensor in model.items())
     assert main(["ckpt", "export", url, str(tmp_path / "there")]) == 1, "nothing is written over"
+
+
+def test_an_export_that_is_broken_off_takes_only_its_own_files_away(kept: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """Somebody else's come while it checks, and while it copies."""
+    others, check, copy = tmp_path / ".metadata", DiskTier.verify, checkpoint_export._copy
+
+    def checked(self: DiskTier, step: int) -> Any:
+        others.write_bytes(b"another's")
+        return check(self, step)
+
+    def broken(*arguments: Any) -> None:
+        copy(*arguments)
+        others.write_bytes(b"another's")
+        raise TierUnavailable("full")
+
+    for owner, name, what, said in ((DiskTier, "verify", checked, "there already"), (checkpoint_export, "_copy", broken, "full")):
+        with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=said):
+            patched.setattr(owner, name, what)
+            checkpoint_export.export(DiskTier(str(kept)), STEP, str(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == [".metadata"]
+        assert others.read_bytes() == b"another's"
+        others.unlink()
 
 
 def test_damage_is_named_and_never_handed_on(kept: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:

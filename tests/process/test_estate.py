@@ -7,10 +7,12 @@ import contextlib
 import logging
 import re
 import socket
+import struct
 
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 from test_peer import Proxy
 from test_vault import until, vault
 
@@ -19,10 +21,12 @@ from resilient.checkpoint.layout import Layout as Described
 from resilient.checkpoint.layout import Row, Twins
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.slot import Slot
-from resilient.checkpoint.snapshot import slot_bytes
+from resilient.checkpoint.snapshot import FIELDS, HEADER_BYTES, MAGIC, SNAPSHOT_BYTES_MAX, payload_offset, slot_bytes
 from resilient.checkpoint.tally import PIECE
+from resilient.checkpoint.tier import SnapshotKey
 from resilient.core.machine import VaultDo
 from resilient.core.messages import Elder, Layout
+from resilient.errors import SnapshotCorrupt
 
 pytestmark = pytest.mark.process
 STEP = 6
@@ -57,16 +61,16 @@ def payload_bytes(rows: Described) -> int:
     return sum(length + -length % 64 for _, length in rows.places())
 
 
-def chair(rank: int, rows: Described) -> Layout:
-    room = slot_bytes(2000, 100, payload_bytes(rows))
+def chair(rank: int, rows: Described, more: int = 0) -> Layout:
+    room = slot_bytes(2000, 100 + more, payload_bytes(rows))
     return Layout(rank=rank, digest="", replicated=False, own_bytes=2000, snapshot_bytes=room)
 
 
-def leave(keeper, kind: str, rank: int, world: int) -> None:
+def leave(keeper, kind: str, rank: int, world: int, more: bytes = b"") -> None:
     """That rank's snapshot lies in this vault's memory."""
     rows = described(kind, rank, world)
-    ring = Ring.open(keeper.allocate(chair(rank, rows)).slots)
-    own = b"own %d" % rank
+    ring = Ring.open(keeper.allocate(chair(rank, rows, len(more))).slots)
+    own = b"own %d" % rank + more
     words = {"run": "run", "rank": rank, "world_size": world, "round": 1}
     view = ring.begin(**words, layout=rows.encode(), own=own, payload_bytes=payload_bytes(rows))
     for row, (begin, length) in zip(rows.rows, rows.places(), strict=True):
@@ -150,6 +154,17 @@ async def test_only_what_the_ranks_of_a_node_need_comes(tmp_path, caplog, kind, 
     assert list(tmp_path.glob("*/resilient.*")) == []
 
 
+async def test_own_state_may_be_larger_than_a_frame(tmp_path):
+    async with nodes(tmp_path, 2) as (there, here):
+        more = bytes(range(256)) * (5 << 12)
+        leave(there, "rows", 0, 1, more)
+        here.do(elders(1, there.address))
+        segments = await cut(here, "rows", 0, 2, 1)
+        assert (segments.error, segments.refused) == ("", "")
+        found = here._memory.chest(0).sealed("snapshot", 2)[STEP].read(run="run", rank=0, step=STEP)
+        assert found.own == b"own 0" + more
+
+
 async def test_what_is_here_is_not_fetched(tmp_path, caplog):
     caplog.set_level(logging.INFO, "resilient.vault")
     async with nodes(tmp_path, 2) as (there, here):
@@ -190,6 +205,35 @@ async def test_a_bit_that_flips_after_the_digests_were_told_is_found(tmp_path, m
         assert "model.small is not what was sealed" in (await cut(here, "rows", 1, 2, 1)).refused
 
 
+class _Liar:
+    address = "there"
+
+    def __init__(self, header: bytes, head: bytes) -> None:
+        self.said = header, head
+
+    async def head(self, key, **_):
+        return self.said
+
+
+def test_what_no_memory_holds_is_refused_before_its_pieces_are_counted(monkeypatch):
+    """A head that is sound in itself, of a payload that nobody can have."""
+    monkeypatch.setattr(afar, "PAUSE_S", 0.0)
+    for num_bytes, told in ((1 << 50, SNAPSHOT_BYTES_MAX), (64, "a payload of")):
+        rows = Described((Row("model.big", "uint8", (1 << 50,), (0,), (1 << 50,)),), Twins(0)).encode()
+        header, head = announced(rows, num_bytes)
+        far = afar.Afar([_Liar(header, head)], SnapshotKey(0, STEP), run="run", world_size=1, wait=asyncio.run)
+        with pytest.raises(SnapshotCorrupt, match=str(told)):
+            far.read({0: ((0, 1),)}, lambda *_: None)
+
+
+def announced(rows: bytes, payload: int) -> tuple[bytes, bytes]:
+    at = payload_offset(len(rows), 0, payload)
+    body = FIELDS.pack(STEP, 0, 1, 1, len(rows), 0, at, payload, xxhash.xxh3_128_digest(b"run"))
+    seal = 1 << 32 | STEP + 1
+    front = struct.pack("<6q", MAGIC, seal, ~seal, seal, 0, 0)
+    return front + xxhash.xxh3_128_digest(body + rows) + body, rows.ljust(at - HEADER_BYTES, b"\0")
+
+
 async def test_of_several_that_hold_the_same_a_sound_one_is_used(tmp_path):
     async with nodes(tmp_path, 2) as (there, here):
         leave(here, "copies", 0, 2)
@@ -199,10 +243,20 @@ async def test_of_several_that_hold_the_same_a_sound_one_is_used(tmp_path):
         check(here, await cut(here, "copies", 0, 3, 2), "copies", 0, 3, 2)
 
 
+@pytest.mark.parametrize("back", [61, -HEADER_BYTES - 5], ids=["payload", "head"])
+async def test_of_a_rank_whose_snapshot_here_is_damaged_another_node_s_copy_is_used(tmp_path, back):
+    async with nodes(tmp_path, 2) as (there, here):
+        for keeper in (there, here):
+            leave(keeper, "rows", 0, 1)
+        flip(here, 0, back)
+        here.do(elders(1, here.address, there.address))
+        check(here, await cut(here, "rows", 0, 2, 1), "rows", 0, 2, 1)
+
+
 def flip(keeper, rank: int, back: int = 61) -> None:
-    """A bit so many bytes before the end: of the last tensor, or of another one."""
+    """A bit so many bytes before the end, of the last tensor or another one; negative: behind the beginning."""
     slot = Slot(keeper.snapshot_path(rank, STEP))
-    slot.memory[slot.sealed_bytes() - back] ^= 16
+    slot.memory[slot.sealed_bytes() - back if back > 0 else -back] ^= 16
     slot.close()
 
 

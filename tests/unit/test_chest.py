@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tracemalloc
 
+import pytest
 from resilient_agents.inventory import BOUNDARY_S, COPIED_BYTES_S, Boundary
 
-from resilient.checkpoint.chest import Chest, MemoryTier
+from resilient.checkpoint.chest import LATER_MAX, Chest, MemoryTier
 from resilient.checkpoint.ring import Ring
 from resilient.checkpoint.snapshot import slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
+from resilient.errors import TierUnavailable
 
 KEY = "1-1-abcd"
 PAYLOAD = 3 << 20
@@ -42,6 +44,25 @@ def test_the_first_copy_has_the_room_that_its_owner_has(tmp_path):
         assert [slot.num_bytes for slot in tier.chest(0).snapshots.slots] == [SIZE, SIZE]
         files.append([os.stat(path).st_ino for path in tier.chest(0).slot_paths])
     assert files[0] == files[1]
+
+
+def test_room_for_later_copies_is_made_where_it_can_be_and_believed_up_to_a_limit(tmp_path, monkeypatch):
+    asked = []
+
+    def full(self, num_bytes):
+        asked.append(num_bytes)
+        if num_bytes > SIZE:
+            raise TierUnavailable("no room")
+        return grow(self, num_bytes)
+
+    grow = Chest.grow_snapshots
+    monkeypatch.setattr(Chest, "grow_snapshots", full)
+    key = SnapshotKey(0, 1)
+    assert Chest(tmp_path, KEY, 0).room(key, SIZE, 3 * SIZE).slots[0].num_bytes == SIZE
+    assert Chest(tmp_path, KEY, 1).room(key, SIZE, 1 << 60).slots[0].num_bytes == SIZE
+    assert asked == [3 * SIZE, SIZE, LATER_MAX * SIZE, SIZE]
+    with pytest.raises(TierUnavailable):
+        Chest(tmp_path, KEY, 2).room(key, 2 * SIZE, 1)
 
 
 def test_growing_carries_over_what_is_sound_and_needs_no_memory_of_its_size(tmp_path):
