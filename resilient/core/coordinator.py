@@ -288,10 +288,10 @@ class Coordinator:
         if self.stage == "seated" and self._court.standstill.found:
             self._find_culprit(now)
         if self.stage == "seated":
+            if not self.round.uncommitted and (self.state == "forming" or self.incident):
+                self._settle(now)  # also where a report says at once that its ranks have committed, and are at their end
             if not self.round.unfinished:
                 self._finish(now)
-            elif not self.round.uncommitted and (self.state == "forming" or self.incident):
-                self._settle(now)
         if self.stage == "broken":
             if now >= self._patience:
                 self._end("failed", 1, f"{self._lack or 'a node was awaited'} for {self.settings.join_timeout_s:.0f} s", now)

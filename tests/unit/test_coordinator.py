@@ -231,6 +231,16 @@ def test_an_assignment_that_was_not_heard_is_sent_again(house):
     assert [a for a in house.report(chairs=chairs(round=2), after=3.0, assigned=sheet.seq) if isinstance(a, Assign)], "a sign of life"
 
 
+def test_an_incident_at_the_very_end_is_closed(house):
+    """One report says that the newcomer has come, and that it is through."""
+    kill(house, after=1.0)
+    house(Tick(), 0.003)
+    house.report(chairs=chairs(round=2, state="finished", phase="done"), after=0.5)
+    (line,) = house.told(lines.IncidentClosed)
+    assert (line.rank, line.steps_lost) == (1, 0)
+    assert house.coordinator.state == "finished"
+
+
 def test_old_and_foreign_reports_are_ignored(house):
     before = house.coordinator.nodes["n0"].report
     house(Report(run="r", node="n0", boot=1, seq=1, fenced=9))
