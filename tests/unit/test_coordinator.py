@@ -232,9 +232,9 @@ def test_an_assignment_that_was_not_heard_is_sent_again(house):
 
 
 def test_an_incident_at_the_very_end_is_closed(house):
-    """One report says that the newcomer has come, and that it is through."""
-    kill(house, after=1.0)
-    house(Tick(), 0.003)
+    """One report says that the newcomer has come, and that all are through."""
+    kill(house)
+    house(Tick(), 0.006)
     house.report(chairs=chairs(round=2, state="finished", phase="done"), after=0.5)
     (line,) = house.told(lines.IncidentClosed)
     assert (line.rank, line.steps_lost) == (1, 0)
