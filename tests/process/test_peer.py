@@ -474,7 +474,6 @@ import asyncio, sys
 from pathlib import Path
 from resilient.checkpoint import memory
 from resilient_agents.vault import Vault
-from test_vault import until
 async def main():
     vault = Vault(run="run", directory=Path(sys.argv[1]), key=memory.new_key(), checkpoint_url="", checkpoint_every=0, token="secret", node="n2")
     print(await vault.start(), flush=True)
