@@ -65,7 +65,7 @@ class Audits:
         self._done: dict[int, int] = {}  # rank -> step
         self._cost: tuple[int, float] = (NONE, 0.0)  # the step under way, seconds for it so far
         self._kept: dict[int, dict[tuple[int, int], _Kept]] = {}  # rank -> (round, step) -> what is known
-        self._busy: set[int] = set()  # ranks
+        self._busy: dict[int, int] = {}  # rank that is being hashed -> the newest step that was begun with
         self._turn = asyncio.Lock()
         self._wish: Comparison | None = None
         self._errands = Errands()
@@ -82,12 +82,13 @@ class Audits:
 
     def begin(self, rank: int, step: int) -> None:
         """The worker of this rank has sealed the step that is audited. Void at once, while the one before is being hashed."""
-        if rank in self._busy:
+        busy = rank in self._busy
+        self._busy[rank] = step
+        if busy:
             self._done[rank] = step
             self._on_done(rank)
-            return
-        self._busy.add(rank)
-        self._errands.start(self._hash(rank, step))
+        else:
+            self._errands.start(self._hash(rank, step))
 
     def done(self, rank: int) -> tuple[int, float]:
         """(the step that was audited last on this rank, seconds that this node hashed for the newest one, all its ranks together)."""
@@ -112,9 +113,8 @@ class Audits:
         except CheckpointError as error:
             log.info("replicas of step %d are not compared: %s", step, error)
         finally:
-            self._busy.discard(rank)
+            self._done[rank] = self._busy.pop(rank)
             self._cost = (step, seconds + (self._cost[1] if self._cost[0] == step else 0.0))
-            self._done[rank] = max(step, self._done.get(rank, NONE))
             self._spent(seconds)
             self._on_done(rank)
         self._changed()

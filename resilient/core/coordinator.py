@@ -181,7 +181,7 @@ class Coordinator:
             if now - node.since.get(node.report.boot, now) >= LATE_REPORTS * self._report_s():
                 node.past = (*node.past, node.report.boot)[-BOOTS_MAX:]
                 node.since.pop(node.report.boot, None)
-            node.since.setdefault(report.boot, now)
+            node.since = dict([*node.since.items(), (report.boot, node.since.get(report.boot, now))][-BOOTS_MAX:])
             self._lose(node.name, f"the agent of {node.name} was started again", now)
             if node.assignment is not None:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)

@@ -29,7 +29,7 @@ class Node:
     alive: bool = True
     stale: bool = False  # it was lost: its assignment may be old
     past: tuple[int, ...] = ()  # boots that a later one has followed, the last ones: a clock may go back, so their order says nothing
-    since: dict[int, float] = field(default_factory=dict)  # boots -> when they were first heard, of those that are not past
+    since: dict[int, float] = field(default_factory=dict)  # boots that are not past, the last ones -> when they were first heard
     _names: list[str] = field(default_factory=list)  # of those who sat here when this was last asked
     _standbys: tuple[Standby, ...] = ()
     _known: frozenset[str] = frozenset()  # workers told of

@@ -98,7 +98,7 @@ class Sealing:
             return AGAIN
         certain = self.certain(step, sharded=sharded)
         if not certain and ((self.newest != self.audit and self._unaudited()) or (sharded and self._needed())):
-            return NOT_YET  # the one before the newest would be overwritten
+            return NOT_YET
         if asked:
             return CHECKPOINT
         kind = AUDIT if rank == 0 and twins and self._audit_due(step) else SNAPSHOT
@@ -137,7 +137,7 @@ class Sealing:
         return time.monotonic() - self._audit_s >= max(self._audit_every_s, self._page.audit_s() / AUDIT_SHARE)
 
     def _unaudited(self) -> bool:
-        """Whether the agent has not done with the snapshot that is audited, and it is still there."""
+        """Whether the agent has not done with the snapshot that is audited, and it is still there; behind the newest it goes next."""
         if self.audit in (NONE, self._page.audited()) or self._late(self._audit_s):
             return False
         return self._tier0.sealed(self.audit)

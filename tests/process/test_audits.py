@@ -102,6 +102,20 @@ async def test_what_was_overwritten_or_is_damaged_makes_an_audit_void(tmp_path: 
         assert keeper.known().audit.step == 4
 
 
+async def test_a_step_that_comes_too_soon_is_void_and_one_after_a_rollback_is_not(tmp_path: Path):
+    async with vault(tmp_path / "n0") as keeper:
+        keeper.do(VaultDo(ranks=(0,), world_size=3))
+        worker = Worker(keeper, 0)
+        for step in (7, 8):
+            worker.seal(step)
+            keeper.audits.begin(0, step)
+        assert keeper.audits.done(0)[0] == 8, "7 is still being hashed"
+        await until(lambda: keeper.known().audit)
+        assert (keeper.audits.done(0)[0], keeper.known().audit.step) == (8, 7)
+        worker.seal(3)
+        await audited(keeper, 0, 3)
+
+
 async def test_who_has_no_twins_says_so_without_a_sheet(tmp_path: Path):
     async with vault(tmp_path / "n0") as keeper:
         keeper.do(VaultDo(ranks=(0,), world_size=3))
