@@ -139,6 +139,9 @@ class Agent:
                 self._sketch = None
             case m.Warned():
                 self._findings.add("warning", now, None, self.acted, text=event.text)
+            case m.Probed():
+                for finding in event.findings:
+                    self._findings.take(finding, self.acted)
             case m.Stop():
                 self._leaving = True
                 self._wind_down(1, f"signal {event.signal}", now, event.signal)

@@ -159,6 +159,12 @@ class Findings:
         self.unheard.append(Finding(seq=self.last, kind=kind, **fields))  # type: ignore[arg-type]
         del self.unheard[:-FINDINGS_MAX]
 
+    def take(self, finding: Finding, round_: int) -> None:
+        """Note what a probe saw."""
+        self.last += 1
+        self.unheard.append(msgspec.structs.replace(finding, seq=self.last, round=round_, text=finding.text[:TEXT_MAX]))
+        del self.unheard[:-FINDINGS_MAX]
+
     def heard(self, seq: int) -> None:
         """The coordinator took in everything up to this one."""
         self.unheard = [f for f in self.unheard if f.seq > seq]

@@ -24,6 +24,7 @@ from resilient.core.messages import (
     Comparison,
     Elder,
     Fetch,
+    Finding,
     Holding,
     Layout,
     Marked,
@@ -187,6 +188,12 @@ class Warned(Msg):
     text: str
 
 
+class Probed(Msg):
+    """What the probes of this node have seen since the last time, not numbered yet."""
+
+    findings: tuple[Finding, ...]
+
+
 class StoreUp(Msg):
     """The store process listens."""
 
@@ -225,6 +232,7 @@ AgentEvent: TypeAlias = (
     | ZygoteUp
     | ZygoteDown
     | Warned
+    | Probed
     | Stop
     | Tick
 )

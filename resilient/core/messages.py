@@ -35,6 +35,10 @@ StandbyState = Literal["starting", "joined", "parked", "dead"]
 
 TierName = Literal["none", "live", "memory", "peer", "persistent"]
 VerdictName = Literal["ignore", "watch", "restart", "replace", "halt"]
+Class = Literal["", "ignore", "user", "app-restart", "gpu-reset", "replace", "cordon"]
+# What a fact asks for, whoever saw it; docs/probes.md tells each in a line. "": nobody has said
+Role = Literal["cause", "symptom", "context", "cascade"]
+# cause; symptom: something else failed first; context: a detail of another line, or a recovery; cascade: the runtime itself did it
 RunState = Literal["forming", "running", "finished", "failed"]
 
 
@@ -94,8 +98,8 @@ class Standby(Msg):
 class Finding(Msg):
     """A fact that a probe, or a worker itself, saw. Repeated in every report until `Assignment.seen` covers it."""
 
-    seq: int  # per agent boot, from 1
-    kind: str  # "exit", "stopped", "stalled", "exception", "suspect", "store_lost", "zygote_lost", ...
+    seq: int  # per agent boot, from 1; 0 = not numbered yet
+    kind: str  # "exit", "stopped", "stalled", "exception", "suspect", "store_lost", ...; of probes: "xid", "ib-link", "oom-host", ...
     rank: int = NONE
     worker: str = ""
     pid: int = 0
@@ -107,6 +111,14 @@ class Finding(Msg):
     fingerprint: str = ""  # kind="exception": type, message with numbers removed, innermost user frame
     consequence: bool = False  # kind="exception": it left a broken step, so it is nobody's fault
     exit_code: int | None = None
+    probe: str = ""  # which one saw it; "" = the agent or the worker itself
+    layer: str = ""  # where: "gpu", "driver", "nvlink", "nvswitch", "pcie", "nic", "nccl", "torch", "host-mem", "storage", ...
+    code: str = ""  # the number or word that the layer itself gives it: "79", "SIGBUS", "UE"
+    device: str = ""  # pci:dddd:bb:dd, gpu:N, rank:N, local_rank:N, pid:N, peer:X, npu:N, cpu:N, dev:NAME; several joined by commas
+    class_: Class = msgspec.field(default="", name="class")
+    role: Role = "cause"
+    count: int = 1  # so many like it are told by this one
+    clears: bool = False  # a recovery: what the same kind and device were found to have is over
 
 
 class Holding(Msg):

@@ -15,7 +15,7 @@ LAYERS = {
     "resilient.run": {"resilient_agents"},
     "resilient.ckpt": {"resilient.progress", "resilient.checkpoint", "resilient.core"},
     "resilient.progress": {"resilient.checkpoint"},
-    "resilient.cli": {"resilient.ckpt", "resilient.config", "resilient.host", "resilient.checkpoint", "resilient.core"},
+    "resilient.cli": {"resilient_agents", "resilient.ckpt", "resilient.config", "resilient.host", "resilient.checkpoint", "resilient.core"},
     "resilient_agents": {
         "resilient.host",
         "resilient.train",
