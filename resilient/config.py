@@ -67,6 +67,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
+    probes: str = "auto"
+    probe_root: str = "/"
+    probe_socket: str = "/run/resilient/agent.sock"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
@@ -94,6 +97,9 @@ HELP: Final[dict[str, str]] = {
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
+    "probes": "'auto', 'off', the names of those to use, or of those not to use with 'no-' before each ('no-nvml,no-disk').",
+    "probe_root": "Where the probes find this node's /proc, /sys and /dev (for recorded machines, and in containers).",
+    "probe_socket": "Socket of the node's resilient-agent, used where there is one ('' = never).",
     "log_level": "How much resilient-run itself says on stderr.",
 }
 

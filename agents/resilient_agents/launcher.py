@@ -37,6 +37,7 @@ from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
+from resilient_agents.probing import Probing, senses
 from resilient_agents.tenancy import Tenancy
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
@@ -158,6 +159,8 @@ class _Node:
         self._run_dir = Path(options.run_dir or Path("runs", meeting.run_id)).absolute()
         self._signals = 0
         self._keep_s = _keep_s(launch, options, meeting)
+        places = (str(self._run_dir), options.checkpoint, options.memory_dir)
+        self._senses = senses(options.probes, options.probe_root, options.probe_socket, *places)
 
     async def run(self) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
@@ -168,7 +171,7 @@ class _Node:
             raise ConfigError(f"{error.filename}: cannot be used ({error.strerror})") from error
         self._console = console = logs.Console(launch, archive)
         console.start()
-        _log_to(console, options.log_level)
+        logs.log_to(console, options.log_level)
         for warning in launch.warnings:
             console.say(warning)
         try:
@@ -199,6 +202,7 @@ class _Node:
             memory_dir=options.memory_dir,
             token=meeting.token,
             nursery=self._nursery,
+            probing=Probing(self._senses),
             vault=vault,
             uplink=Uplink(meeting.host, meeting.port, token=meeting.token, run=meeting.run_id, node=node),
             journal=journal,
@@ -378,23 +382,3 @@ def _pass_on(error_file: str) -> None:
     if ours := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             shutil.copyfile(error_file, ours)
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log lines go the way of all lines: a stopped terminal must not stop the agent."""
-
-    def __init__(self, console: logs.Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(self.format(record))
-
-
-def _log_to(console: logs.Console, level: str) -> None:
-    handler = _ConsoleHandler(console)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("resilient")
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    root.propagate = False

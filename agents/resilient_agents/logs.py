@@ -13,6 +13,7 @@ at a time and holds at most one unfinished line per stream; what is not UTF-8 pa
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import string
 import tempfile
@@ -212,3 +213,24 @@ class Console:
 def _of(settings: tuple[int, ...], local_rank: int) -> int:
     """The setting for a chair; one that came here from a lost node has a number beyond --nproc-per-node."""
     return settings[local_rank % len(settings)]
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines go the way of all lines: a stopped terminal must not stop the agent."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(self.format(record))
+
+
+def log_to(console: Console, level: str) -> None:
+    """What the library logs is said there, from this level on."""
+    handler = _ConsoleHandler(console)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("resilient")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False

@@ -28,6 +28,7 @@ from resilient_agents.doors import Doors
 from resilient_agents.evidence import Evidence
 from resilient_agents.nursery import SpawnFailed, ZygoteLost
 from resilient_agents.orders import Launch, Spawn, StoreOpen
+from resilient_agents.probe import Watched
 from resilient_agents.workers import Worker, environment
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from resilient.host.journal import Journal
     from resilient_agents.logs import Archive, Console
     from resilient_agents.nursery import Nursery
+    from resilient_agents.probing import Probing
     from resilient_agents.uplink import Uplink
     from resilient_agents.vault import Vault
 
@@ -59,6 +61,7 @@ class Host:
         memory_dir: str,
         token: str,
         nursery: Nursery,
+        probing: Probing,
         vault: Vault,
         uplink: Uplink,
         journal: Journal,
@@ -75,6 +78,7 @@ class Host:
         self._key = key
         self._memory_dir = memory_dir
         self._nursery = nursery
+        self._probing = probing
         self._vault = vault
         self._uplink = uplink
         self._journal = journal
@@ -129,6 +133,7 @@ class Host:
             on_down=self._zygote_down,
             on_gone=self._give_up,
         )
+        self._probing.start(lambda findings: put(m.Probed(findings=findings)))
         looking = asyncio.create_task(self._look_for_ever())
         driving = asyncio.create_task(self._driver.run())
         await asyncio.wait({looking, driving}, return_when=asyncio.FIRST_COMPLETED)
@@ -176,6 +181,7 @@ class Host:
             self._loop.remove_reader(worker.pidfd)
             worker.reap()
         await self._evidence.close()
+        await self._probing.close()
         await self._stores.close()
         await self._nursery.close()
         await self._uplink.close()
@@ -249,7 +255,28 @@ class Host:
 
     def _known(self) -> set[int]:
         """Children whose end somebody here waits for."""
-        return {worker.pid for worker in self._workers.values() if worker.alive} | {self._nursery.pid, self._stores.pid}
+        return {worker.pid for worker in self._workers.values() if worker.alive} | {
+            self._nursery.pid,
+            self._stores.pid,
+            self._probing.pid,
+        }
+
+    def _show_workers(self) -> None:
+        """Tell the probes whom to watch."""
+        watched = tuple(
+            Watched(
+                worker=worker.name,
+                rank=worker.fork.rank if worker.chair == NONE and worker.fork.role == "rank" else worker.chair,
+                local_rank=worker.fork.local_rank,
+                pid=worker.pid,
+                stdout=worker.files.path("stdout.log"),
+                stderr=worker.files.path("stderr.log"),
+                alive=worker.alive,
+            )
+            for worker in self._workers.values()
+            if worker.pid
+        )
+        self._probing.watch(watched)
 
     # ------------------------------------------------------------------ what workers say
 
@@ -285,6 +312,7 @@ class Host:
             case m.Forget():
                 if (worker := self._workers.pop(action.worker, None)) is not None:
                     worker.forget()
+                    self._show_workers()
             case m.Evidence():
                 known = [self._workers[name] for name in action.workers if name in self._workers]
                 self._evidence.ask(action.incident, known, action.why)
@@ -323,6 +351,7 @@ class Host:
         self._doors.tell(action.worker, action.message)
         if isinstance(action.message, Seated) and (worker := self._workers.get(action.worker)) is not None:
             worker.chair = action.message.rank
+            self._show_workers()
             self._copied(worker.chair)
             worker.page.want(self._wanted)
             self._console.follow(worker.name, worker.files, action.message.rank, action.message.local_rank, from_now=True)
@@ -375,6 +404,7 @@ class Host:
                 self._driver.put(m.ForkFailed(worker=name, reason=str(error)))
             return
         worker.born(pid)
+        self._show_workers()
         self._driver.put(m.Forked(worker=name, pid=pid))
         for message in self._early.pop(name):
             self._heard(name, message)
@@ -404,6 +434,7 @@ class Host:
     async def _bury(self, worker: Worker) -> None:
         await self._doors.emptied(worker.name, LAST_WORDS_S)
         code = worker.reap()
+        self._show_workers()
         self._console.ended(worker.name)
         if code == 0 and not self._stopping:
             await self._vault.settle(SETTLE_S)  # its last checkpoint is complete before the run counts as finished

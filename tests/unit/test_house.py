@@ -69,6 +69,7 @@ LONGER_THAN_400 = {
     "resilient/train/group.py": "one method for every collective of c10d, in both spellings",
 }
 BROAD = {
+    "agents/resilient_agents/engine.py",  # around one probe: whatever it raises is a finding
     "agents/resilient_agents/lane.py",  # hands the exception to whoever waits for the errand
     "agents/resilient_agents/main.py",
     "resilient/checkpoint/peer.py",

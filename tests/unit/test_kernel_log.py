@@ -1,0 +1,66 @@
+"""Kernel log: heads of records, who wrote them, when; and a file or FIFO in the place of /dev/kmsg."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from resilient_agents.probe import Absent, Surroundings
+from resilient_agents.probes.kernel_log import KernelLog, Line, parse
+
+LOST = "NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+
+
+def test_a_record_has_a_head_and_what_follows_the_first_line_is_its_dictionary():
+    assert parse(f"4,1201,5140900,-;{LOST}\n SUBSYSTEM=pci\n DEVICE=+pci:0000:3b:00.0\n".encode()) == Line(LOST, "kmsg", 5.1409)
+
+
+def test_what_a_program_wrote_is_not_the_kernels():
+    assert parse(f"12,1201,5140900,-;{LOST}\n".encode()).stream == "syslog"
+
+
+@pytest.mark.parametrize("record", [b"", b"\n", b"6,1,2,-;\n", b"   "])
+def test_nothing_is_nothing(record):
+    assert parse(record) is None
+
+
+def test_a_plain_line_is_taken_as_it_is():
+    assert parse(LOST.encode()) == Line(LOST, "kmsg")
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_a_line_or_nothing(record):
+    line = parse(record)
+    assert line is None or (line.text and line.stream in ("kmsg", "syslog"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "dev").mkdir()
+    return tmp_path
+
+
+def test_what_was_said_before_is_not_news(root):
+    (root / "dev/kmsg").write_text(f"4,1,1,-;{LOST}\n")
+    probe = KernelLog(Surroundings(root=str(root)))
+    with (root / "dev/kmsg").open("a") as file:
+        file.write(f"4,2,2,-;{LOST.replace('3b', '5e')}\n6,3,3,-;unfinished")
+    (found,) = probe.check(time.monotonic())
+    assert (found.kind, found.code, found.device, found.probe) == ("xid", "79", "pci:0000:5e:00", "kernel-log")
+
+
+def test_a_fifo_may_be_written_by_one_after_another(root):
+    os.mkfifo(root / "dev/kmsg")
+    probe = KernelLog(Surroundings(root=str(root)))
+    for bus in ("3b", "5e"):
+        with (root / "dev/kmsg").open("w") as file:
+            file.write(f"4,2,2,-;{LOST.replace('3b', bus)}\n")
+        assert [found.device for found in probe.check(time.monotonic())] == [f"pci:0000:{bus}:00"]
+
+
+def test_a_tree_without_a_log_has_none(tmp_path):
+    with pytest.raises(Absent):
+        KernelLog(Surroundings(root=str(tmp_path)))
