@@ -43,7 +43,7 @@ _COATS: Final = tuple(
     )
 )
 _HOST_TAG: Final = re.compile(rf"(?P<host>[A-Za-z][\w.-]{{0,63}}) {_TAG}")
-_ONLY_TAG: Final = re.compile(r"(?P<tag>[a-z][\w.@()-]{1,60})\[\d{1,10}\]: ?(?!segfault|general protection|trap |unhandled)")
+_ONLY_TAG: Final = re.compile(r"(?P<tag>[a-z][\w.@()-]{1,60})\[\d{1,10}\]: ?(?! ?(?:segfault|general protection|trap |unhandled))")
 _DOCKER: Final = re.compile(r'\{"log":"((?:[^"\\]|\\.){0,60000})')
 
 
