@@ -1,7 +1,7 @@
 """Engine: calls the probes, each on a thread of its own, and gives what is to be told of what they see.
 
-Think of a ward round with one nurse per patient: who finds a patient that does not let go of her hand is missed after a while, is noted down as
-missing, and all others go on; nobody else is sent into that room until she is back.
+Think of a ward round with one nurse per patient: who finds a patient that does not let go of her hand is missed after a while, is noted
+down as missing, and all others go on; nobody else is sent into that room until she is back.
 
 Contract: one daemon thread per probe. A check begins `period_s` after the one before began, a tenth earlier or later by chance so that
 neither a node's probes nor a fleet's nodes look all at once, and never before the last one has returned. One that takes longer than the
@@ -10,8 +10,8 @@ are over with the next check that returns well. What a probe gives that is no li
 imported and made on its thread, too, under the same rules. `fd` becomes readable when there is something for `news` or `started`.
 
 Numbers: a thread that waits costs nothing; 16 probes wake up 4 times a second together. Cost of all: tests/bench/test_probe_cost.py.
-Rejected: one process per probe (10 MB each); asyncio (a blocking read of /proc or of NVML stops all of them, and it is the ones that
-block that matter); killing a thread that hangs (there is no such thing: it stands in the kernel).
+Rejected: one process per probe (10 MB each); asyncio (a blocking read of /proc or of NVML stops all of them, and it is the ones that block
+that matter); killing a thread that hangs (there is no such thing: it stands in the kernel).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Post:
         while True:
             time.sleep(pause)
             begun = time.monotonic()
-            findings, error = self._call(lambda: _checked(self.probe.check(begun)))
+            findings, error = self._call(lambda: _checked(self.probe.check(time.monotonic())))
             self._engine.told(self, findings or (), error)
             if self._once:
                 return

@@ -1,7 +1,8 @@
 """Instruments: which probes are installed on this node, and which of them are wanted.
 
-Contract: a probe is an entry point of the group `resilient.probes`, ours too; nothing is known of any probe here. `find` gives their names and
-how each is made, without importing one: an import may fail, and that is then this probe's own failure. `Choice` is what `--probes` says.
+Contract: a probe is an entry point of the group `resilient.probes`, ours too; nothing is known of any probe here. `find` gives their names
+and how each is made, without importing one: an import may fail, and that is then this probe's own failure. `Choice` is what `--probes`
+says.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Think of a canary in a cage of its own: it goes down first, it is replaced, and nobody else has breathed the same air.
 
-Contract: started as `python -P -m resilient_agents.prober SOCKET AGENT CRASH` (probing.py) and speaks the frames of sightings.py. No torch. It dies
-with its agent. CRASH is a file in memory, into which the interpreter writes the stacks when a signal such as SIGSEGV ends it: the agent
-reads there whose thread it was. Within `ALIVE_S` it says that it is alive, so that a standstill of the whole process is noticed, too.
+Contract: started as `python -P -m resilient_agents.prober SOCKET AGENT CRASH` (probing.py) and speaks the frames of sightings.py. No
+torch. It dies with its agent. CRASH is a file in memory, into which the interpreter writes the stacks when a signal such as SIGSEGV ends
+it: the agent reads there whose thread it was. Within `ALIVE_S` it says that it is alive, so that a standstill of the whole process is
+noticed, too.
 """
 
 from __future__ import annotations

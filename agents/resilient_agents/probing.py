@@ -120,11 +120,13 @@ class Probing:
     async def _daemon(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         """A connection to it, None if there is none that could be believed."""
         path = self._senses.daemon
-        if not path or not os.path.exists(path):
+        if not path:
             return None
         try:
             async with asyncio.timeout(DAEMON_S):
                 reader, writer = await asyncio.open_unix_connection(path)
+        except FileNotFoundError:
+            return None
         except (OSError, TimeoutError) as error:
             log.warning("%s: no resilient-agent answers there (%s); this run looks at its node itself", path, error)
             return None
@@ -228,7 +230,7 @@ class Probing:
             await asyncio.sleep(0)
             process.kill()
             until = time.monotonic() + END_S
-            while (code := process.poll()) is None and time.monotonic() < until:
+            while (code := process.poll()) is None and time.monotonic() < until:  # noqa: ASYNC110 - not by pidfd: kernel.collect says why
                 await asyncio.sleep(0.002)
         if code is None:
             process.returncode = -signal.SIGKILL  # it will be collected as an orphan, when the kernel lets it go

@@ -1,7 +1,7 @@
 """Deltas: how much a counter has grown, within a window of time.
 
-Contract: pure. The first reading of a counter is its zero: what happened before is not news. One that falls (a driver was loaded again, a cable
-was moved) begins anew and has grown by nothing. A window is kept as at most `POINTS` readings.
+Contract: pure. The first reading of a counter is its zero: what happened before is not news. One that falls (a driver was loaded again, a
+cable was moved) begins anew and has grown by nothing. A window is kept as at most `POINTS` readings.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """EDAC: what the memory controllers count.
 
-Contract: reads <root>/sys/devices/system/edac/mc. The first reading is the zero: an uncorrected error of last month is not news, the next one
-is, and stays the matter until the node starts again. A storm of corrected errors is one, too (limits.py); a few are counted.
+Contract: reads <root>/sys/devices/system/edac/mc. The first reading is the zero: an uncorrected error of last month is not news, the next
+one is, and stays the matter until the node starts again. A storm of corrected errors is one, too (limits.py); a few are counted.
 """
 
 from __future__ import annotations

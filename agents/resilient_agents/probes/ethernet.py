@@ -1,7 +1,7 @@
 """Ethernet: interfaces that have lost their carrier, run slower than they did, or come and go.
 
-Contract: reads <root>/sys/class/net; only interfaces with a device behind them (no bridges, tunnels, veth pairs). One that is down is told if it
-has been up since the probe was made; five lost carriers in a day are flapping (limits.py). What lasts is told until it is over.
+Contract: reads <root>/sys/class/net; only interfaces with a device behind them (no bridges, tunnels, veth pairs). One that is down is told
+if it has been up since the probe was made; five lost carriers in a day are flapping (limits.py). What lasts is told until it is over.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """InfiniBand and RoCE: ports that are down, slow or unsteady, and counters that should stand still.
 
-Think of the harbour master: a quay that was never used may stay closed; one that was open this morning and is closed now is news, and so is
-one that takes smaller ships than its neighbours.
+Think of the harbour master: a quay that was never used may stay closed; one that was open this morning and is closed now is news, and so
+is one that takes smaller ships than its neighbours.
 
-Contract: reads <root>/sys/class/infiniband. A port is told as down if it has been ACTIVE since the probe was made, or was down at its start
-beside a sibling of the same link layer that is ACTIVE and a cable says that it should be (phys_state Polling or LinkErrorRecovery). Three drops
-in ten minutes are flapping. Limits, counters and their sources: limits.py. What lasts is told until it is over.
+Contract: reads <root>/sys/class/infiniband. A port is told as down if it has been ACTIVE since the probe was made, or was down at its
+start beside a sibling of the same link layer that is ACTIVE and a cable says that it should be (phys_state Polling or LinkErrorRecovery).
+Three drops in ten minutes are flapping. Limits, counters and their sources: limits.py. What lasts is told until it is over.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 Think of somebody who sits beside the ticker with a hand on the paper: sleeps while it is still, and reads every line that comes.
 
-Contract: begins at now: what was said before the probe was made is not news. Blocks in `poll` for at most `WAIT_S`, so that an idle log costs
-two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict) `journalctl -k -f` is the source,
-and `note` says which it is. Lines that programs wrote into /dev/kmsg are taken as text of a program ("syslog"), not of the kernel:
-anybody may write "Xid" there who is root. What a line means is diagnosis/text.py's business. The time of a finding is that of its record.
-Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way, with or without records' heads.
+Contract: begins at now: what was said before the probe was made is not news. Blocks in `poll` for at most `WAIT_S`, so that an idle log
+costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict) `journalctl -k -f` is
+the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are taken as text of a program ("syslog"), not of the
+kernel: anybody may write "Xid" there who is root. What a line means is diagnosis/text.py's business. The time of a finding is that of its
+record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way, with or without records'
+heads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Limits: from when on the built-in probes call a number a fact, how often they look, and who says so.
 
-Contract: data. `source` names the project or document whose limit it is; "ours" has its reason behind it. Counters of InfiniBand and Ethernet
-are rows, so that one that is missing is added here and nowhere else.
+Contract: data. `source` names the project or document whose limit it is; "ours" has its reason behind it. Counters of InfiniBand and
+Ethernet are rows, so that one that is missing is added here and nowhere else.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Counter(NamedTuple):
 
 
 COUNTERS: Final = (
-    Counter("counters/link_error_recovery", 2, 600, "cordon", "link errors that were recovered from", "kernel ABI; limit as for link_downed"),
+    Counter(
+        "counters/link_error_recovery", 2, 600, "cordon", "link errors that were recovered from", "kernel ABI; limit as for link_downed"
+    ),
     Counter("counters/local_link_integrity_errors", 0, 60, "cordon", "the port's error threshold was passed", "kernel ABI"),
     Counter("counters/excessive_buffer_overrun_errors", 0, 60, "cordon", "buffer overruns in a row", "kernel ABI"),
     Counter("counters/symbol_error", 1000, 600, "cordon", "symbol errors (some are normal on PAM4 links)", "kernel ABI; limit ours"),

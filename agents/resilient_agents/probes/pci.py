@@ -1,8 +1,8 @@
 """PCI: error counters of the bus (AER), and links that have become narrower.
 
-Contract: reads <root>/sys/bus/pci/devices, of accelerators, network and storage controllers (base classes 0x01, 0x02, 0x03, 0x08, 0x12). A counter's
-first reading is its zero. A link is narrow if it was wider since the probe was made, or if most devices of its model are wider; a card in a
-short slot is not. Speed is only told of network controllers: accelerators slow an idle link down to save power.
+Contract: reads <root>/sys/bus/pci/devices, of accelerators, network and storage controllers (base classes 0x01, 0x02, 0x03, 0x08, 0x12). A
+counter's first reading is its zero. A link is narrow if it was wider since the probe was made, or if most devices of its model are wider;
+a card in a short slot is not. Speed is only told of network controllers: accelerators slow an idle link down to save power.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class Pci:
             if severity == "Corrected":
                 if grown > limits.AER_CORRECTED_PER_H.value:
                     text = f"{short(name)}: {grown} corrected bus errors within an hour"
-                    findings.append(Finding(seq=0, kind="aer-corrected", layer="pcie", code="rate", device=short(name), class_="cordon", text=text))
+                    findings.append(
+                        Finding(seq=0, kind="aer-corrected", layer="pcie", code="rate", device=short(name), class_="cordon", text=text)
+                    )
             elif grown:
                 text = f"{short(name)}: {grown} {severity.lower()} bus error(s) within an hour"
                 findings.append(Finding(seq=0, kind="aer", layer="pcie", code=severity, device=short(name), class_="replace", text=text))

@@ -3,10 +3,10 @@
 Think of a reader behind the glass who follows every script at once: he skims pages, reads lines only where a word makes him stop, and
 keeps an unfinished sentence in mind until its end has come.
 
-Contract: scope "run". What a worker wrote before the probe was made is not news; of a worker that came later all is read. A finding carries
-the worker, its rank and its pid. A traceback is judged as one block, with a few lines after it, because the exception says what its stack
-does not. A stream is read `LOOK_BYTES_MAX` at a time; one that gets further ahead than `BEHIND_BYTES_MAX` loses its middle, which is a finding
-"log-skipped". What is not UTF-8 is replaced, what has no end of line is cut.
+Contract: scope "run". What a worker wrote before the probe was made is not news; of a worker that came later all is read. A finding
+carries the worker, its rank and its pid. A traceback is judged as one block, with a few lines after it, because the exception says what
+its stack does not. A stream is read `LOOK_BYTES_MAX` at a time; one that gets further ahead than `BEHIND_BYTES_MAX` loses its middle,
+which is a finding "log-skipped". What is not UTF-8 is replaced, what has no end of line is cut.
 
 Numbers: a stream may write 64 MB/s before it loses anything. 50,000 lines a second that mean nothing: tests/bench/test_probe_cost.py.
 Rejected: inotify (a watch per file, and it says no more than a read that gives nothing, which takes a microsecond).
