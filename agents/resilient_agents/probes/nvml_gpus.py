@@ -1,0 +1,98 @@
+"""NVML GPUs: whether the driver answers, and whether all GPUs are still there.
+
+Think of a roll call: the names are taken down once, in the morning, and after that each is called again; who does not answer is missing,
+whoever else has come meanwhile. If the teacher himself does not come, that is told instead, once.
+
+Contract: the only probe that tells of a driver that cannot be reached (kind "driver-mismatch", "driver") and of a GPU that is lost,
+missing or waits for a reset (kind "gpu-lost", "gpu-reset-required"); it says so while it lasts.
+Expected at the start are the GPUs that the kernel module has and that this name space may use (nvml.py, `given`), which in a container are
+the container's; later those that were there first.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from resilient.core.messages import Class, Finding
+from resilient_agents.devices import pci
+from resilient_agents.probe import Surroundings
+from resilient_agents.probes.nvml import GONE, NOT_FOR_US, TIMEOUT_S, Busy, Card, given, hanging, session
+
+NO_DRIVER: Final[dict[int, tuple[str, str]]] = {  # nvml.h nvmlReturn_t -> kind, text; class cordon: no work can be done here
+    9: ("driver", "the NVIDIA driver is not loaded"),
+    12: ("driver", "the NVIDIA library is gone"),
+    18: ("driver-mismatch", "the NVIDIA driver and its library are of different versions"),
+}
+LOST: Final[dict[int, tuple[str, Class, str]]] = {
+    15: ("gpu-lost", "replace", "the GPU has fallen off the bus"),
+    16: ("gpu-reset-required", "gpu-reset", "the GPU needs a reset before it can be used again"),
+    28: ("gpu-lost", "replace", "the driver does not find the GPU any more"),
+    6: ("gpu-lost", "replace", "the driver does not find the GPU any more"),
+    999: ("gpu-lost", "replace", "the driver cannot say what is the matter with the GPU"),
+}
+
+
+class Gpus:
+    """See the head of this file."""
+
+    name = "nvml-gpus"
+    period_s = 5.0
+    scope = "node"
+    lasting = True
+    timeout_s = TIMEOUT_S
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        """Raises Absent where there is no GPU."""
+        self.session = session(surroundings)
+        self.nvml = self.session.nvml
+        self.device = ""  # whom it is asking now: where a check hangs
+
+    def check(self, now: float) -> list[Finding]:  # noqa: ARG002 - what is missing now is missing, whatever the time
+        """See probe.py."""
+        try:
+            cards = self.session.open()
+        except Busy:
+            return []
+        except self.nvml.NVMLError as error:
+            return [self._no_driver(error)]
+        found = [finding for card in cards if (finding := self._called(card)) is not None]
+        here = {card.gpu.pci for card in cards}
+        absent = [address for address in given(self.session.root) if pci(address) not in here] if all(here) else []
+        found += [self._missing(f"pci:{pci(address)}", "absent", "the kernel module has this GPU, and NVML does not") for address in absent]
+        return found
+
+    def hangs(self, seconds: float) -> Finding:
+        """What it means that a check does not return."""
+        return hanging(self.name, self.device, seconds)
+
+    def _called(self, card: Card) -> Finding | None:
+        """One name of the roll."""
+        self.device = card.gpu.device
+        try:
+            if card.address:
+                card.handle = self.nvml.nvmlDeviceGetHandleByPciBusId(card.address)
+            elif card.handle is None:
+                card.handle = self.nvml.nvmlDeviceGetHandleByIndex(card.gpu.index)
+            self.nvml.nvmlDeviceGetFieldValues(card.handle, [self.nvml.NVML_FI_DEV_PCIE_REPLAY_COUNTER])
+            self.nvml.nvmlDeviceGetTemperature(card.handle, 0)  # a call that goes to the GPU, on every one of them
+        except self.nvml.NVMLError as error:
+            if error.value in NOT_FOR_US and error.value not in LOST:
+                return None
+            if error.value in GONE:
+                card.handle = None  # the others need not ask it
+            kind, class_, text = LOST.get(error.value, ("nvml-error", "ignore", f"NVML error {error.value} ({error})"))
+            return self._finding(kind, str(error.value), self.device, class_, text)
+        finally:
+            self.device = ""
+        return None
+
+    def _missing(self, device: str, code: str, text: str) -> Finding:
+        return self._finding("gpu-lost", code, device, "replace", text)
+
+    def _no_driver(self, error: Exception) -> Finding:
+        code = error.value  # type: ignore[attr-defined]  # NVMLError
+        kind, text = NO_DRIVER.get(code, ("driver", "NVML cannot be initialised"))
+        return self._finding(kind, str(code), "", "cordon", f"{text} (NVML error {code}, {error})", layer="driver")
+
+    def _finding(self, kind: str, code: str, device: str, class_: Class, text: str, layer: str = "gpu") -> Finding:
+        return Finding(seq=0, kind=kind, text=text, probe=self.name, layer=layer, code=code, device=device, class_=class_)
