@@ -67,6 +67,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
+    preflight: Literal["off", "quick", "full"] = "off"  # a start would be seconds later, and a restart is a start: docs/probes.md
+    preflight_timeout_s: Seconds = 60.0  # the full one takes half a minute where torch comes from a slow disk
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
@@ -94,6 +96,8 @@ HELP: Final[dict[str, str]] = {
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
+    "preflight": "Examine this node (resilient doctor) before it takes part; one that fails ends with exit code 3.",
+    "preflight_timeout_s": "Seconds the preflight may take; a node whose preflight takes longer does not take part.",
     "log_level": "How much resilient-run itself says on stderr.",
 }
 

@@ -12,6 +12,7 @@ nothing but files and memory of its own, which are gone afterwards. Ends within 
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
@@ -29,7 +30,6 @@ from resilient_agents.check import Patient
 from resilient_agents.examination import Subject, examine
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterable
     from importlib.metadata import EntryPoint
 
@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-dir", default=Options().memory_dir, metavar="DIR", help="of the shared-memory segments (default: %(default)s)"
     )
     parser.add_argument("--devices", metavar="N,N", help="these CUDA devices only, and not the processor ('' = none)")
+
+
+def main() -> int:
+    """What `preflight` starts: the command alone."""
+    parser = argparse.ArgumentParser(prog="resilient doctor")
+    add_arguments(parser)
+    return command(parser.parse_args())
 
 
 def command(args: argparse.Namespace) -> int:

@@ -214,6 +214,8 @@ def _rows(seat: _Seat, told: Told) -> list[Row]:
         return [seat.row(state="fail", value="failed", text=told.failure)]
     if seat.subject.source == "probe":
         return [_of_finding(seat, finding) for finding in told.findings] or [seat.row(value="nothing found")]
+    if not told.readings:
+        return [seat.row(state="absent", text="nothing here that it could look at")]
     return [seat.row(**{name: getattr(reading, name) for name in Reading.__struct_fields__}) for reading in told.readings]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Final
 
-from resilient_agents.check import Answer, Exercise, Reading, grade
+from resilient_agents.check import Answer, Exercise, ExerciseFailed, Reading, grade
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,12 +63,17 @@ class Matmul:
 
 
 def gpus(patient: Patient) -> dict[int, str]:
-    """The CUDA devices that are to be looked at: number -> as in Finding."""
+    """The CUDA devices that are to be looked at: number -> as in Finding. Raises ExerciseFailed if one that is named is not there."""
     if patient.devices == ():
         return {}
-    found = patient.exercise("resilient_agents.exercises.devices:run", _DEVICES_S)["devices"]
-    wanted = range(len(found)) if patient.devices is None else patient.devices
-    return {it["number"]: it["device"] for it in found if it["number"] in wanted}
+    found = patient.exercise("resilient_agents.exercises.devices:run", _DEVICES_S)
+    there = {it["number"]: it["device"] for it in found["devices"]}
+    if patient.devices is None:
+        return there
+    for number in patient.devices:
+        if number not in there:
+            raise ExerciseFailed(f"gpu:{number} expected, {len(there)} CUDA devices found: {found['error'] or 'it is lost'}")
+    return {number: there[number] for number in patient.devices}
 
 
 def judged(format_: str, devices: Sequence[str], answers: Sequence[Answer]) -> list[Reading]:
