@@ -108,8 +108,7 @@ class _Station:
             seat = _Seat(subject, isolated, time.monotonic())
             self._seats.append(seat)
             self._selector.register(isolated, selectors.EVENT_READ, seat)
-        while any(seat.rows is None for seat in self._seats):
-            self._let_in()
+        while self._let_in():
             for key, _ in self._selector.select(max(0.0, self._deadline() - time.monotonic())):
                 if key.data is None:
                     self._gym_changed()
@@ -127,8 +126,8 @@ class _Station:
 
     # ------------------------------------------------------------------ turns
 
-    def _let_in(self) -> None:
-        """Whoever can, begins."""
+    def _let_in(self) -> bool:
+        """Whoever can, begins. False: there is nobody left."""
         waiting = [seat for seat in self._seats if seat.rows is None and seat.hello is not None and not seat.running]
         if self._gym.state == "shut" and any(seat.hello is not None and seat.hello.torch for seat in waiting):
             self._gym.open()
@@ -145,6 +144,7 @@ class _Station:
             seat.running, seat.since = True, time.monotonic()
             seat.until = seat.since + seat.hello.timeout_s
             seat.isolated.tell(_GO)
+        return any(seat.rows is None for seat in self._seats)
 
     def _without_torch(self, waiting: Sequence[_Seat]) -> None:
         """The first one tells why; the others are not judged."""
