@@ -70,6 +70,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probes: str = "auto"
     probe_root: str = "/"
     probe_socket: str = "/run/resilient/agent.sock"
+    preflight: Literal["off", "quick", "full"] = "off"  # a start would be seconds later, and a restart is a start: docs/probes.md
+    preflight_timeout_s: Seconds = 60.0  # the full one takes half a minute where torch comes from a slow disk
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
@@ -100,6 +102,8 @@ HELP: Final[dict[str, str]] = {
     "probes": "'auto', 'off', the names of those to use, or of those not to use with 'no-' before each ('no-nvml,no-disk').",
     "probe_root": "Where the probes find this node's /proc, /sys and /dev (for recorded machines, and in containers).",
     "probe_socket": "Socket of the node's resilient-agent, used where there is one ('' = never).",
+    "preflight": "Examine this node (resilient doctor) before it takes part; one that fails ends with exit code 3.",
+    "preflight_timeout_s": "Seconds the preflight may take; a node whose preflight takes longer does not take part.",
     "log_level": "How much resilient-run itself says on stderr.",
 }
 

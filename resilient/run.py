@@ -3,7 +3,8 @@
 Contract: the zygote is started before anything else, since it takes longest, and hands back the parsed command line; this process never
 imports torch. Command line, environment and configuration file are read at the start (launcher.py); everything else is told.
 The node that hosts the coordinator runs it in the same event loop, and talks to it over TCP as every other node does.
-Exit codes: 0 the script ended well; 1 it did not, or a signal ended the run (as torchrun); 2 wrong usage, before anything is started.
+Exit codes: 0 the script ended well; 1 it did not, or a signal ended the run (as torchrun); 2 wrong usage, before anything is started;
+3 this node failed its preflight, likewise.
 Which node hosts: `--standalone` this one; `--rdzv-backend static` the one with `--node-rank 0`; `c10d` the first process that can bind the
 endpoint's port on the machine that the endpoint names (torchrun's rule).
 """

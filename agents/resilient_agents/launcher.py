@@ -32,7 +32,7 @@ from resilient.errors import ConfigError, ResilientError, TierUnavailable
 from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
-from resilient_agents import kernel, logs
+from resilient_agents import kernel, logs, preflight
 from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
@@ -68,7 +68,7 @@ def run(nursery: Nursery) -> int:
         return USAGE_EXIT
     except ResilientError as error:
         sys.stderr.write(f"resilient-run: {error}\n")
-        return 1
+        return preflight.UNFIT_EXIT if isinstance(error, preflight.Unfit) else 1
     except (asyncio.CancelledError, KeyboardInterrupt):  # a signal before there was anything to end
         return 1
 
@@ -95,8 +95,8 @@ async def _run(nursery: Nursery) -> int:
         _check_program(launch)
         _check_memory(launch, options)
         _check_rate(options)
-        meeting = meeting_of(launch, options)
-        return await _Node(nursery, launch, options, meeting).run()
+        await preflight.admit(options)  # before there is a port, a run directory or a report of this node
+        return await _Node(nursery, launch, options, meeting_of(launch, options)).run()
     finally:
         await nursery.close()
 

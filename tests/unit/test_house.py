@@ -41,6 +41,7 @@ TORCH_MAY_BE = (
     "resilient_agents.store",
     "resilient_agents.arguments",
     "resilient_agents.script",
+    "resilient_agents.exercises.",
 )
 CORE_MAY_IMPORT = {
     "__future__",

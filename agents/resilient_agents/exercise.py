@@ -1,0 +1,86 @@
+"""Exercise: a process with torch loaded, in which the exercises of checks are done.
+
+Think of a gym: opening it takes a while, so it is opened once; whoever trains has a cabin of his own, and a dumb-bell dropped there is
+heard nowhere else.
+
+Contract: serves one request on each connection of a listening socket: calls "module:function" with keyword arguments in a fork of this
+process and sends back what it returned, or why it did not. This process itself does no tensor operation and no CUDA call, so that forks
+find nothing half-done (zygote.py tells more). Whoever hangs up ends his exercise. The socket lies in a directory that is the owner's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import select
+import socket
+import sys
+from typing import Final
+
+import msgspec
+
+from resilient_agents import kernel
+from resilient_agents.check import Answer, Exercise
+from resilient_agents.isolation import MESSAGE_BYTES, Isolated
+
+BOOT: Final = "import sys; sys.path = [p for p in sys.path if p]; from resilient_agents.exercise import main; main()"
+READY: Final = b"1"
+_HUNG_UP: Final = select.POLLHUP | select.POLLRDHUP | select.POLLERR
+
+
+def main() -> None:
+    """Serve until the doctor is gone. Arguments: descriptors of the listening socket and of who waits for torch, the doctor's pid."""
+    listener, ready, doctor = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+    kernel.die_with(doctor)
+    importlib.import_module("torch.distributed")
+    os.write(ready, READY)  # and kept open: its end tells of ours
+    _Gym(listener).run()
+
+
+class _Gym:
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._cabins: dict[int, tuple[Isolated, socket.socket]] = {}  # by both descriptors
+        self._poll = select.poll()
+
+    def run(self) -> None:
+        self._poll.register(self._listener, select.POLLIN)
+        while True:
+            for fd, events in self._poll.poll():
+                if fd == self._listener.fileno():
+                    self._begin(self._listener.accept()[0])
+                elif fd in self._cabins:
+                    cabin, line = self._cabins[fd]
+                    if fd == cabin.fileno():
+                        self._finish(cabin, line, cabin.hear())
+                    elif events & _HUNG_UP:
+                        self._finish(cabin, line, None)
+
+    def _begin(self, line: socket.socket) -> None:
+        data = line.recv(MESSAGE_BYTES)
+        if not data:
+            line.close()
+            return
+        cabin = Isolated(lambda answer_to: _do(data, answer_to))
+        for fd, events in ((cabin.fileno(), select.POLLIN), (line.fileno(), select.POLLRDHUP)):
+            self._cabins[fd] = (cabin, line)
+            self._poll.register(fd, events)
+
+    def _finish(self, cabin: Isolated, line: socket.socket, answer: bytes | None) -> None:
+        """answer: b"" = it ended without one; None = nobody waits for it any more."""
+        for fd in (cabin.fileno(), line.fileno()):
+            del self._cabins[fd]
+            self._poll.unregister(fd)
+        how = cabin.end(kill=answer is None)
+        if answer is not None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # he has just left
+                line.send(answer or msgspec.msgpack.encode(Answer(failure=how or "ended without an answer")))
+        line.close()
+
+
+def _do(request: bytes, line: socket.socket) -> None:
+    exercise = msgspec.msgpack.decode(request, type=Exercise)
+    module, _, name = exercise.call.partition(":")
+    value = getattr(importlib.import_module(module), name)(**exercise.arguments)
+    line.send(msgspec.msgpack.encode(Answer(value=value)))

@@ -1,0 +1,1 @@
+"""What checks have done by a process with torch (exercise.py)."""
