@@ -65,6 +65,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     data_rate: BytesPerS = 0
     data_transport: str = "tcp"
     token_file: str = ""
+    policy: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
     probes: str = "auto"
@@ -97,6 +98,7 @@ HELP: Final[dict[str, str]] = {
     "data_rate": "Bytes per second that this node sends to keep copies elsewhere, such as 500MB; 0 = as fast as it goes.",
     "data_transport": "How copies of state go from memory to memory: 'tcp', or what a package has registered (resilient.transports).",
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
+    "policy": "TOML file over the rules by which findings of probes are judged (resilient/policy.toml).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
     "probes": "'auto', 'off', the names of those to use, or of those not to use with 'no-' before each ('no-nvml,no-disk').",

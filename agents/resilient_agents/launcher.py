@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from resilient import config
+from resilient import config, rulebook
 from resilient.checkpoint import memory, room, transport
 from resilient.checkpoint.haul import RATE_MIN
 from resilient.checkpoint.retention import Keep
@@ -95,6 +95,7 @@ async def _run(nursery: Nursery) -> int:
         _check_program(launch)
         _check_memory(launch, options)
         _check_rate(options)
+        rulebook.load(options.policy)  # what is wrong with it is said on every node, before anything is started
         await preflight.admit(options)  # before there is a port, a run directory or a report of this node
         return await _Node(nursery, launch, options, meeting_of(launch, options)).run()
     finally:
@@ -313,13 +314,12 @@ class _Node:
             copies=options.copies,
             parity=options.parity,
             term=time.time_ns(),
+            rules=rulebook.load(options.policy),
         )
 
     def _position(self) -> int:
         """Of this node among all; NONE where only the order of coming tells."""
-        if self._meeting.alone:
-            return 0
-        return self._launch.node_rank if self._launch.backend == "static" else NONE
+        return 0 if self._meeting.alone else self._launch.node_rank if self._launch.backend == "static" else NONE
 
     def _agent_settings(self, node: str, data_host: str, data_port: int, position: int, *, hosts: bool) -> AgentSettings:
         launch, options = self._launch, self._options

@@ -23,8 +23,10 @@ from resilient.core import machine as m
 from resilient.core import sheets
 from resilient.core.crew import Crew, Findings, Place, Worker
 from resilient.core.messages import (
+    NONE,
     Assignment,
     Fenced,
+    Finding,
     Join,
     Layout,
     Leave,
@@ -70,6 +72,8 @@ class Agent:
         self._acted_s = 0.0
         self._evidence = 0  # newest incident whose stacks were saved
         self._standbys_lost = 0  # in a row
+        self._devices = settings.devices
+        self._admitted, self._admission = not settings.gated, "its checks have not passed yet" if settings.gated else ""
         self._began: float | None = None
         self._heard: float | None = None  # when the coordinator last said something
         self._store_at: float | None = None  # when to start the store
@@ -140,8 +144,11 @@ class Agent:
             case m.Warned():
                 self._findings.add("warning", now, None, self.acted, text=event.text)
             case m.Probed():
-                for finding in event.findings:
-                    self._findings.take(finding, self.acted)
+                self._findings.take([self._attribute(finding) for finding in event.findings], now, self.acted)
+            case m.Devices():
+                self._devices = event.local_ranks
+            case m.Admitted():
+                self._admitted, self._admission = event.passed, event.why
             case m.Stop():
                 self._leaving = True
                 self._wind_down(1, f"signal {event.signal}", now, event.signal)
@@ -449,6 +456,18 @@ class Agent:
 
     # ------------------------------------------------------------------ small things
 
+    def _attribute(self, finding: Finding) -> Finding:
+        """Say whose a probe's finding is: of the worker that it names, or of those that sit on its device."""
+        if finding.rank != NONE:
+            return msgspec.structs.replace(finding, ranks=(finding.rank,)) if finding.ranks is None else finding
+        ranks = self.crew.on(finding.device, self._devices)
+        if ranks is None or len(ranks) != 1:
+            return msgspec.structs.replace(finding, ranks=ranks)
+        place = self.crew.places.get(ranks[0])
+        worker = place.worker if place is not None else None
+        about = {"worker": worker.name, "pid": worker.pid} if worker is not None else {}
+        return msgspec.structs.replace(finding, ranks=ranks, rank=ranks[0], **about)
+
     def _fault(self, kind: str, now: float, worker: Worker, **more: object) -> None:
         """Something that breaks the round in force."""
         self._findings.add(kind, now, worker, self.acted, **more)
@@ -475,7 +494,7 @@ class Agent:
             self._out.append(m.Kill(worker=worker.name, signal=SIGKILL))
 
     def _forget(self, worker: Worker) -> None:
-        self.crew.workers.pop(worker.name, None)
+        self.crew.forget(worker)
         if worker.asked:
             self._out.append(m.Forget(worker=worker.name))
 
@@ -533,6 +552,8 @@ class Agent:
             assigned=self.assignment.seq if self.assignment else 0,
             acted_s=self._acted_s,
             managed=self._managed,
+            admitted=self._admitted,
+            admission="" if self._admitted else self._admission,
         )
         sketch = sheets.sketch(report)
         if sketch == self._sketch and now < self._report_at and not over:

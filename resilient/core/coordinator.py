@@ -24,6 +24,7 @@ import msgspec
 from resilient.core import fleet, lines
 from resilient.core.audits import Audits
 from resilient.core.cadence import Cadence
+from resilient.core.cause import Seen
 from resilient.core.commits import Commits
 from resilient.core.court import Court
 from resilient.core.fleet import Node
@@ -44,11 +45,13 @@ from resilient.core.machine import (
     Tick,
 )
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
+from resilient.core.moves import Closed, find
 from resilient.core.placement import Room, in_order, seat_all
 from resilient.core.policy import TABLE, UNKNOWN, Verdict
 from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
+from resilient.core.triage import Taken, Triage
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
 REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
@@ -61,6 +64,7 @@ MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner 
 STATUS_S = 1.0
 QUIET_FROM, QUIET_STEP_S, QUIET_MAX_S = 3, 1.0, 30.0  # after so many fruitless rounds, wait longer before each next one
 FOREIGN_S = 60.0  # a group that does not use this library has come somewhere when it has run this long
+FAILURES = ("exit", "exception", "stopped", "fork_failed")  # of a worker; what was seen around one explains it
 LISTED = 64  # ranks named in one line of events.jsonl
 NEVER = float("inf")
 
@@ -83,6 +87,11 @@ class Coordinator:
         self.exit_code, self.message = 0, ""
         self._managed = False  # the script uses this library
         self._court = Court(settings)
+        self._triage = Triage(settings.rules, settings.run)
+        self._unfit: set[str] = set()  # nodes that live and are not admitted
+        self._restless = False  # somebody may have to move, or have room to
+        self._wave = False  # with the round in force somebody went to another node: others may follow
+        self._past: Incident | None = None  # the last one that was closed: it may yet be explained
         self._commits = Commits()
         self._cadence = Cadence(every=settings.checkpoint_every, auto=settings.checkpoint_auto, budget=settings.checkpoint_budget)
         self._audits = Audits()
@@ -136,14 +145,14 @@ class Coordinator:
     def deadline(self) -> float | None:
         """See core/machine.py."""
         earliest = self._leases.earliest()
-        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest)
+        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest, self._triage.cordons.due())
         return None if self.stage == "over" else at
 
     def status(self) -> lines.Status:
         """What status.json says now."""
         checkpoint = self._cadence.status(len(self.round.ranks), self._now) if self.settings.checkpoints else None
-        places, replicas = self.round.seating.places, self._audits.status()
-        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas)
+        places, replicas, cordoned = self.round.seating.places, self._audits.status(), self._triage.cordons.nodes
+        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas, cordoned)
 
     # ------------------------------------------------------------------ a report
 
@@ -173,7 +182,8 @@ class Coordinator:
             self.nodes[report.node] = Node(report.node, len(self.nodes), report, now, since={report.boot: now})
             self._leases.lease_s = max(self.settings.lease_s, LEASE_REPORTS * self._report_s())
             self._leases.touch(report.node, now)
-            self._lack = ""  # a new node may have the room that a chair waits for
+            self._room_changed()
+            self._heed_admission(report)
             return None
         if report.boot in node.past or (report.boot == node.report.boot and report.seq <= node.report.seq):
             return None
@@ -186,15 +196,31 @@ class Coordinator:
             if node.assignment is not None:
                 node.assignment = msgspec.structs.replace(node.assignment, seen=0)
         if not node.alive:
-            node.alive, self._lack = True, ""
+            node.alive = True
+            self._room_changed()
             self._lost -= 1
             if self.stage == "broken" and node.name in self.round.ranks:
                 self._unfenced.add(node.name)
         if report.store != node.report.store:
             self._lack = ""
+        if (report.slots, report.spares) != (node.report.slots, node.report.spares):
+            self._room_changed()
+        self._heed_admission(report)
         before, node.report, node.heard = node.report, report, now
         self._leases.touch(report.node, now)
         return before
+
+    def _room_changed(self) -> None:
+        """A node may have the room that a chair waits for, or that somebody was to move to."""
+        self._lack, self._restless = "", True
+        self._triage.cordons.changed()
+
+    def _heed_admission(self, report: Report) -> None:
+        if report.admitted and report.node in self._unfit:
+            self._unfit.discard(report.node)
+            self._room_changed()
+        elif not report.admitted:
+            self._unfit.add(report.node)
 
     def _report_s(self) -> float:
         return min(REPORT_S_MAX, 1.0 + len(self.nodes) // REPORTS_S)
@@ -210,13 +236,15 @@ class Coordinator:
         seen = node.assignment.seen if node.assignment else 0
         news = [f for f in report.findings if f.seq > seen]
         news.sort(key=lambda f: (f.exit_code or 0) >= 0)  # who was killed comes first: the errors of others follow from it
-        verdicts = [self._judge(f, node, now) for f in news]
+        probed = [self._triage_one(f, node, now) for f in news if f.probe or f.class_]  # first: they may explain the others
+        verdicts = [self._judge(f, node, now) for f in news if not (f.probe or f.class_)]
         refused = self._refuse(node) if before is None or report.refused != before.refused else []
         if self.stage == "seated" and (report.fenced >= self.round.number or refused):
             self._break(now)
         if self.incident is not None:
             for finding, verdict in (*verdicts, *refused):
                 self.incident.take(finding, verdict, node.name)
+        self._explain([taken.seen for taken in probed if taken is not None and taken.seen is not None], now)
         if self.stage == "broken" and report.fenced >= self.round.fence:
             self._unfenced.discard(node.name)
         self._commit(node, before, now)
@@ -243,7 +271,10 @@ class Coordinator:
         """Whether replicas are still equal."""
         wish, places, leader = self._audits.wish, self.round.seating.places, self.nodes.get(self.settings.leader)
         for finding in self._audits.take(node.report, before, len(places), now, leads=node is leader):
-            self._tell_finding(finding, TABLE[finding.kind], places[finding.rank].node if finding.rank in places else node.name)
+            verdict = self._triage.heed(finding, TABLE[finding.kind])
+            self._tell_finding(finding, verdict, places[finding.rank].node if finding.rank in places else node.name)
+            if verdict.verdict == "halt":
+                self._end("failed", 1, f"rank {finding.rank}: {verdict.why}\n{finding.text}".rstrip(), now)
         if self._audits.wish is not wish and leader is not None:
             self._send(leader, now)
 
@@ -261,8 +292,14 @@ class Coordinator:
 
     def _judge(self, finding: Finding, node: Node, now: float) -> tuple[Finding, Verdict]:
         chair = node.chair(finding.rank) if finding.rank in self.round.ranks.get(node.name, ()) else None
-        verdict = self._court.judge(finding, chair, now, managed=self._managed)
+        failure, fails = (node.name, finding.rank), finding.kind in FAILURES and not finding.consequence
+        explained = self._triage.explain(failure, now) if fails else None
+        verdict = self._court.judge(finding, chair, now, managed=self._managed, explained=explained)
+        verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
+        if fails:
+            for seen, moved in self._triage.failed(failure, now):
+                self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)
         if finding.kind == "warning":
@@ -270,6 +307,33 @@ class Coordinator:
         if finding.kind == "stopped" and self._managed:
             self._evidence = self.round.number
         return finding, verdict
+
+    def _triage_one(self, finding: Finding, node: Node, now: float) -> Taken | None:
+        """What a probe saw. None: it was there before, and is only counted."""
+        taken = self._triage.take(finding, node.name, now, self.nodes, self.round.seating.places)
+        told = taken.told and (self.incident is None or finding.role == "cause")
+        if told:
+            self._tell_finding(taken.finding, taken.verdict, taken.node)
+        elif self.incident is not None:
+            self.incident.consequences += finding.count
+        for closed in taken.opened:
+            self._tell(lines.NodeOpened(node=closed.node, kind=closed.wish.finding.kind, device=closed.wish.finding.device))
+            self._restless = True
+        if taken.shared is not None:
+            self._tell(lines.finding(taken.shared, ""))
+        if taken.verdict.verdict == "halt":
+            self._end("failed", 1, f"{taken.node}: {finding.kind} {finding.code}: {taken.verdict.why}\n{finding.text}".rstrip(), now)
+        return taken if told else None
+
+    def _explain(self, seen: list[Seen], now: float) -> None:
+        """Probes have seen something that may be the cause of what is open, or was a moment ago."""
+        if self.incident is not None:
+            if not self.incident.heard:
+                self.incident.heard = True
+                seen = self._triage.casebook.lately(now)
+            self.incident.explain(seen)
+        elif seen and self._past is not None and self._past.still(now, self._triage.book.limits.after_s) and self._past.explain(seen):
+            self._tell(self._past.explained())
 
     def _refuse(self, node: Node) -> list[tuple[Finding, Verdict]]:
         """Copies that were refused; those that the round in force is built upon are returned."""
@@ -287,6 +351,10 @@ class Coordinator:
             self._gather(now)
         if self.stage == "seated" and self._court.standstill.found:
             self._find_culprit(now)
+        if self.stage in ("seated", "broken"):
+            self._close_nodes(now)
+        if self.stage == "seated" and self._restless and self._managed:
+            self._move(now)
         if self.stage == "seated":
             if not self.round.uncommitted and (self.state == "forming" or self.incident):
                 self._settle(now)  # also where a report says at once that its ranks have committed, and are at their end
@@ -303,6 +371,46 @@ class Coordinator:
             self.stage = "over"
             self._out.append(Finish(exit_code=self.exit_code, message=self.message))
 
+    def _close_nodes(self, now: float) -> None:
+        """Carry out what verdicts asked for and the pace allows."""
+        cordons = self._triage.cordons
+        if now < cordons.due():
+            return
+        pending = len(cordons.wishes)
+        for closed in cordons.act(now, {n.name: n.report.failure_domain for n in self._alive()}):
+            wish = closed.wish
+            line = lines.NodeCordoned(
+                node=wish.node, kind=wish.finding.kind, device=wish.finding.device, verdict=wish.verdict, why=wish.finding.text
+            )
+            self._tell(line)
+            self._ask(now)  # what lies in its memory may be lost with it
+        self._restless = self._restless or len(cordons.wishes) < pending
+
+    def _move(self, now: float) -> None:
+        """Some sit on a broken device: if there is room for them elsewhere, they go now."""
+        self._restless = False
+        closed = self._closed()
+        if not closed.leaving:
+            return
+        reports = {n.name: n.report for n in self._alive()}
+        moves = find(self.round.seating.places, reports, closed, {})
+        movers = sorted(moves.moved & closed.leaving.keys())
+        if not movers:
+            return
+        places = self.round.seating.places
+        wish = self._triage.cordons.moving(places[movers[0]])
+        self._break(now)
+        assert self.incident is not None
+        finding = msgspec.structs.replace(wish.finding, rank=movers[0], age_s=now - wish.since)
+        self.incident.take(finding, Verdict(verdict="evict", why=wish.why), wish.node)
+        self._explain([], now)
+
+    def _closed(self) -> Closed:
+        """Where nobody may come."""
+        cordons = self._triage.cordons
+        leaving = cordons.leaving(self.round.seating.places)
+        return Closed(unfit=frozenset(self._unfit), broken=cordons.broken(), cordoned=cordons.nodes, leaving=leaving)
+
     def _finish(self, now: float) -> None:
         """All ranks have finished: the last checkpoint's marker is awaited, but not for ever."""
         self._finish_by = min(self._finish_by, now + MARKER_S)
@@ -313,7 +421,7 @@ class Coordinator:
         began = self._began or 0.0
         match self.stage:
             case "gathering":
-                calling = self._enough is not None and len(self.nodes) - self._lost < self.settings.nodes_max
+                calling = self._enough is not None and self._came() < self.settings.nodes_max
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
                 due = self._court.standstill.due()
@@ -327,14 +435,23 @@ class Coordinator:
             case "over":
                 return NEVER
 
+    def _came(self) -> int:
+        """How many nodes live and may take ranks."""
+        return len(self.nodes) - self._lost - len(self._unfit)
+
+    def _refusals(self) -> str:
+        """Nodes that may not take ranks, and why."""
+        names = sorted(self._unfit)[:8]
+        return "".join(f"; {name} is not admitted: {self.nodes[name].report.admission or 'no reason given'}" for name in names)
+
     def _gather(self, now: float) -> None:
         s, began = self.settings, self._began or 0.0
-        came = len(self.nodes) - self._lost
+        came = self._came()
         self._enough = None if came < s.nodes_min else self._enough if self._enough is not None else now
         called = self._enough is not None and (came >= s.nodes_max or now >= self._enough + s.last_call_s)
         leader = self.nodes.get(s.leader)
         if called and leader is not None and leader.alive and leader.report.store and leader.report.available is not None:
-            alive = self._alive()
+            alive = [n for n in self._alive() if n.name not in self._unfit]
             first = sorted(alive, key=lambda n: (n is not leader, n.joined))[: s.nodes_max]
             rooms = in_order([Room(node=n.name, slots=n.report.slots, node_rank=n.report.node_rank, joined=i) for i, n in enumerate(first)])
             self.round.seating = Seating(places=seat_all(rooms))
@@ -346,7 +463,7 @@ class Coordinator:
             self._decide(now)
         elif now >= began + s.join_timeout_s:
             lack = "the leader has no store, or could not list the checkpoints"
-            lack = f"{came} of {s.nodes_min} nodes came" if came < s.nodes_min else lack
+            lack = f"{came} of {s.nodes_min} nodes came{self._refusals()}" if came < s.nodes_min else lack
             self._end("failed", 1, f"the run did not start within {s.join_timeout_s:.0f} s: {lack}", now)
 
     def _break(self, now: float) -> None:
@@ -365,7 +482,7 @@ class Coordinator:
         if self._unfenced or self._lack:
             return NEVER
         quiet = min(QUIET_MAX_S, QUIET_STEP_S * (self._fruitless - QUIET_FROM + 1)) if self._fruitless >= QUIET_FROM else 0.0
-        vague = self.incident is not None and self.incident.cause == "suspect" and not self._anybody_gone()
+        vague = self.incident is not None and self.incident.symptom == "suspect" and not self._anybody_gone()
         return (self._began or 0.0) + max(quiet, self.settings.suspect_s if vague else self.settings.settle_s)
 
     def _anybody_gone(self) -> bool:
@@ -390,6 +507,7 @@ class Coordinator:
             committed=self._commits.committed,
             poison=self._court.poison,
             doubted=self._audits.doubted,
+            closed=self._closed(),
         )
         seating = seat(hall)
         if seating.error:
@@ -404,12 +522,15 @@ class Coordinator:
         self._patience = min(self._patience, now + self.settings.join_timeout_s)
         self._lack = "there was no store"
         if homeless:
-            self._lack = f"no node had room for ranks {_listed(homeless)} (start another node, or raise --standbys)"
+            advice = "(start another node, or raise --standbys)"
+            self._lack = f"no node had room for ranks {_listed(homeless)} {advice}{self._refusals()}"
             finding = Finding(seq=0, kind="no_room", rank=homeless[0], round=self.round.number, text=self._lack)
             self._tell_finding(finding, TABLE["no_room"], "")
 
     def _seat(self, seating: Seating, now: float) -> None:
         """The round is decided: send it out."""
+        stood = self.round.seating.places
+        self._wave = any(stood[r].node != p.node for r, p in seating.places.items())
         self.round.seat(seating, {n.name: n.report for n in self._alive()})
         self.stage, self._began = "seated", now
         self._lack, self._patience = "", NEVER
@@ -441,7 +562,8 @@ class Coordinator:
         if self.incident is not None:
             closed = self.incident.close((n.report for n in self._alive()), self.round.number, now)
             self._tell(closed)
-            self.incident = None
+            self._past, self.incident = self.incident, None
+            self._restless = self._restless or self._wave
             if closed.cause == "node_lost" or closed.restored_from == "persistent":
                 self._cadence.failed()
 
@@ -462,6 +584,9 @@ class Coordinator:
                 node = self.round.seating.places[finding.rank].node if blamed else ""
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
+                for seen, moved in self._triage.failed((node, finding.rank), now) if blamed else ():
+                    self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
+            self._explain([], now)
 
     def _on_node_up(self, name: str, now: float) -> None:
         node = self.nodes.get(name)
@@ -476,6 +601,8 @@ class Coordinator:
             return
         node.alive, node.stale = False, True
         self._lost += 1
+        self._unfit.discard(name)
+        self._triage.cordons.changed()
         self._leases.drop(name)
         self._unfenced.discard(name)
         self._unheard.discard(name)
@@ -491,6 +618,7 @@ class Coordinator:
         )
         self._tell_finding(finding, TABLE["node_lost"], name)
         self.incident.take(finding, TABLE["node_lost"], name)
+        self._explain([], now)
 
     def _part(self, text: str, now: float) -> None:
         """Told to stop: the workers are ended, and what lies sealed in memory is brought to safety first."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from resilient.core.cause import Seen
 from resilient.core.culprit import Blame, Standstill
 from resilient.core.ledger import Poison
 from resilient.core.machine import CoordinatorSettings
@@ -30,11 +31,14 @@ class Court:
         self._policy = Policy(settings.max_restarts)
         self._judged = 0  # newest round of which a finding was judged
 
-    def judge(self, finding: Finding, chair: Chair | None, now: float, *, managed: bool) -> Verdict:
-        """The verdict, written into the books. chair: the one that the finding is about, if its node holds it in the round in force."""
+    def judge(self, finding: Finding, chair: Chair | None, now: float, *, managed: bool, explained: Seen | None = None) -> Verdict:
+        """The verdict, written into the books. chair: the one that the finding is about, if its node holds it in the round in force.
+
+        explained: what a probe saw of its rank, a moment ago.
+        """
         first = finding.round > self._judged
         self._judged = max(self._judged, finding.round)
-        verdict = self._policy.judge(finding, managed=managed, first=first)
+        verdict = self._policy.judge(finding, managed=managed, first=first, explained=explained)
         if verdict.verdict == "replace" and finding.worker:
             self.condemned.add(finding.worker)
         if finding.kind == "unrecorded":

@@ -9,6 +9,7 @@ nobody needs its page any more. A chair outlives its workers: layout and seals b
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +19,7 @@ from resilient.core.machine import Seals
 from resilient.core.messages import NONE, Chair, ChairState, Finding, Layout, Pace, Raised, Record, Seated, Standby, StandbyState
 
 FINDINGS_MAX = 256
+GONE_MAX = 64  # processes that are gone and whose numbers are remembered: the kernel's word of them may come later
 TEXT_MAX = 16 << 10
 
 
@@ -118,6 +120,7 @@ class Crew:
     first_step_timeout_s: float
     workers: dict[str, Worker] = field(default_factory=dict)
     places: dict[int, Place] = field(default_factory=dict)  # by rank
+    gone: dict[int, tuple[str, int]] = field(default_factory=dict)  # pid -> worker and its rank, the last ones
     _count: int = 0
 
     def hire(self, role: str, rank: int, local_rank: int) -> Worker:
@@ -126,6 +129,38 @@ class Crew:
         name = f"{self.prefix}{self._count}"
         self.workers[name] = worker = Worker(name, role, rank, local_rank, Watch(self.first_step_timeout_s))
         return worker
+
+    def forget(self, worker: Worker) -> None:
+        """It is dead, and nobody needs its page."""
+        self.workers.pop(worker.name, None)
+        if worker.pid:
+            self.gone[worker.pid] = (worker.name, worker.rank)
+            while len(self.gone) > GONE_MAX:
+                del self.gone[next(iter(self.gone))]
+
+    def on(self, device: str, devices: Mapping[str, int]) -> tuple[int, ...] | None:
+        """Ranks that sit on this device; () = nobody of the run does; None = it is no one's in particular, or not known whose.
+
+        devices: those whose local rank is known.
+        """
+        ranks: set[int] = set()
+        known = False
+        for part in filter(None, device.split(",")):
+            form, _, name = part.partition(":")
+            number = int(name) if name.isascii() and name.isdigit() else NONE
+            local_rank = devices.get(part, number if form in ("gpu", "npu", "local_rank") else NONE)
+            if form == "rank" and number != NONE:
+                found = {number} if number in self.places or any(r == number for _, r in self.gone.values()) else set()
+            elif form == "pid" and number != NONE:
+                found = {w.rank for w in self.workers.values() if w.pid == number and self.place_of(w) is not None}
+                found |= {self.gone[number][1]} if number in self.gone else set()
+            elif local_rank != NONE:
+                found = {p.rank for p in self.places.values() if p.local_rank == local_rank}
+            else:
+                continue
+            known = True
+            ranks |= found
+        return tuple(sorted(ranks)) if known else None
 
     def place_of(self, worker: Worker) -> Place | None:
         """The chair it holds."""
@@ -157,13 +192,26 @@ class Findings:
         fields = {"t": now, "step": record.step if record else NONE, "round": round_, **about, **more}
         fields["text"] = str(fields.get("text", ""))[:TEXT_MAX]
         self.unheard.append(Finding(seq=self.last, kind=kind, **fields))  # type: ignore[arg-type]
-        del self.unheard[:-FINDINGS_MAX]
+        self._trim()
 
-    def take(self, finding: Finding, round_: int) -> None:
-        """Note what a probe saw."""
-        self.last += 1
-        self.unheard.append(msgspec.structs.replace(finding, seq=self.last, round=round_, text=finding.text[:TEXT_MAX]))
-        del self.unheard[:-FINDINGS_MAX]
+    def take(self, findings: Iterable[Finding], now: float, round_: int) -> None:
+        """Note what probes saw: what is the same counts as one. One that does not know when it was is of now."""
+        alike: dict[tuple[object, ...], Finding] = {}
+        for finding in findings:
+            key = (finding.probe, finding.kind, finding.code, finding.device, finding.class_, finding.role, finding.clears)
+            before = alike.get(key)
+            alike[key] = finding if before is None else msgspec.structs.replace(before, count=before.count + finding.count)
+        for finding in alike.values():
+            self.last += 1
+            about = {"seq": self.last, "round": round_, "text": finding.text[:TEXT_MAX], "t": finding.t or now}
+            self.unheard.append(msgspec.structs.replace(finding, **about))
+        self._trim()
+
+    def _trim(self) -> None:
+        """Too many: what explains nothing goes first, then what probes saw; what happened to workers stays longest."""
+        while len(self.unheard) > FINDINGS_MAX:
+            worth = [(not f.probe) * 2 + (f.role == "cause") for f in self.unheard]
+            del self.unheard[worth.index(min(worth))]
 
     def heard(self, seq: int) -> None:
         """The coordinator took in everything up to this one."""

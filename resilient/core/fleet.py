@@ -67,6 +67,7 @@ def status(
     places: Mapping[int, Place],
     checkpoint: lines.CheckpointStatus | None,
     replicas: lines.ReplicasStatus | None,
+    cordoned: Collection[str] = (),
 ) -> lines.Status:
     """What status.json says. O(ranks)."""
     chairs = {(n.name, c.rank): c for n in nodes for c in n.report.chairs}
@@ -85,4 +86,5 @@ def status(
         standbys=tuple(standbys),
         checkpoint=checkpoint,
         replicas=replicas,
+        cordoned=tuple(sorted(cordoned)),
     )

@@ -4,7 +4,8 @@ Think of the report of a fire brigade: when it burned, when the call came, when 
 by the clock of the house where it happened, and only differences within one house are used.
 
 Contract: an incident is named by the round that broke; later faults before it is closed belong to it. The phases follow each other, so
-`downtime_s` is their sum:
+`downtime_s` is their sum. The cause is what a probe saw around the fault and what explains it (cause.py), also when that is heard last;
+where no probe saw anything, the gravest of the faults themselves. Everything else is a consequence, and counted.
 detect   fault -> its agent saw it             (agent's clock: the finding's age in the first report)
 decide   first report -> the last round is out (coordinator's clock; attempts that broke again count here)
 regroup, restore, replay                       (each node's clock, since its agent acted on the round; the last rank counts)
@@ -15,11 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from resilient.core.lines import IncidentClosed
+from resilient.core.cause import Failure, Seen, pick
+from resilient.core.lines import IncidentClosed, IncidentExplained
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
 from resilient.core.policy import Verdict
 
-_WEIGHT = {"ignore": 0, "watch": 1, "restart": 2, "replace": 3, "halt": 4}  # which of several findings is called the cause
+_WEIGHT = {"ignore": 0, "watch": 1, "cordon": 2, "restart": 3, "replace": 4, "evict": 5, "halt": 6}  # which of several is the cause
+COMPLAINTS = ("suspect", "stalled")  # of those that wait for somebody else, as like as not
+EVIDENCE_MAX, SEEN_MAX = 16, 256
+TEXT_MAX = 160
 
 
 @dataclass(slots=True)
@@ -38,15 +43,69 @@ class Incident:
     reached: int = NONE  # the newest step that every rank was known to have completed
     plan: Plan = field(default_factory=Plan)  # of the newest round
     known: bool = True  # steps are known (the group uses this library)
+    symptom: str = "suspect"  # what it opened with, or the gravest fault since
+    culprit: Seen | None = None  # what explains it
+    consequences: int = 0
+    heard: bool = False  # what was seen before it
+    closed: float | None = None
     _weight: int = -1
+    _failures: list[Failure] = field(default_factory=list)
+    _complaints: list[Failure] = field(default_factory=list)
+    _seen: list[Seen] = field(default_factory=list)
 
     def take(self, finding: Finding, verdict: Verdict, node: str) -> None:
         """A finding that belongs to it; the first one of the greatest weight is the cause."""
+        self.consequences += finding.count
+        failures = self._complaints if finding.consequence or finding.kind in COMPLAINTS else self._failures
+        if len(failures) < SEEN_MAX:
+            failures.append((node, NONE if finding.kind == "node_lost" else finding.rank))
         weight = 0 if finding.consequence else _WEIGHT[verdict.verdict]
         if weight > self._weight:
             self._weight = weight
-            self.cause, self.rank, self.node, self.pid = finding.kind, finding.rank, node, finding.pid
-            self.verdict, self.detect_s = verdict.verdict, max(0.0, finding.age_s)
+            self.symptom, self.rank, self.node, self.pid = finding.kind, finding.rank, node, finding.pid
+            self.cause, self.verdict, self.detect_s = finding.kind, verdict.verdict, max(0.0, finding.age_s)
+        self._explain()
+
+    def explain(self, seen: Iterable[Seen]) -> bool:
+        """What probes saw, before it or since; True if that changes the cause."""
+        before = self.culprit
+        for it in seen:
+            self.consequences += it.finding.count
+            if len(self._seen) < SEEN_MAX:
+                self._seen.append(it)
+        self._explain()
+        return self.culprit is not before
+
+    def _explain(self) -> None:
+        self.culprit = pick(self._failures or self._complaints, self._seen)
+        if (it := self.culprit) is not None:
+            if it.finding.rank != NONE or it.node != self.node:
+                self.rank, self.pid = it.finding.rank, it.finding.pid
+            self.cause, self.node = it.finding.kind, it.node
+            self.verdict = max(self.verdict, it.verdict, key=_WEIGHT.__getitem__)
+
+    def still(self, now: float, after_s: float) -> bool:
+        """Whether it was closed so lately that what is heard now may be its cause."""
+        return self.closed is not None and now - self.closed <= after_s
+
+    def explained(self) -> IncidentExplained:
+        """The cause, as it is known after all."""
+        it = self.culprit
+        assert it is not None, "somebody explained it"
+        return IncidentExplained(
+            incident=self.number,
+            cause=it.finding.kind,
+            rank=it.finding.rank,
+            node=it.node,
+            device=it.finding.device,
+            class_=it.class_,
+            why=it.why,
+            evidence=self._evidence(),
+        )
+
+    def _evidence(self) -> tuple[str, ...]:
+        order = sorted(self._seen, key=lambda it: (it is not self.culprit, it.at))
+        return tuple(f"{it.node}: {it.name}: {it.finding.text}"[:TEXT_MAX] for it in order[:EVIDENCE_MAX])
 
     def decide(self, plan: Plan, reached: int, now: float) -> None:
         """A round is out."""
@@ -55,6 +114,8 @@ class Incident:
 
     def close(self, reports: Iterable[Report], round: int, now: float) -> IncidentClosed:
         """Every rank has committed in `round`."""
+        self.closed = now
+        it = self.culprit
         decide = max(0.0, self.decided - self.opened)
         regroup, restore, replay = phases(reports, round) if self.known else (max(0.0, now - self.decided), 0.0, 0.0)
         return IncidentClosed(
@@ -72,6 +133,11 @@ class Incident:
             regroup=round_ms(regroup),
             restore=round_ms(restore),
             replay=round_ms(replay),
+            device=it.finding.device if it else "",
+            class_=it.class_ if it else "",
+            why=it.why if it else "",
+            consequences=max(0, self.consequences - 1),
+            evidence=self._evidence(),
         )
 
 

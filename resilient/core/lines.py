@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from resilient.core.messages import NONE, Finding, RunState, TierName, VerdictName
+from resilient.core.messages import NONE, Class, Finding, RunState, TierName, VerdictName
 
 
 def _snake(name: str) -> str:
@@ -63,6 +63,14 @@ class FindingLine(Line, tag="finding"):
     round: int = 0
     exit_code: int | None = None
     text: str = ""
+    probe: str = ""  # which one saw it; "" = the agent or the worker itself
+    layer: str = ""
+    code: str = ""
+    device: str = ""
+    class_: Class = msgspec.field(default="", name="class")
+    role: str = "cause"
+    count: int = 1  # so many like it
+    clears: bool = False  # a recovery
 
 
 class VerdictLine(Line, tag="verdict"):
@@ -112,6 +120,42 @@ class IncidentClosed(Line):
     regroup: float  # until the last rank had its groups
     restore: float  # until the last rank had its state
     replay: float  # until the last rank had committed a step
+    device: str = ""  # that is to blame
+    class_: Class = msgspec.field(default="", name="class")  # of the finding that is the cause; "" where no probe saw one
+    why: str = ""  # what the policy made of it
+    consequences: int = 0  # findings that followed from it, counted
+    evidence: tuple[str, ...] = ()  # what was seen around it, the cause first (at most 16)
+
+
+class IncidentExplained(Line):
+    """After an incident was closed its cause became known."""
+
+    incident: int
+    cause: str
+    rank: int
+    node: str
+    device: str
+    class_: Class = msgspec.field(default="", name="class")
+    why: str = ""
+    evidence: tuple[str, ...] = ()
+
+
+class NodeCordoned(Line):
+    """This node takes no newcomers from here on."""
+
+    node: str
+    kind: str
+    device: str
+    verdict: VerdictName  # "evict": and who sits on the device has to leave it
+    why: str
+
+
+class NodeOpened(Line):
+    """What a node was cordoned for is over."""
+
+    node: str
+    kind: str
+    device: str
 
 
 class RunFinished(Line):
@@ -130,6 +174,9 @@ EventLine: TypeAlias = (
     | RoundStarted
     | CheckpointCommitted
     | IncidentClosed
+    | IncidentExplained
+    | NodeCordoned
+    | NodeOpened
     | RunFinished
 )
 
@@ -187,6 +234,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     standbys: tuple[StandbyStatus, ...]
     checkpoint: CheckpointStatus | None = None  # null without --checkpoint
     replicas: ReplicasStatus | None = None  # null before the first audit, and where nothing is replicated
+    cordoned: tuple[str, ...] = ()  # nodes that take no newcomers
 
 
 def finding(fact: Finding, node: str) -> FindingLine:
@@ -201,6 +249,14 @@ def finding(fact: Finding, node: str) -> FindingLine:
         round=fact.round,
         exit_code=fact.exit_code,
         text=fact.text,
+        probe=fact.probe,
+        layer=fact.layer,
+        code=fact.code,
+        device=fact.device,
+        class_=fact.class_,
+        role=fact.role,
+        count=fact.count,
+        clears=fact.clears,
     )
 
 

@@ -41,6 +41,7 @@ from resilient.core.messages import (
     WorkerDown,
     WorkerUp,
 )
+from resilient.core.rules import Rules
 
 # --------------------------------------------------------------------------- both machines
 
@@ -78,6 +79,8 @@ class AgentSettings(Msg):
     join_timeout_s: float = 600.0  # without any Assignment at the start: torchrun's rendezvous timeout
     orphan_s: float = 30.0  # without any Assignment later: three leases; then the coordinator is gone for good
     grace_s: float = 0.0  # --grace-s, where there is a checkpoint URL: from SIGTERM until everything here has ended
+    gated: bool = False  # no ranks come here before `Admitted` says that the pre-flight checks have passed
+    devices: dict[str, int] = {}  # "pci:0000:1a:00", "gpu:3" -> local rank that uses it; a later `Devices` replaces it
 
 
 # --------------------------------------------------------------------------- agent: events
@@ -194,6 +197,19 @@ class Probed(Msg):
     findings: tuple[Finding, ...]
 
 
+class Devices(Msg):
+    """Which local rank uses which device of this node, in the forms of `Finding.device`; replaces what was known."""
+
+    local_ranks: dict[str, int]
+
+
+class Admitted(Msg):
+    """The pre-flight checks of this node have passed, or `why` not (yet)."""
+
+    passed: bool
+    why: str = ""
+
+
 class StoreUp(Msg):
     """The store process listens."""
 
@@ -233,6 +249,8 @@ AgentEvent: TypeAlias = (
     | ZygoteDown
     | Warned
     | Probed
+    | Devices
+    | Admitted
     | Stop
     | Tick
 )
@@ -394,6 +412,7 @@ class CoordinatorSettings(Msg):
     parity: int = 0  # so many nodes keep parity of their snapshots together, instead of whole copies; 0 = whole copies
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
     term: int = 0  # when it was started
+    rules: Rules = Rules()  # what is made of what probes see (resilient/policy.toml, --policy); empty: all is watched
 
 
 class Asked(Msg):

@@ -34,7 +34,9 @@ ChairState = Literal["empty", "starting", "joined", "active", "finished", "dead"
 StandbyState = Literal["starting", "joined", "parked", "dead"]
 
 TierName = Literal["none", "live", "memory", "peer", "persistent"]
-VerdictName = Literal["ignore", "watch", "restart", "replace", "halt"]
+VerdictName = Literal["ignore", "watch", "restart", "replace", "halt", "evict", "cordon"]
+# evict: whoever sits on the device goes to another node, as soon as one has room, and nobody comes to this one;
+# cordon: nobody comes to this node any more, and who sits there leaves with the next fault, if another node has room
 Class = Literal["", "ignore", "user", "app-restart", "gpu-reset", "replace", "cordon"]
 # What a fact asks for, whoever saw it; docs/probes.md tells each in a line. "": nobody has said
 Role = Literal["cause", "symptom", "context", "cascade"]
@@ -119,6 +121,7 @@ class Finding(Msg):
     role: Role = "cause"
     count: int = 1  # so many like it are told by this one
     clears: bool = False  # a recovery: what the same kind and device were found to have is over
+    ranks: tuple[int, ...] | None = None  # that sit on `device`, as its agent knows; None = not known, or the whole node
 
 
 class Holding(Msg):
@@ -243,6 +246,8 @@ class Report(Msg):
     past: int = 0  # newest round of what a predecessor of this agent left here: the run's next one is a later one
     audit: Audit | None = None  # the newest that is complete here
     compared: Compared | None = None  # leader only: the newest
+    admitted: bool = True  # it may take ranks: False until its pre-flight checks have passed
+    admission: str = ""  # admitted=False: which check has not passed, or is under way
 
     @property
     def vault(self) -> str:

@@ -57,11 +57,15 @@ def in_order(rooms: Sequence[Room]) -> list[Room]:
     return ordered
 
 
-def seat_emptied(emptied: Mapping[int, Place], rooms: Sequence[Room]) -> tuple[dict[int, Place], tuple[int, ...]]:
+def seat_emptied(
+    emptied: Mapping[int, Place], rooms: Sequence[Room], because: Mapping[int, str] | None = None
+) -> tuple[dict[int, Place], tuple[int, ...]]:
     """Another place for each emptied chair: the same where its node lives, else a node with room.
 
-    emptied: rank -> where it stood. rooms: the nodes that live. Returns the places, and the ranks for which there is no room.
+    emptied: rank -> where it stood. rooms: the nodes that live, and take newcomers. because: rank -> why it leaves, where its node is not
+    lost. Returns the places, and the ranks for which there is no room.
     """
+    because = because or {}
     alive = {room.node for room in rooms}
     places = {rank: Place(node=old.node, local_rank=old.local_rank, why="same node") for rank, old in emptied.items() if old.node in alive}
     taken = {room.node: set(room.taken) for room in rooms}
@@ -75,7 +79,8 @@ def seat_emptied(emptied: Mapping[int, Place], rooms: Sequence[Room]) -> tuple[d
         used = taken[chosen.node]
         local_rank = next(i for i in range(len(used) + 1) if i not in used)
         free = _free(chosen, used)
-        places[rank] = Place(node=chosen.node, local_rank=local_rank, why=f"{emptied[rank].node} is lost; {_reason(rank, chosen, free)}")
+        reason = because.get(rank) or f"{emptied[rank].node} is lost"
+        places[rank] = Place(node=chosen.node, local_rank=local_rank, why=f"{reason}; {_reason(rank, chosen, free)}")
         used.add(local_rank)
         if free == 1:
             able.remove(chosen)

@@ -7,6 +7,9 @@ Contract: `Policy.judge` is a table, and a memory of which exceptions were seen 
 that says so wins over everything else, and costs no restart. An exception that leaves a broken step is nobody's fault. The same
 exception at the same step twice, or on two ranks before any step was done, is the program's: another try would not help.
 A group that does not use this library is judged as torchrun does, but a signal is not the user's failure.
+What explains a failure (cause.py) is asked first: broken hardware makes it nobody's fault, and a fault of the program's makes also a signal
+the program's. What a worker only wrote of the hardware does not save it twice: it may have written it for another reason.
+What probes see is judged by triage.py, with rules that are data. Those here are not: they are halves of the protocol.
 The texts are those of torch, NCCL, gloo, CUDA and HCCL as their sources and users' logs show them; "out of memory", "invalid argument"
 and a failed device-side assert are deliberately absent: they are the program's.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from resilient.core.cause import Seen
 from resilient.core.messages import NONE, Finding, Msg, VerdictName
 
 
@@ -46,6 +50,7 @@ TABLE: Final[dict[str, Verdict]] = {
     "warning": Verdict(verdict="watch", why="trouble may be coming: a checkpoint is made first"),
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
+OPEN: Final = ("replicas_differ", "standbys_off", "warning", "straggler")  # of the runtime's own: a rule may say halt, watch or ignore
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")
 FOREIGN: Final = Verdict(verdict="watch", why="the group does not use this library: only exits count")
 
@@ -89,6 +94,10 @@ def infrastructure(text: str) -> str:
     return found[0]
 
 
+def _words(seen: Seen) -> str:
+    return f"{seen.name} ({seen.class_})"
+
+
 class Policy:
     """The table, and what was seen before."""
 
@@ -99,11 +108,21 @@ class Policy:
         self._count: dict[tuple[int, str], int] = {}  # (step, fingerprint) -> times seen
         self._ranks: dict[tuple[int, str], set[int]] = {}
 
-    def judge(self, finding: Finding, *, managed: bool, first: bool) -> Verdict:
-        """The verdict on one finding. first: it is the one that breaks the round; later ones of the round cost no restart."""
+    def judge(self, finding: Finding, *, managed: bool, first: bool, explained: Seen | None = None) -> Verdict:
+        """The verdict on one finding. first: it is the one that breaks the round; later ones of the round cost no restart.
+
+        explained: what a probe saw of its rank, a moment ago.
+        """
         if not managed:
-            return self._judge_foreign(finding, first=first)
+            return self._judge_foreign(finding, first=first, explained=explained)
         failed = finding.kind == "exit" and (finding.exit_code or 0) > 0
+        if finding.kind in ("exit", "exception") and not finding.consequence and explained is not None:
+            if explained.class_ == "user":
+                return self._try_again(finding, f"{explained.finding.kind} {explained.finding.code}")
+            if explained.proof or not (failed or finding.kind == "exception"):
+                return Verdict(verdict="replace", why=f"{_words(explained)} explains it")
+            verdict = self._try_again(finding, finding.fingerprint or f"exit code {finding.exit_code}")
+            return verdict if verdict.verdict == "halt" else Verdict(verdict="replace", why=f"{_words(explained)} may explain it")
         if finding.kind != "exception" and not failed:
             return TABLE.get(finding.kind, UNKNOWN)
         if finding.consequence:
@@ -124,13 +143,16 @@ class Policy:
             return Verdict(verdict="halt", why=f"the same error {where} for the second time")
         return Verdict(verdict="replace", why=f"first time {where}: may be transient")
 
-    def _judge_foreign(self, finding: Finding, *, first: bool) -> Verdict:
+    def _judge_foreign(self, finding: Finding, *, first: bool, explained: Seen | None) -> Verdict:
         if finding.kind not in ("exit", "exception"):
             known = TABLE.get(finding.kind, FOREIGN)
             return known if known.verdict in ("halt", "restart") or finding.kind == "node_lost" else FOREIGN
-        if finding.exit_code is not None and finding.exit_code < 0:
+        users = explained is not None and explained.class_ == "user"
+        if explained is not None and not users and explained.proof:
+            return Verdict(verdict="restart", why=f"{_words(explained)} explains it: the group starts again")
+        if finding.exit_code is not None and finding.exit_code < 0 and not users:
             return Verdict(verdict="restart", why="killed by a signal: the group starts again")
-        if words := infrastructure(finding.text):
+        if not users and (words := infrastructure(finding.text)):
             return Verdict(verdict="restart", why=f"infrastructure, or a neighbour's death: {words!r}")
         self._failures += first
         if self._failures > self._max_restarts:

@@ -5,7 +5,8 @@ which score, and writes it all on one sheet.
 
 Contract: `seat` is a pure function from reports to a `Seating`; the coordinator calls it once per round, also for the first one.
 There are two ways to go on:
-- **replace**: emptied chairs get newcomers, everybody else keeps process and state. The usual way.
+- **replace**: emptied chairs get newcomers, everybody else keeps process and state. The usual way. A chair that moves (moves.py) is
+  emptied, too; where its old node lives, its copies are fetched from there. Who need not move does not where that would cost a step.
 - **again**: the whole group is started again, with the newest state that all ranks have a copy of. For a group that does not use this
   library, where nobody lives who could go on, and where a newcomer could not repeat the set-up alone. Workers that wait in `init` for
   their first seat have nothing to undo and keep their process.
@@ -14,7 +15,7 @@ A fault while some ranks are in their set-up is no other case: they keep what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -22,7 +23,8 @@ import msgspec
 from resilient.core import rebuild
 from resilient.core.ledger import Account, Choice, Copy, Poison, best_copy, choose
 from resilient.core.messages import NONE, Chair, Elder, Fetch, Holding, Msg, Plan, Rebuild, Report
-from resilient.core.placement import Place, Room, seat_emptied
+from resilient.core.moves import Closed, Moves, find
+from resilient.core.placement import Place
 from resilient.core.rebuild import Sources
 
 WHY_MAX = 64  # lines of reasons kept per round
@@ -57,6 +59,7 @@ class Hall(Msg):
     committed: AbstractSet[int] = frozenset()
     poison: AbstractSet[Poison] = frozenset()
     doubted: AbstractSet[int] = frozenset()  # ranks whose replicas' majority holds something else
+    closed: Closed = Closed()  # where nobody may come, and who should leave
 
 
 def seat(hall: Hall) -> Seating:
@@ -68,10 +71,57 @@ def seat(hall: Hall) -> Seating:
     sources = rebuild.sources(hall.places, {node: report.parities for node, report in hall.reports.items()}, copies)
     for rank, steps in sources.items():
         copies[rank] = (*copies.get(rank, ()), Copy(node="", snapshots=tuple(sorted(steps)), rebuilt=True))
-    places, moved, homeless, why = _places(hall, copies)
-    if homeless:
-        return Seating(places=hall.places, homeless=homeless)
     starting = not set(hall.places) <= hall.activated
+
+    def moving(staying: Collection[int] = ()) -> Moves:
+        return find(hall.places, hall.reports, hall.closed, copies, gone=gone, over=over, starting=starting, staying=staying)
+
+    moves = moving()
+    if moves.homeless:
+        return Seating(places=hall.places, homeless=moves.homeless)
+    if not moves.optional:
+        return _seat(hall, moves, chairs, gone, over, copies, sources, starting=starting)
+    settled = _seat(hall, moving(moves.optional), chairs, gone, over, copies, sources, starting=starting)
+    for staying in _fewer(moves, hall.closed.leaving):
+        bolder = _seat(hall, moving(staying), chairs, gone, over, copies, sources, starting=starting)
+        if not _worse(bolder, settled):
+            return bolder
+    return settled
+
+
+def _fewer(moves: Moves, leaving: Collection[int]) -> list[tuple[int, ...]]:
+    """Who stays behind: nobody; or one, whose state all others can be given; or those who might go; or of those who should, all but one."""
+    should = [rank for rank in moves.optional if rank in leaving]
+    might = tuple(rank for rank in moves.optional if rank not in leaving)
+    ways: list[tuple[int, ...]] = [(), moves.optional[-1:]]
+    if might and should:
+        ways += [might, (*might, should[-1])]
+    return ways
+
+
+def _worse(seating: Seating, than: Seating) -> bool:
+    """Whether it costs a step, or a start of the whole group, that the other one does not."""
+    if than.error or than.plan.step == NONE:
+        return bool(seating.error) and not than.error
+    return bool(seating.error) or seating.plan.step < than.plan.step or (seating.again and not than.again)
+
+
+def _seat(
+    hall: Hall,
+    moves: Moves,
+    every: Mapping[int, Chair],
+    gone: AbstractSet[int],
+    over: AbstractSet[int],
+    known: Mapping[int, tuple[Copy, ...]],
+    sources: Mapping[int, Mapping[int, Sources]],
+    *,
+    starting: bool,
+) -> Seating:
+    """The next round, if these move. every: the chairs as they are; known: all copies."""
+    places, moved, why = moves.places, moves.moved, list(moves.why)
+    gone = gone | moved
+    chairs = {rank: chair for rank, chair in every.items() if rank not in moved}  # also where the node lives: as though it were lost ...
+    copies = {**known, **{rank: _away(known.get(rank, ()), hall.places[rank].node) for rank in moved}}  # ... but for what its memory holds
 
     accounts = [_account(r, chairs, copies, gone, over, starting=starting, doubted=r in hall.doubted) for r in sorted(places)]
     elders = _elders(hall)
@@ -194,32 +244,9 @@ def _copy(node: str, held: Chair | Holding, *, seated: bool) -> Copy:
     return Copy(node=node, seated=seated, native=native, own_steps=own, gate_step=held.gate_step, snapshots=held.snapshots)
 
 
-def _places(hall: Hall, copies: Mapping[int, tuple[Copy, ...]]) -> tuple[dict[int, Place], set[int], tuple[int, ...], list[str]]:
-    """(all places, ranks that moved because their node is lost, ranks without room, reasons)."""
-    lost = {rank: place for rank, place in hall.places.items() if place.node not in hall.reports}
-    if not lost:
-        return hall.places, set(), (), []
-    taken: dict[str, set[int]] = {}
-    for place in hall.places.values():
-        taken.setdefault(place.node, set()).add(place.local_rank)
-    held: dict[str, set[int]] = {}
-    for rank in lost:
-        for copy in copies.get(rank, ()):
-            held.setdefault(copy.node, set()).add(rank)
-    rooms = [
-        Room(
-            node=node,
-            slots=report.slots,
-            spares=report.spares,
-            taken=frozenset(taken.get(node, ())),
-            copies=frozenset(held.get(node, ())),
-            shadows=frozenset(s.shadow for s in report.standbys if s.state != "dead"),
-        )
-        for node, report in hall.reports.items()
-    ]
-    found, homeless = seat_emptied(lost, rooms)
-    why = [f"rank {rank} to {place.node}: {place.why}" for rank, place in sorted(found.items())]
-    return {**hall.places, **found}, set(found), homeless, why
+def _away(copies: tuple[Copy, ...], node: str) -> tuple[Copy, ...]:
+    """A rank has moved: what lies in the segments of its old chair has to be fetched from there."""
+    return tuple(msgspec.structs.replace(c, seated=False) if c.node == node else c for c in copies)
 
 
 def _account(

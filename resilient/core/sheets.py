@@ -121,4 +121,4 @@ def sketch(it: Report) -> object:
     chairs = [(c.worker, c.state, c.pid, c.layout, c.record is not None and c.record.committed_s > 0) for c in it.chairs]
     vault = (it.persisted, it.refused, it.available, it.fetched, it.committed, it.compared)
     newest = it.findings[-1].seq if it.findings else 0
-    return (chairs, it.standbys, newest, vault, it.round, it.fenced, it.store, it.managed, it.leaving, it.assigned)
+    return (chairs, it.standbys, newest, vault, it.round, it.fenced, it.store, it.managed, it.leaving, it.assigned, it.admitted)

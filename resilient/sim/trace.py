@@ -36,6 +36,11 @@ def describe(line: lines.EventLine) -> str:
             return f"{line.node}: {line.worker} started as {line.role} {line.rank}"
         case lines.StandbyReady():
             return f"{line.node}: {line.worker} is ready for rank {line.shadow}"
+        case lines.FindingLine() if line.probe:
+            about = " ".join(
+                filter(None, (line.kind, line.code, "is over" if line.clears else "", f"on {line.device}" if line.device else ""))
+            )
+            return f"{line.node}: {line.probe} saw {about} ({line.class_ or 'no class'}): {line.text}"
         case lines.FindingLine():
             return f"{line.node}: finding {line.kind} rank {line.rank}: {line.text}"
         case lines.VerdictLine():
@@ -47,6 +52,13 @@ def describe(line: lines.EventLine) -> str:
             return f"checkpoint {line.step} committed"
         case lines.IncidentClosed():
             about = f"{line.cause} of rank {line.rank} on {line.node}, {line.verdict}"
-            return f"incident {line.incident} closed: {about}, state from {line.restored_from}, {line.steps_lost} lost"
+            device = f" ({line.class_} {line.device})" if line.class_ else ""
+            return f"incident {line.incident} closed: {about}{device}, state from {line.restored_from}, {line.steps_lost} lost"
+        case lines.IncidentExplained():
+            return f"incident {line.incident} explained: {line.cause} of rank {line.rank} on {line.node} ({line.class_} {line.device})"
+        case lines.NodeCordoned():
+            return f"{line.node}: closed for {line.kind} {line.device}".rstrip()
+        case lines.NodeOpened():
+            return f"{line.node}: open again after {line.kind} {line.device}".rstrip()
         case lines.RunFinished():
             return f"run finished: {line.exit_code} {line.message}".rstrip()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from resilient.core.agent import Agent
@@ -57,6 +57,7 @@ from resilient.core.machine import (
     ZygoteUp,
 )
 from resilient.core.messages import NONE, Assignment, Fetch, Holding, Persisted, Recorded, Refused, Report, Segments, WorkerUp
+from resilient.core.rules import Rules
 from resilient.sim.invariants import Invariants
 from resilient.sim.script import Script, Segment
 from resilient.sim.trace import Trace
@@ -87,6 +88,8 @@ class Spec:
     setup_s: float = 0.1
     restore_s: float = 0.005
     loss: float = 0.0
+    gated: bool = False  # nodes wait for their pre-flight checks
+    rules: Rules = field(default_factory=Rules)
 
 
 class Host:
@@ -110,6 +113,7 @@ class Host:
                 hosts_store=self.leads,
                 managed=spec.managed,
                 grace_s=spec.grace_s,
+                gated=spec.gated,
             )
         )
         self.scripts: dict[str, Script] = {}
@@ -264,8 +268,8 @@ class Host:
 
     def _obey(self, orders: VaultDo) -> None:
         before, self.orders = self.orders, orders
-        for rank in set(self.segments) - set(orders.ranks):
-            del self.segments[rank]
+        for rank in set(self.segments) - set(orders.ranks):  # whoever moved away: its new node fetches this from here
+            self.hold(rank, self.segments.pop(rank), self.minutes.get(rank, {}))
         for fetch in orders.fetch:
             if fetch not in before.fetch:
                 self.world.after(0.02, partial(self._fetch, fetch))
@@ -335,6 +339,7 @@ class World:
             checkpoint_auto=spec.auto,
             grace_s=spec.grace_s,
             copies=spec.copies,
+            rules=spec.rules,
         )
         self.coordinator = Coordinator(settings)
         self._timer = 0

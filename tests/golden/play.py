@@ -17,6 +17,10 @@ Commands:
     ask | warn NODE                 somebody wants a checkpoint; a scheduler's warning
     term NODE                       SIGTERM to its agent
     damage STEP                     the persistent copies of a step are damaged
+    saw NODE KEY=VALUE ... TEXT     a probe's finding (fields of Finding; times=N: so many, each of another text)
+    devices NODE DEVICE=LOCAL_RANK  which local rank uses which device
+    admit NODE [WHY]                its pre-flight checks have passed, or (with a reason) not
+    dies NODE/RANK CODE             exit code of a rank's process, negative: by that signal
     finish                          let time pass until the run is over (120 s at most)
 """
 
@@ -26,7 +30,11 @@ import ast
 import sys
 from pathlib import Path
 
-from resilient.core.machine import Asked, Stop, Warned
+import msgspec
+
+from resilient.core.machine import Admitted, Asked, Devices, Probed, Stop, Warned
+from resilient.core.messages import Finding
+from resilient.rulebook import shipped
 from resilient.sim.faults import seated, standbys
 from resilient.sim.world import Host, Spec, World
 
@@ -42,7 +50,7 @@ class Player:
     def fleet(self, *pairs: str) -> None:
         given = dict(pair.split("=", 1) for pair in pairs)
         seed = int(given.pop("seed", "1"))
-        self.world = World(Spec(**{name: ast.literal_eval(value) for name, value in given.items()}), seed)
+        self.world = World(Spec(**{name: ast.literal_eval(value) for name, value in given.items()}, rules=shipped()), seed)
 
     def run(self, seconds: str) -> None:
         self.world.run(float(seconds))
@@ -109,6 +117,28 @@ class Player:
 
     def damage(self, *steps: str) -> None:
         self.world.damaged.update(int(s) for s in steps)
+
+    def saw(self, node: str, *words: str) -> None:
+        given = {"kind": "", "class": ""} | dict(w.split("=", 1) for w in words if "=" in w)
+        text, times = " ".join(w for w in words if "=" not in w), int(given.pop("times", "1"))
+        facts = {**given, "seq": 0, "clears": "clears" in given}
+        many = [
+            msgspec.convert(
+                {**facts, "text": f"{text} ({i})" if times > 1 else text, "code": facts.get("code", "") or str(i) * (times > 1)}, Finding
+            )
+            for i in range(times)
+        ]
+        self.world.hosts[node].step(Probed(findings=tuple(many)))
+
+    def devices(self, node: str, *pairs: str) -> None:
+        local_ranks = {name: int(rank) for name, _, rank in (pair.rpartition("=") for pair in pairs)}
+        self.world.hosts[node].step(Devices(local_ranks=local_ranks))
+
+    def admit(self, node: str, *why: str) -> None:
+        self.world.hosts[node].step(Admitted(passed=not why, why=" ".join(why)))
+
+    def dies(self, where: str, code: str) -> None:
+        self._one(where).exit(int(code))
 
     def finish(self) -> None:
         assert self.world.run(120.0, self.world.over), f"not over\n{self.world.trace.tail()}"

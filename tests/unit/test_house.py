@@ -23,6 +23,7 @@ LAYERS = {
         "resilient.wire",
         "resilient.core",
         "resilient.config",
+        "resilient.rulebook",
     },
     "resilient.host": {"resilient.checkpoint", "resilient.wire", "resilient.core"},
     "resilient.train": {"resilient.checkpoint", "resilient.wire", "resilient.core"},
@@ -31,6 +32,7 @@ LAYERS = {
     "resilient.core": set(),
     "resilient.sim": {"resilient.core"},
     "resilient.config": set(),
+    "resilient.rulebook": {"resilient.config", "resilient.core"},
     "resilient.errors": set(),
     "resilient": {"resilient.train"},  # the package's own doors; lazily
 }

@@ -1,0 +1,173 @@
+"""Cordon: which nodes take no newcomers, which ranks have to leave their device, and how fast that may be decided.
+
+Think of a harbour master who closes quays. One leaking quay is closed at once; but if half the harbour reports leaks within a minute it is
+the tide, or his instruments, and he closes nothing more until he knows.
+
+Contract: a wish is what a verdict asks for (`cordon` or `evict`); `act` carries out those whose time has come, at the pace of Kubernetes'
+node controller: so many a second per failure domain; slowly (in a small fleet not at all) where most of a domain is unhealthy; not at all
+when all domains are. A node that is closed already is closed for another reason without waiting. `lift` takes back what one finding had
+asked for. An eviction is kept after it was carried out: `leaving` names whoever sits on the device, whenever that is asked.
+Pure bookkeeping: who has room is for seating.py.
+Rejected: one eviction at a time (a rack without power would take minutes a node); no limit (others' controllers emptied whole clusters
+on the word of one broken probe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from resilient.core.messages import Finding, VerdictName
+from resilient.core.placement import Place
+from resilient.core.rules import Limits
+
+NEVER: Final = float("inf")
+WISHES_MAX: Final = 4096
+
+Key = tuple[str, str, str]  # node, kind, device
+
+
+@dataclass(slots=True)
+class Wish:
+    """What one finding asks for."""
+
+    node: str
+    verdict: VerdictName  # "cordon" | "evict"
+    finding: Finding
+    since: float
+    not_before: float
+    local_ranks: frozenset[int] | None = None  # that sit on the device; None = the whole node
+
+    @property
+    def key(self) -> Key:
+        """What it is about."""
+        return (self.node, self.finding.kind, self.finding.device)
+
+    def concerns(self, place: Place) -> bool:
+        """Whether who sits there has to leave."""
+        here = self.verdict == "evict" and place.node == self.node
+        return here and (self.local_ranks is None or place.local_rank in self.local_ranks)
+
+    @property
+    def why(self) -> str:
+        """In words, for a plan."""
+        return f"{self.finding.kind} {self.finding.code}".rstrip() + (f" on {self.finding.device}" if self.finding.device else "")
+
+
+@dataclass(slots=True)
+class Closed:
+    """A node that is closed now and was not before, or the other way round."""
+
+    node: str
+    wish: Wish
+    opened: bool = False
+
+
+class Cordons:
+    """See the head of this file."""
+
+    def __init__(self, limits: Limits) -> None:
+        """All nodes are open."""
+        self._limits = limits
+        self.wishes: dict[Key, Wish] = {}
+        self.done: dict[Key, Wish] = {}
+        self.nodes: frozenset[str] = frozenset()  # closed to newcomers
+        self._next: dict[str, float] = {}  # failure domain -> when the next node of it may be closed
+        self._due = NEVER
+
+    def wish(self, wish: Wish) -> bool:
+        """Ask for it; False if that was asked for before."""
+        key = wish.key
+        if key in self.done or (key in self.wishes and self.wishes[key].verdict == wish.verdict) or len(self.wishes) >= WISHES_MAX:
+            return False
+        self.wishes[key] = wish
+        self._due = -NEVER
+        return True
+
+    def act(self, now: float, domains: Mapping[str, str]) -> list[Closed]:
+        """Carry out what may be. domains: node that lives -> its failure domain."""
+        if now < self._due:
+            return []
+        closed: list[Closed] = []
+        for wish in sorted(self.wishes.values(), key=lambda w: (w.verdict != "evict", w.not_before, w.key)):
+            if now < wish.not_before or wish.node not in domains:
+                continue
+            if wish.node not in self.nodes:
+                if now < self._may(wish.node, now, domains):
+                    continue
+                closed.append(Closed(wish.node, wish))
+                self.nodes |= {wish.node}
+            del self.wishes[wish.key]
+            self.done[wish.key] = wish
+        times = [max(w.not_before, self._may(w.node, now, domains, take=False)) for w in self.wishes.values() if w.node in domains]
+        self._due = min(times, default=NEVER)
+        return closed
+
+    def _may(self, node: str, now: float, domains: Mapping[str, str], *, take: bool = True) -> float:
+        """When this node may be closed; takes the domain's turn if that is now."""
+        s, domain = self._limits, domains[node]
+        sick = (self.nodes | {w.node for w in self.wishes.values()}) & domains.keys()
+        size = sum(d == domain for d in domains.values())
+        here = sum(domains[n] == domain for n in sick)
+        rate = s.cordons_per_s
+        if len(sick) == len(domains):
+            rate = 0.0
+        elif here < size and here >= s.unhealthy_nodes and here >= s.unhealthy_share * size:
+            rate = s.reduced_per_s if size > s.large_nodes else 0.0
+        if rate <= 0:
+            return NEVER
+        at = self._next.get(domain, -NEVER)
+        if take and now >= at:
+            self._next[domain] = now + 1.0 / rate
+        return at
+
+    def changed(self) -> None:
+        """The fleet has: what could not be done may be possible now."""
+        if self.wishes:
+            self._due = -NEVER
+
+    def due(self) -> float:
+        """When to `act` next."""
+        return self._due
+
+    def lift(self, node: str, kind: str, device: str) -> list[Closed]:
+        """That is over: nodes that are open again."""
+        mine = set(device.split(","))
+        return self._drop(
+            k for k in (*self.wishes, *self.done) if k[:2] == (node, kind) and (not device or not k[2] or mine & set(k[2].split(",")))
+        )
+
+    def pardon(self, kind: str, code: str) -> list[Closed]:
+        """It is shared infrastructure, no node's fault."""
+        every = [*self.wishes.items(), *self.done.items()]
+        return self._drop(key for key, wish in every if (wish.finding.kind, wish.finding.code) == (kind, code))
+
+    def _drop(self, keys: Iterable[Key]) -> list[Closed]:
+        dropped = [wish for key in list(keys) if (wish := self.wishes.pop(key, None) or self.done.pop(key, None)) is not None]
+        before, self.nodes = self.nodes, frozenset(w.node for w in self.done.values())
+        self.changed()
+        return [Closed(w.node, w, opened=True) for w in {w.node: w for w in dropped}.values() if w.node in before - self.nodes]
+
+    def broken(self) -> frozenset[str]:
+        """Nodes with a device that somebody had to leave."""
+        return frozenset(w.node for w in self.done.values() if w.verdict == "evict")
+
+    def moving(self, place: Place) -> Wish:
+        """Because of what somebody leaves this place."""
+        return next(w for w in self.done.values() if w.concerns(place))
+
+    def leaving(self, places: Mapping[int, Place]) -> dict[int, str]:
+        """Ranks that sit on a device from which they should go, and why."""
+        evictions: dict[str, list[Wish]] = {}
+        for wish in self.done.values():
+            if wish.verdict == "evict":
+                evictions.setdefault(wish.node, []).append(wish)
+        if not evictions:
+            return {}
+        found: dict[int, str] = {}
+        for rank, place in places.items():
+            for wish in evictions.get(place.node, ()):
+                if wish.concerns(place):
+                    found.setdefault(rank, f"{place.node} has {wish.why}")
+        return found

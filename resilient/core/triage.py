@@ -1,0 +1,180 @@
+"""Triage: what is made of one finding of a probe, before anybody is moved for it.
+
+Think of the nurse at the door with three books: the orders (rules.py), the day's log of who came in with what (cause.py), and the list of
+wards that are closed (cordon.py). She never operates: the coordinator does, when somebody has to move and there is a bed elsewhere.
+
+Contract: `take` gives the verdict on a finding; `failed` is told of every worker that fails and says what explains it. What each class
+comes to:
+- only role "cause" can move anybody; a symptom, a detail or a cascade is at most watched;
+- "user" and "ignore" never touch a node, whatever a rule says;
+- `evict` and `cordon` are wishes (cordon.py): at once where the probe's word is proof, together with a failure of that worker where a
+  probe only repeats what a worker wrote, never where so many nodes have the same at once that it is shared;
+- a recovery lifts what the same kind and device had asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from resilient.core.cause import Casebook, Failure, Seen
+from resilient.core.cordon import Closed, Cordons, Wish
+from resilient.core.fleet import Node
+from resilient.core.messages import NONE, Finding, VerdictName
+from resilient.core.placement import Place
+from resilient.core.policy import OPEN, Verdict
+from resilient.core.repeats import STRIKES_MAX, Strike, whose
+from resilient.core.rules import Book, Rule, Rules, Ruling
+
+MOVES: Final = ("evict", "cordon")
+
+
+@dataclass(slots=True)
+class Taken:
+    """One finding, judged."""
+
+    finding: Finding
+    verdict: Verdict
+    node: str  # that it is about
+    told: bool  # it is new: told to the world; else only counted
+    seen: Seen | None = None  # it may be a cause
+    shared: Finding | None = None  # and this is to be told besides
+    opened: list[Closed] = field(default_factory=list)  # nodes that take newcomers again
+
+
+class Triage:
+    """See the head of this file."""
+
+    def __init__(self, rules: Rules, run: str) -> None:
+        """Nothing was seen yet."""
+        self.book, self.casebook, self.cordons = Book(rules), Casebook(rules.limits), Cordons(rules.limits)
+        self._run = run
+        self._tally: dict[tuple[str, str, str, str], deque[tuple[float, int]]] = {}  # (rule, node, kind, device) -> (when, how many)
+        self._strikes: deque[Strike] = deque(maxlen=STRIKES_MAX)
+        self._heard: deque[tuple[Seen, frozenset[int] | None]] = deque(maxlen=64)  # hearsay that waits for a failure
+
+    def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> Taken:
+        """What a probe of `node` saw."""
+        node, finding = about(finding, node, nodes, places)
+        told = self.casebook.news(finding, node, now)
+        if finding.clears:
+            opened = self.cordons.lift(node, finding.kind, finding.device)
+            why = f"it is over{': the node takes newcomers again' if opened else ''}"
+            return Taken(finding, Verdict(verdict="ignore", why=why), node, told or bool(opened), opened=opened)
+        ruling = self.book.ruling(finding)
+        verdict = self._judge(finding, ruling, node, now, len(places))
+        taken = Taken(finding, verdict, node, told)
+        if finding.role == "cause" and ruling.class_ != "ignore":
+            at = now - max(0.0, finding.age_s)
+            taken.seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
+            if verdict.verdict in MOVES:
+                self._wish(taken, ruling, now, nodes, places)
+            self.casebook.seen.append(taken.seen)
+        return taken
+
+    def _judge(self, finding: Finding, ruling: Ruling, node: str, now: float, world: int) -> Verdict:
+        rule, class_, verdict = ruling.rule, ruling.class_, ruling.verdict
+        word = f"class {class_ or 'unknown'}" + (f", rule {rule.name}" if rule.name else "")
+        if finding.role != "cause":
+            return Verdict(verdict="ignore" if class_ == "ignore" else "watch", why=f"{word}: a {finding.role}, not the cause")
+        if rule.repeats and self._repeated(finding, ruling, node, now, world):
+            repeated = self.book.verdict_of(rule.repeated)
+            return Verdict(verdict=repeated, why=f"{word}: {rule.repeats} workers met it on this device, and none on another")
+        if rule.threshold > 1 and (times := self._count(finding, rule, node, now)) < rule.threshold:
+            within = f" within {rule.window_s:.0f} s" if rule.window_s else ""
+            return Verdict(verdict="ignore" if verdict == "ignore" else "watch", why=f"{word}: {times} of {rule.threshold}{within}")
+        return Verdict(verdict=verdict, why=word)
+
+    def _repeated(self, finding: Finding, ruling: Ruling, node: str, now: float, world: int) -> bool:
+        if not ruling.proof or not finding.device:
+            return False
+        device = f"{node} {finding.device}"
+        self._strikes.append(Strike(device=device, job=self._run, worker=finding.worker, at_s=now, others=world > 1))
+        return whose(self._strikes, device, now, needed=ruling.rule.repeats, within_s=ruling.rule.repeats_s) == "device"
+
+    def _count(self, finding: Finding, rule: Rule, node: str, now: float) -> int:
+        counts = self._tally.setdefault((rule.name, node, finding.kind, finding.device), deque(maxlen=rule.threshold))
+        counts.append((now, max(1, finding.count)))
+        while rule.window_s and now - counts[0][0] > rule.window_s:
+            counts.popleft()
+        return sum(n for _, n in counts)
+
+    def _wish(self, taken: Taken, ruling: Ruling, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> None:
+        """Ask for the node to be closed, unless that has to wait or it is not the node's fault."""
+        finding, node, seen = taken.finding, taken.node, taken.seen
+        assert seen is not None
+        alive = sum(n.alive for n in nodes.values())
+        if ruling.proof and (many := self.casebook.shared(finding, node, now, alive)):
+            seen.shared, seen.verdict = True, "watch"
+            text = f"{seen.name.split(' on ')[0]} on {many} of {alive} nodes within {self.book.limits.shared_window_s:.0f} s"
+            taken.verdict = Verdict(verdict="watch", why=f"{taken.verdict.why}; {text}: shared, no node is to blame")
+            taken.opened = self.cordons.pardon(finding.kind, finding.code)
+            shared = Finding(
+                seq=0, kind="shared", layer=finding.layer, code=finding.code, class_="ignore", text=text, probe="policy", count=many
+            )
+            if self.casebook.news(msgspec.structs.replace(shared, device=finding.kind), "", now):
+                taken.shared = shared
+            return
+        local = None
+        if finding.ranks is not None:
+            local = frozenset(places[r].local_rank for r in finding.ranks if r in places and places[r].node == node)
+        if not ruling.proof and not any(seen.near((failure,)) for failure in self.casebook.failed_lately(now)):
+            self._heard.append((seen, local))
+            why = f"{taken.verdict.why}; {finding.probe or 'it'} repeats what a worker wrote: that counts if the worker fails"
+            seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
+            return
+        if self.cordons.wish(Wish(node, taken.verdict.verdict, finding, now, now + ruling.rule.hold_s, local)):
+            taken.told = True
+            if hold := ruling.rule.hold_s:
+                taken.verdict = msgspec.structs.replace(taken.verdict, why=f"{taken.verdict.why}, if it lasts for {hold:g} s")
+
+    def heed(self, finding: Finding, verdict: Verdict) -> Verdict:
+        """What a rule says of something that the runtime itself saw, where it may."""
+        if finding.kind not in OPEN:
+            return verdict
+        rule = self.book.ruling(finding).rule
+        return verdict if rule.verdict is None else Verdict(verdict=rule.verdict, why=f"{verdict.why}; rule {rule.name}")
+
+    def explain(self, failure: Failure, now: float) -> Seen | None:
+        """What explains that this worker fails now."""
+        return self.casebook.explain(failure, now)
+
+    def failed(self, failure: Failure, now: float) -> list[tuple[Seen, Verdict]]:
+        """A worker failed: what it had written before counts now."""
+        self.casebook.failed(failure, now)
+        due: list[tuple[Seen, Verdict]] = []
+        for item in list(self._heard):
+            seen, local = item
+            if now - seen.at > self.book.limits.before_s:
+                self._heard.remove(item)
+            elif seen.near((failure,)):
+                self._heard.remove(item)
+                wanted: VerdictName = self.book.ruling(seen.finding).verdict
+                seen.verdict = wanted
+                if self.cordons.wish(Wish(seen.node, wanted, seen.finding, now, now, local)):
+                    due.append((seen, Verdict(verdict=wanted, why=f"rank {failure[1]} wrote of it, and has failed")))
+        return due
+
+
+def about(finding: Finding, node: str, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> tuple[str, Finding]:
+    """The node that a finding is about: a peer that it names, else the one whose probe saw it."""
+    for device in finding.device.split(","):
+        form, _, name = device.partition(":")
+        if form != "peer" or not name:
+            continue
+        name = name.split("<")[0].strip("[]")
+        if name.isdigit():
+            rank = int(name)
+            if rank in places:
+                return places[rank].node, msgspec.structs.replace(finding, ranks=(rank,), rank=rank, worker="", pid=0)
+            continue
+        host = name.rpartition(":")[0] if name.count(":") == 1 else name
+        found = [n.name for n in nodes.values() if {host, name} & {n.name, n.report.host, n.report.data_host}]
+        if len(found) == 1:
+            same = found[0] == node
+            return found[0], finding if same else msgspec.structs.replace(finding, ranks=None, rank=NONE, worker="", pid=0)
+    return node, finding
