@@ -67,6 +67,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     token_file: str = ""
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
+    hang: Literal["act", "report", "off"] = "act"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
@@ -94,6 +95,7 @@ HELP: Final[dict[str, str]] = {
     "token_file": "File with the secret that the nodes of a run share (or set RESILIENT_TOKEN).",
     "lease_s": "Seconds of silence after which a node counts as lost.",
     "first_step_timeout_s": "Seconds the first step may take (compilation, data loading) before it counts as a hang.",
+    "hang": "What is done about ranks that do not move: 'act' replaces the culprit, 'report' only tells of it, 'off' does not look.",
     "log_level": "How much resilient-run itself says on stderr.",
 }
 

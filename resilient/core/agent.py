@@ -166,7 +166,7 @@ class Agent:
                 if worker.seated and worker.fenced < self.fenced:
                     worker.fenced = self.fenced
                     self._out.append(m.Tell(worker=worker.name, message=Fenced(round=self.fenced)))
-        elif self._end is None:
+        elif self._end is None and self.settings.hang != "off":
             self._watch(event.workers, now)
 
     def _watch(self, looks: dict[str, m.Look], now: float) -> None:
@@ -186,9 +186,9 @@ class Agent:
             if name in seated:
                 self._save_evidence(self.acted, seen.text)
                 self._findings.add(seen.kind, now, worker, self.acted, t=seen.since, text=seen.text)
-                if seen.kind == "stopped" and self._managed:
+                if seen.kind == "stopped" and self._managed and self.settings.hang == "act":
                     self._fence(self.acted)
-            elif seen.kind == "stopped":
+            elif seen.kind == "stopped" and self.settings.hang == "act":
                 self._out.append(m.Kill(worker=name, signal=SIGKILL))
 
     def _on_forked(self, event: m.Forked) -> None:

@@ -25,7 +25,7 @@ from resilient.core import fleet, lines
 from resilient.core.audits import Audits
 from resilient.core.cadence import Cadence
 from resilient.core.commits import Commits
-from resilient.core.court import Court
+from resilient.core.court import ONLY_TOLD, Court
 from resilient.core.fleet import Node
 from resilient.core.incident import Incident
 from resilient.core.leases import Leases
@@ -376,7 +376,7 @@ class Coordinator:
             cause = f"{self.incident.cause} of rank {self.incident.rank}" if self.incident else "none known"
             self._end("failed", 1, f"{self._fruitless} rounds in a row ended without a committed step; the last cause: {cause}", now)
             return
-        self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
+        self._court.blame((c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs), now)
         alive = self._alive()
         leader = self.nodes[self.settings.leader]
         hall = Hall(
@@ -447,21 +447,28 @@ class Coordinator:
 
     def _find_culprit(self, now: float) -> None:
         """Some ranks stand still: break the round if it is known who is to blame, or nobody will be."""
-        found, blamed = self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
+        found, blamed = self._court.blame((c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs), now)
         due = self._court.standstill.due()
         if due is None:
             return
         if found.wait:
             self._court.standstill.since = now if now >= due else self._court.standstill.since
         elif blamed or now >= due:
-            verdict = Verdict(verdict="replace" if blamed else "watch", why=found.why)
+            verdict = Verdict(verdict=found.verdict if blamed else "watch", why=found.why)
             self._evidence = self.round.number
+            told = [(f, self.round.seating.places[f.rank].node if blamed else "") for f in blamed or [_nobody(found.why)]]
+            if self._court.only_told():
+                for finding, node in told:
+                    self._tell_finding(finding, ONLY_TOLD, node)
+                self._send_all(now)
+                return
             self._break(now)
             assert self.incident is not None
-            for finding in blamed or [Finding(seq=0, kind="suspect", text=found.why)]:
-                node = self.round.seating.places[finding.rank].node if blamed else ""
+            for finding, node in told:
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
+            if verdict.verdict == "halt":
+                self._end("failed", 1, f"{found.why}, for the second time at this step", now)
 
     def _on_node_up(self, name: str, now: float) -> None:
         node = self.nodes.get(name)
@@ -581,6 +588,10 @@ class Coordinator:
             term=self.settings.term,
             compare=self._audits.wish if leads else None,
         )
+
+
+def _nobody(why: str) -> Finding:
+    return Finding(seq=0, kind="suspect", text=why)
 
 
 def _listed(ranks: tuple[int, ...]) -> str:

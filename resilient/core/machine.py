@@ -13,7 +13,7 @@ Events and actions never leave their process: what is sent to another one is in 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from resilient.core.lines import EventLine
 from resilient.core.messages import (
@@ -43,6 +43,8 @@ from resilient.core.messages import (
 )
 
 # --------------------------------------------------------------------------- both machines
+
+Hang = Literal["act", "report", "off"]  # what is done about ranks that do not move; report: it is told, and nothing else
 
 
 class Tick(Msg):
@@ -78,6 +80,7 @@ class AgentSettings(Msg):
     join_timeout_s: float = 600.0  # without any Assignment at the start: torchrun's rendezvous timeout
     orphan_s: float = 30.0  # without any Assignment later: three leases; then the coordinator is gone for good
     grace_s: float = 0.0  # --grace-s, where there is a checkpoint URL: from SIGTERM until everything here has ended
+    hang: Hang = "act"  # --hang
 
 
 # --------------------------------------------------------------------------- agent: events
@@ -394,6 +397,8 @@ class CoordinatorSettings(Msg):
     parity: int = 0  # so many nodes keep parity of their snapshots together, instead of whole copies; 0 = whole copies
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
     term: int = 0  # when it was started
+    hang: Hang = "act"  # --hang
+    alone_s: float = 600.0  # nobody moves, but nobody waits for anybody either: --first-step-timeout
 
 
 class Asked(Msg):

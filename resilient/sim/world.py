@@ -335,6 +335,7 @@ class World:
             checkpoint_auto=spec.auto,
             grace_s=spec.grace_s,
             copies=spec.copies,
+            alone_s=30.0,  # of a simulated minute or two, not the ten of a run
         )
         self.coordinator = Coordinator(settings)
         self._timer = 0
