@@ -40,6 +40,7 @@ from resilient.core.messages import (
     WorkerUp,
 )
 from resilient.core.minutes import Minutes
+from resilient.core.vitals import Vitals
 
 LOOK_S, LOOK_FORMING_S, FORMING_S = 0.05, 0.005, 30.0
 SIGTERM, SIGKILL = 15, 9  # the numbers of every Linux
@@ -61,7 +62,7 @@ class Agent:
         self.finished = False
         boot = f"{settings.boot}." if settings.boot > 1 else ""
         self.crew = Crew(f"{settings.node}.{boot}", settings.first_step_timeout_s)
-        self._findings, self._minutes = Findings(), Minutes()
+        self._findings, self._minutes, self._vitals = Findings(), Minutes(), Vitals()
         self._vault, self._vault_do = m.Vaulted(), m.VaultDo()
         self._seals: dict[int, m.Seals] = {}
         self._refused: list[Refused] = []
@@ -285,6 +286,8 @@ class Agent:
                 pass  # the host's vault has heard it
             case Marked():
                 self._out.append(m.Log(rank=worker.rank, message=message))
+                for finding in self._vitals.take(worker.rank, message.step, message.scalars):
+                    self._findings.take(finding, self.acted)
             case Refused():
                 if message not in self._refused:
                     self._refused.append(message)

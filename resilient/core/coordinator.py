@@ -49,6 +49,7 @@ from resilient.core.policy import TABLE, UNKNOWN, Verdict
 from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
+from resilient.core.tempo import Tempo
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
 REPORTS_S = 1000  # reports that the coordinator will hear in a second: larger fleets speak more rarely, and at once of what is new
@@ -86,6 +87,7 @@ class Coordinator:
         self._commits = Commits()
         self._cadence = Cadence(every=settings.checkpoint_every, auto=settings.checkpoint_auto, budget=settings.checkpoint_budget)
         self._audits = Audits()
+        self._tempo = Tempo()
         self._rescue: Rescue | None = None
         self._now = 0.0  # of the newest event, for `status`
         self._leases = Leases(settings.lease_s)
@@ -143,7 +145,9 @@ class Coordinator:
         """What status.json says now."""
         checkpoint = self._cadence.status(len(self.round.ranks), self._now) if self.settings.checkpoints else None
         places, replicas = self.round.seating.places, self._audits.status()
-        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas)
+        return fleet.status(
+            self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas, self._tempo.stragglers
+        )
 
     # ------------------------------------------------------------------ a report
 
@@ -226,6 +230,10 @@ class Coordinator:
         if sound and pace is not None:
             self._cadence.take(pace, len(self.round.ranks), now)
             self._name_step(now)
+        if self.stage == "seated" and report.round == self.round.number:
+            for finding in self._tempo.take(report.chairs, now):
+                places = self.round.seating.places
+                self._tell_finding(finding, TABLE.get(finding.kind, UNKNOWN), places[finding.rank].node if finding.rank in places else "")
 
     def _commit(self, node: Node, before: Report | None, now: float) -> None:
         """What lies on the persistent tier."""
@@ -418,6 +426,7 @@ class Coordinator:
         plan, incident = seating.plan, self.incident
         self._commits.begin(self.round.number, plan.step)
         self._audits.seated(self.round.number, plan)
+        self._tempo.seated({rank: place.node for rank, place in self.round.seating.places.items()} if self._managed else {})
         if incident is not None:
             incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(

@@ -74,6 +74,7 @@ class Record(Msg):
     committed_s: float = 0.0  # first step completed in `round`
     waited_s: float = 0.0  # inside collectives, since its start
     loaded_s: float = 0.0  # between the beginning of a step and its first forward, since its start: mostly for data
+    sections: int = 0  # how many it has opened, since its start
     groups: tuple[Tally, ...] = ()  # where it has not moved for a moment
 
 

@@ -37,6 +37,7 @@ _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
 _STEPPED, _SEALED, _SEALED_AT, _STALL = 25, 26, 27, 28  # when `step` was reached; newest step sealed for the persistent tier, when, and ns
 _BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single words, no sequence number
+_SECTIONS = 39  # opened
 _WAITED, _LOADED = 37, 38  # ns inside collectives, and from a boundary to the first forward, since the start of this process
 _GROUPS = 64  # then GROUP_COUNT x (name, entered, completed, ns inside), the last two are the control group's and the overflow entry
 _ROW = 4
@@ -148,6 +149,7 @@ class Page:
 
     def section(self, depth: int) -> None:
         """Depth of open `run.section`s."""
+        self._words[_SECTIONS] += depth > self._words[_SECTION]
         self._words[_SECTION] = depth
         self.beat()
 
@@ -251,6 +253,7 @@ class Page:
             committed_s=marks[3] / 1e9,
             waited_s=w[_WAITED] / 1e9,
             loaded_s=w[_LOADED] / 1e9,
+            sections=w[_SECTIONS],
             groups=self.groups() if now - w[_BEAT] > STILL_S * 1e9 else (),
         )
 
