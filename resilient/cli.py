@@ -84,7 +84,8 @@ def _status(args: argparse.Namespace) -> int:
     note = f", not written for {age:.0f} s: is resilient-run alive?" if status["state"] in {"forming", "running"} and age > STALE_S else ""
     print(f"run {status['run_id']}: {status['state']}, round {status['round']}, {status['world_size']} ranks{note}")
     for rank in status["ranks"]:
-        print(f"  rank {rank['rank']:<4} {rank['node']}/{rank['local_rank']:<3} pid {rank['pid']:<8} step {rank['step']}")
+        where = f"{rank['node']}/{rank['local_rank']:<3} pid {rank['pid']:<8} step {rank['step']}"
+        print(f"  rank {rank['rank']:<4} {where}{_waits(rank)}")
     for standby in status["standbys"]:
         ready = "ready" if standby["ready"] else "warming up"
         print(f"  standby for rank {standby['shadow']:<4} {standby['node']} pid {standby['pid']:<8} {ready}")
@@ -93,6 +94,14 @@ def _status(args: argparse.Namespace) -> int:
     if replicas := status.get("replicas"):
         print(f"  replicas {_equality(replicas)}")
     return 0
+
+
+def _waits(it: dict[str, Any]) -> str:
+    """How long it waits for the others, and they for it."""
+    if it.get("waits") is None:
+        return ""
+    slower = it.get("slower") or 0.0
+    return f"  waits {it['waits']:.0%} of a step" + (f", the others {slower:.0%} longer" if slower >= 0.1 else "")
 
 
 def _equality(it: dict[str, Any]) -> str:

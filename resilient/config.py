@@ -73,6 +73,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probe_socket: str = "/run/resilient/agent.sock"
     preflight: Literal["off", "quick", "full"] = "off"  # a start would be seconds later, and a restart is a start: docs/probes.md
     preflight_timeout_s: Seconds = 60.0  # the full one takes half a minute where torch comes from a slow disk
+    hang: Literal["act", "report", "off"] = "act"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
@@ -106,6 +107,7 @@ HELP: Final[dict[str, str]] = {
     "probe_socket": "Socket of the node's resilient-agent, used where there is one ('' = never).",
     "preflight": "Examine this node (resilient doctor) before it takes part; one that fails ends with exit code 3.",
     "preflight_timeout_s": "Seconds the preflight may take; a node whose preflight takes longer does not take part.",
+    "hang": "What is done about ranks that do not move: 'act' replaces the culprit, 'report' only tells of it, 'off' does not look.",
     "log_level": "How much resilient-run itself says on stderr.",
 }
 

@@ -289,10 +289,8 @@ class _Node:
         return finished.exit_code
 
     def _name(self) -> str:
-        if self._meeting.alone:
-            return "n0"
-        if self._launch.backend == "static":
-            return f"n{self._launch.node_rank}"
+        if self._meeting.alone or self._launch.backend == "static":
+            return f"n{self._position()}"
         return f"{socket.gethostname().split('.')[0][:24]}-{secrets.token_hex(2)}"
 
     def _coordinator_settings(self, node: str) -> CoordinatorSettings:
@@ -315,6 +313,8 @@ class _Node:
             parity=options.parity,
             term=time.time_ns(),
             rules=rulebook.load(options.policy),
+            hang=options.hang,
+            alone_s=options.first_step_timeout_s,
         )
 
     def _position(self) -> int:
@@ -341,6 +341,7 @@ class _Node:
             join_timeout_s=_seconds(launch.endpoint_conf, "join_timeout", 600.0),
             orphan_s=3 * options.lease_s,
             grace_s=options.grace_s if options.checkpoint else 0.0,
+            hang=options.hang,
         )
 
     def _listen_to_signals(self) -> None:

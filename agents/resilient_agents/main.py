@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from resilient.host.driver import Driver
 from resilient.wire.page import UNCOPIED
 from resilient_agents import kernel, orphans, stores
 from resilient_agents.doors import Doors
-from resilient_agents.evidence import Evidence
+from resilient_agents.evidence import Evidence, Flight
 from resilient_agents.nursery import SpawnFailed, ZygoteLost
 from resilient_agents.orders import Launch, Spawn, StoreOpen
 from resilient_agents.probe import Watched
@@ -89,7 +90,7 @@ class Host:
         self._workers: dict[str, Worker] = {}
         self._early: dict[str, list[Msg]] = {}  # said before we had heard of the birth
         self._managed = settings.managed
-        self._evidence = Evidence(journal.directory)
+        self._evidence = Evidence(journal.directory, Flight.of(os.environ))
         self._root_errors: dict[int, str] = {}  # attempt -> the first error file in it
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: m.Finished | None = None

@@ -185,6 +185,7 @@ def _become_a_worker(order: Spawn, agent: int, middle: int) -> None:
     while os.getppid() == middle and time.monotonic() < until:
         time.sleep(0.0002)
     kernel.die_with(agent)  # leaves at once if somebody else became the parent
+    kernel.allow_peeping(agent)
     _close_all_but_standard()
     for path, fd in ((order.stdout, 1), (order.stderr, 2)):
         if path:

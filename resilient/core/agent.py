@@ -42,6 +42,7 @@ from resilient.core.messages import (
     WorkerUp,
 )
 from resilient.core.minutes import Minutes
+from resilient.core.vitals import Vitals
 
 LOOK_S, LOOK_FORMING_S, FORMING_S = 0.05, 0.005, 30.0
 SIGTERM, SIGKILL = 15, 9  # the numbers of every Linux
@@ -63,7 +64,7 @@ class Agent:
         self.finished = False
         boot = f"{settings.boot}." if settings.boot > 1 else ""
         self.crew = Crew(f"{settings.node}.{boot}", settings.first_step_timeout_s)
-        self._findings, self._minutes = Findings(), Minutes()
+        self._findings, self._minutes, self._vitals = Findings(), Minutes(), Vitals()
         self._vault, self._vault_do = m.Vaulted(), m.VaultDo()
         self._seals: dict[int, m.Seals] = {}
         self._refused: list[Refused] = []
@@ -173,7 +174,7 @@ class Agent:
                 if worker.seated and worker.fenced < self.fenced:
                     worker.fenced = self.fenced
                     self._out.append(m.Tell(worker=worker.name, message=Fenced(round=self.fenced)))
-        elif self._end is None:
+        elif self._end is None and self.settings.hang != "off":
             self._watch(event.workers, now)
 
     def _watch(self, looks: dict[str, m.Look], now: float) -> None:
@@ -193,9 +194,9 @@ class Agent:
             if name in seated:
                 self._save_evidence(self.acted, seen.text)
                 self._findings.add(seen.kind, now, worker, self.acted, t=seen.since, text=seen.text)
-                if seen.kind == "stopped" and self._managed:
+                if seen.kind == "stopped" and self._managed and self.settings.hang == "act":
                     self._fence(self.acted)
-            elif seen.kind == "stopped":
+            elif seen.kind == "stopped" and self.settings.hang == "act":
                 self._out.append(m.Kill(worker=name, signal=SIGKILL))
 
     def _on_forked(self, event: m.Forked) -> None:
@@ -292,6 +293,8 @@ class Agent:
                 pass  # the host's vault has heard it
             case Marked():
                 self._out.append(m.Log(rank=worker.rank, message=message))
+                for finding in self._vitals.take(worker.rank, message.step, message.scalars):
+                    self._findings.take(finding, self.acted)
             case Refused():
                 if message not in self._refused:
                     self._refused.append(message)

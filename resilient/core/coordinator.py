@@ -26,7 +26,7 @@ from resilient.core.audits import Audits
 from resilient.core.cadence import Cadence
 from resilient.core.cause import Seen
 from resilient.core.commits import Commits
-from resilient.core.court import Court
+from resilient.core.court import ONLY_TOLD, Court
 from resilient.core.fleet import Node
 from resilient.core.incident import Incident
 from resilient.core.leases import Leases
@@ -51,6 +51,7 @@ from resilient.core.policy import TABLE, UNKNOWN, Verdict
 from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
+from resilient.core.tempo import Tempo
 from resilient.core.triage import Taken, Triage
 
 RESEND_S = 0.25  # an assignment that a report does not acknowledge is sent again, at most this often
@@ -95,6 +96,7 @@ class Coordinator:
         self._commits = Commits()
         self._cadence = Cadence(every=settings.checkpoint_every, auto=settings.checkpoint_auto, budget=settings.checkpoint_budget)
         self._audits = Audits()
+        self._tempo = Tempo()
         self._rescue: Rescue | None = None
         self._now = 0.0  # of the newest event, for `status`
         self._leases = Leases(settings.lease_s)
@@ -151,8 +153,17 @@ class Coordinator:
     def status(self) -> lines.Status:
         """What status.json says now."""
         checkpoint = self._cadence.status(len(self.round.ranks), self._now) if self.settings.checkpoints else None
-        places, replicas, cordoned = self.round.seating.places, self._audits.status(), self._triage.cordons.nodes
-        return fleet.status(self.settings.run, self.state, self.round.number, self.nodes.values(), places, checkpoint, replicas, cordoned)
+        return fleet.status(
+            self.settings.run,
+            self.state,
+            self.round.number,
+            self.nodes.values(),
+            self.round.seating.places,
+            checkpoint,
+            self._audits.status(),
+            self._tempo.stragglers,
+            self._triage.cordons.nodes,
+        )
 
     # ------------------------------------------------------------------ a report
 
@@ -254,6 +265,10 @@ class Coordinator:
         if sound and pace is not None:
             self._cadence.take(pace, len(self.round.ranks), now)
             self._name_step(now)
+        if self.stage == "seated" and report.round == self.round.number:
+            for finding in self._tempo.take(report.chairs, now):
+                places = self.round.seating.places
+                self._tell_finding(finding, TABLE.get(finding.kind, UNKNOWN), places[finding.rank].node if finding.rank in places else "")
 
     def _commit(self, node: Node, before: Report | None, now: float) -> None:
         """What lies on the persistent tier."""
@@ -493,7 +508,7 @@ class Coordinator:
             cause = f"{self.incident.cause} of rank {self.incident.rank}" if self.incident else "none known"
             self._end("failed", 1, f"{self._fruitless} rounds in a row ended without a committed step; the last cause: {cause}", now)
             return
-        self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
+        self._court.blame((c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs), now)
         alive = self._alive()
         leader = self.nodes[self.settings.leader]
         hall = Hall(
@@ -539,6 +554,7 @@ class Coordinator:
         plan, incident = seating.plan, self.incident
         self._commits.begin(self.round.number, plan.step)
         self._audits.seated(self.round.number, plan)
+        self._tempo.seated({rank: place.node for rank, place in self.round.seating.places.items()} if self._managed else {})
         if incident is not None:
             incident.decide(plan, seating.reached, now)
         line = lines.RoundStarted(
@@ -569,24 +585,31 @@ class Coordinator:
 
     def _find_culprit(self, now: float) -> None:
         """Some ranks stand still: break the round if it is known who is to blame, or nobody will be."""
-        found, blamed = self._court.blame(c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs)
+        found, blamed = self._court.blame((c for n in self._alive() if n.name in self.round.ranks for c in n.report.chairs), now)
         due = self._court.standstill.due()
         if due is None:
             return
         if found.wait:
             self._court.standstill.since = now if now >= due else self._court.standstill.since
         elif blamed or now >= due:
-            verdict = Verdict(verdict="replace" if blamed else "watch", why=found.why)
+            verdict = Verdict(verdict=found.verdict if blamed else "watch", why=found.why)
             self._evidence = self.round.number
+            told = [(f, self.round.seating.places[f.rank].node if blamed else "") for f in blamed or [_nobody(found.why)]]
+            if self._court.only_told():
+                for finding, node in told:
+                    self._tell_finding(finding, ONLY_TOLD, node)
+                self._send_all(now)
+                return
             self._break(now)
             assert self.incident is not None
-            for finding in blamed or [Finding(seq=0, kind="suspect", text=found.why)]:
-                node = self.round.seating.places[finding.rank].node if blamed else ""
+            for finding, node in told:
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
                 for seen, moved in self._triage.failed((node, finding.rank), now) if blamed else ():
                     self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
             self._explain([], now)
+            if verdict.verdict == "halt":
+                self._end("failed", 1, f"{found.why}, for the second time at this step", now)
 
     def _on_node_up(self, name: str, now: float) -> None:
         node = self.nodes.get(name)
@@ -709,6 +732,10 @@ class Coordinator:
             term=self.settings.term,
             compare=self._audits.wish if leads else None,
         )
+
+
+def _nobody(why: str) -> Finding:
+    return Finding(seq=0, kind="suspect", text=why)
 
 
 def _listed(ranks: tuple[int, ...]) -> str:

@@ -10,6 +10,9 @@ Contract: `judge` and `refuse` take in facts, `blame` looks at those that stand 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
+
+import msgspec
 
 from resilient.core.cause import Seen
 from resilient.core.culprit import Blame, Standstill
@@ -17,6 +20,8 @@ from resilient.core.ledger import Poison
 from resilient.core.machine import CoordinatorSettings
 from resilient.core.messages import Chair, Finding, Report
 from resilient.core.policy import Policy, Verdict
+
+ONLY_TOLD: Final = Verdict(verdict="watch", why="--hang report: it is told, and nothing is done about it")
 
 
 class Court:
@@ -27,7 +32,8 @@ class Court:
         self.condemned: set[str] = set()  # workers
         self.poison: set[Poison] = set()  # copies that were read and found wrong
         self.again = False  # somebody cannot go on unless the whole group starts again
-        self.standstill = Standstill(settings.culprit_s)
+        self.standstill = Standstill(settings.culprit_s, settings.alone_s)
+        self._acts = settings.hang == "act"
         self._policy = Policy(settings.max_restarts)
         self._judged = 0  # newest round of which a finding was judged
 
@@ -39,6 +45,8 @@ class Court:
         first = finding.round > self._judged
         self._judged = max(self._judged, finding.round)
         verdict = self._policy.judge(finding, managed=managed, first=first, explained=explained)
+        if finding.kind == "stopped" and not self._acts:
+            verdict = ONLY_TOLD
         if verdict.verdict == "replace" and finding.worker:
             self.condemned.add(finding.worker)
         if finding.kind == "unrecorded":
@@ -57,14 +65,25 @@ class Court:
             findings.append(Finding(seq=0, kind=refused.kind, rank=rank, step=step, round=round_, text=text))
         return findings
 
-    def blame(self, chairs: Iterable[Chair]) -> tuple[Blame, list[Finding]]:
-        """Who keeps the others waiting, of those that have not moved since they were reported; it is condemned."""
+    def blame(self, chairs: Iterable[Chair], now: float) -> tuple[Blame, list[Finding]]:
+        """Who keeps the others waiting, of those that have not moved since they were reported; it is condemned, unless all are at fault."""
         if not self.standstill.found:
             return Blame(wait=True), []
-        found = self.standstill.look(chairs)
-        accused = [self.standstill.found[rank][0] for rank in found.ranks]
-        self.condemned.update(finding.worker for finding in accused)
+        found = self.standstill.look(chairs, now)
+        accused = [self.standstill.found[rank][0] for rank in found.ranks if not found.wait]
+        if found.crossed:
+            found = self.standstill.judge(found)
+            ring = {"kind": "collective-order", "layer": "training", "class_": "user", "text": found.why}
+            return found, [msgspec.structs.replace(finding, **ring) for finding in accused]
+        if self._acts:
+            self.condemned.update(finding.worker for finding in accused)
         return found, accused
+
+    def only_told(self) -> bool:
+        """Standing still is told and nothing is done about it; once per standstill."""
+        if not self._acts:
+            self.standstill.found.clear()
+        return not self._acts
 
     def adjourn(self, put_down: Iterable[str]) -> None:
         """A round is seated: who was put down never comes back, even if its node has not heard it; nobody stands still any more."""

@@ -109,6 +109,7 @@ class Place:
             gate_step=seals.gate_step,
             snapshots=tuple(sorted(seals.snapshots)),
             minuted=self.native or self.layout is not None,
+            pause_s=worker.watch.pause_s if worker else 0.0,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from resilient.core import lines
 from resilient.core.messages import NONE, Assignment, Chair, Report, RunState, Standby
 from resilient.core.placement import Place
+from resilient.core.straggler import Stragglers
 
 
 @dataclass(slots=True)
@@ -67,6 +68,7 @@ def status(
     places: Mapping[int, Place],
     checkpoint: lines.CheckpointStatus | None,
     replicas: lines.ReplicasStatus | None,
+    stragglers: Stragglers,
     cordoned: Collection[str] = (),
 ) -> lines.Status:
     """What status.json says. O(ranks)."""
@@ -75,7 +77,8 @@ def status(
     for rank, place in sorted(places.items()):
         chair = chairs.get((place.node, rank))
         step = chair.record.step if chair and chair.record else NONE
-        ranks.append(lines.RankStatus(rank, place.node, place.local_rank, chair.pid if chair else 0, step))
+        waits, score = stragglers.shares.get(rank), stragglers.scores.get(rank)
+        ranks.append(lines.RankStatus(rank, place.node, place.local_rank, chair.pid if chair else 0, step, waits, score))
     standbys = [lines.StandbyStatus(n.name, s.pid, s.shadow, s.state == "parked") for n in nodes if n.alive for s in n.report.standbys]
     return lines.Status(
         run_id=run,

@@ -189,6 +189,8 @@ class RankStatus(msgspec.Struct, frozen=True):
     local_rank: int
     pid: int
     step: int
+    waits: float | None = None  # share of a step that it is inside collectives; null before some steps are measured
+    slower: float | None = None  # by what share of a step the others wait longer than it: who makes them wait (core/straggler.py)
 
 
 class StandbyStatus(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ Events and actions never leave their process: what is sent to another one is in 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from resilient.core.lines import EventLine
 from resilient.core.messages import (
@@ -44,6 +44,8 @@ from resilient.core.messages import (
 from resilient.core.rules import Rules
 
 # --------------------------------------------------------------------------- both machines
+
+Hang = Literal["act", "report", "off"]  # what is done about ranks that do not move; report: it is told, and nothing else
 
 
 class Tick(Msg):
@@ -81,6 +83,7 @@ class AgentSettings(Msg):
     grace_s: float = 0.0  # --grace-s, where there is a checkpoint URL: from SIGTERM until everything here has ended
     gated: bool = False  # no ranks come here before `Admitted` says that the pre-flight checks have passed
     devices: dict[str, int] = {}  # "pci:0000:1a:00", "gpu:3" -> local rank that uses it; a later `Devices` replaces it
+    hang: Hang = "act"  # --hang
 
 
 # --------------------------------------------------------------------------- agent: events
@@ -413,6 +416,8 @@ class CoordinatorSettings(Msg):
     grace_s: float = 0.0  # --grace-s: from a signal until everything has ended; 0 = nothing is brought to safety before
     term: int = 0  # when it was started
     rules: Rules = Rules()  # what is made of what probes see (resilient/policy.toml, --policy); empty: all is watched
+    hang: Hang = "act"  # --hang
+    alone_s: float = 600.0  # nobody moves, but nobody waits for anybody either: --first-step-timeout
 
 
 class Asked(Msg):

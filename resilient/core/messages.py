@@ -51,6 +51,14 @@ class Msg(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 # --------------------------------------------------------------------------- agent -> coordinator
 
 
+class Tally(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker did on one group in the round in force."""
+
+    name: int  # of a group: equal on all its members (wire/page.py); of two ranks that send to each other: `pair_name`
+    entered: int  # operations begun
+    completed: int  # and ended
+
+
 class Record(Msg):
     """The ledger record of one worker's page, as its agent read it (see wire/page.py)."""
 
@@ -66,6 +74,20 @@ class Record(Msg):
     regrouped_s: float = 0.0  # groups of `round` were built
     restored_s: float = 0.0  # state was in place
     committed_s: float = 0.0  # first step completed in `round`
+    waited_s: float = 0.0  # inside collectives, since its start
+    loaded_s: float = 0.0  # between the beginning of a step and its first forward, since its start: mostly for data
+    sections: int = 0  # how many it has opened, since its start
+    groups: tuple[Tally, ...] = ()  # where it has not moved for a moment
+
+
+def pair_name(one: int, other: int) -> int:
+    """In a `Tally`: what these two ranks send to each other."""
+    return -((min(one, other) << 31 | max(one, other)) + 1)
+
+
+def pair_of(name: int) -> tuple[int, int]:
+    """The two ranks of a `pair_name`; it is below zero, a group's is not."""
+    return (-name - 1) >> 31, (-name - 1) & (2**31 - 1)
 
 
 class Chair(Msg):
@@ -85,6 +107,7 @@ class Chair(Msg):
     snapshots: tuple[int, ...] = ()  # steps sealed in this node's memory tier for this rank, ascending
     own_steps: tuple[int, ...] = ()  # all own states sealed at the start of a step (two slots), ascending
     minuted: bool = False  # its agent has the results of all collectives that this rank made in its set-up so far
+    pause_s: float = 0.0  # the longest pause of its page in the step under way, where it went on
 
 
 class Standby(Msg):

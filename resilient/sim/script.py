@@ -88,7 +88,7 @@ class Script:
 
     def record(self) -> Record:
         """The page."""
-        names = ("broken_s", "regrouped_s", "restored_s", "committed_s")
+        broken, regrouped, restored, committed = self.marks
         return Record(
             round=self.round,
             step=self.step,
@@ -98,7 +98,10 @@ class Script:
             entered=self.entered,
             completed=self.completed,
             idle_s=self.world.now - self.beat,
-            **dict(zip(names, self.marks, strict=True)),
+            broken_s=broken,
+            regrouped_s=regrouped,
+            restored_s=restored,
+            committed_s=committed,
         )
 
     def pace(self) -> Pace | None:

@@ -340,6 +340,7 @@ class World:
             grace_s=spec.grace_s,
             copies=spec.copies,
             rules=spec.rules,
+            alone_s=30.0,  # of a simulated minute or two, not the ten of a run
         )
         self.coordinator = Coordinator(settings)
         self._timer = 0

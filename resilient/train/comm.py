@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch.distributed as dist
 
+from resilient.core.messages import pair_name
 from resilient.errors import RoundAborted
 from resilient.train.build import Build
 from resilient.train.group import _ECHO, Group, Held, Operation
+from resilient.wire.page import CONTROL_SLOT, OVERFLOW_SLOT, group_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from resilient.wire.page import Page
 
 GRACE_S: Final = 5.0  # between the end of a round and the end of its groups
-PAGE_SLOTS: Final = 128  # counters in the page; the last one is shared by all further groups
 
 
 class Comm:
@@ -74,8 +75,12 @@ class Comm:
         # Votes and state go over a group of their own: a rank that votes while another is in the script's collective must make both wait
         # (a hang has a culprit), not meet it (gloo ends the process when sizes differ).
         everybody = tuple(range(world_size))
-        self.control = Group(self, rank, everybody, "control", PAGE_SLOTS - 1, "gloo")
+        self.control = Group(self, rank, everybody, "control", CONTROL_SLOT, "gloo")
         self.groups.append(self.control)
+        self._slots = 0  # of the page that have an owner
+        self._pairs: dict[tuple[int, int], int] = {}  # global ranks that send to each other -> slot
+        if page is not None:
+            page.name_group(CONTROL_SLOT, group_name("control"))
 
     # ------------------------------------------------------------------ groups
 
@@ -84,16 +89,29 @@ class Comm:
         count = self._counts.get(ranks, 0)
         self._counts[ranks] = count + 1
         key = f"{'-'.join(map(str, ranks))}#{count}" if len(ranks) < self.world_size else f"world#{count}"
-        slot = min(len(self.groups) - 1, PAGE_SLOTS - 1)
-        group = Group(self, group_rank, ranks, key, slot, self.kind)
+        group = Group(self, group_rank, ranks, key, self._slot(group_name(key)), self.kind)
         self.groups.append(group)
-        if self._page is not None:
-            self._page.name_group(slot, hash(key) & (2**62 - 1) | 1)
         if self.mode != "alone" and self._sets_up and self.rehearsal is not None:
             self.rehearsal.enter()
         elif self.mode == "live" and not self.catch_up():
             raise self._aborted(f"new_group {key}")
         return group
+
+    def _slot(self, name: int) -> int:
+        """Counters in the page for the group of this name, as long as there are any."""
+        if self._slots == CONTROL_SLOT:
+            return OVERFLOW_SLOT
+        slot, self._slots = self._slots, self._slots + 1
+        if self._page is not None:
+            self._page.name_group(slot, name)
+        return slot
+
+    def pair(self, group: Group, peer: int) -> int:
+        """The slot of what this rank and that member of `group` send to each other: two that speak alone do not count for the group."""
+        ranks = (group.ranks[group.rank()], group.ranks[peer])
+        if (slot := self._pairs.get(ranks)) is None:
+            self._pairs[ranks] = slot = self._slot(pair_name(*ranks))
+        return slot
 
     @property
     def _sets_up(self) -> bool:
@@ -118,34 +136,39 @@ class Comm:
     # ------------------------------------------------------------------ operations
 
     def run(self, group: Group, op: Operation) -> Held:
-        """Launch one operation, in whatever way the round allows."""
-        if self._page is not None:
-            self._page.enter(group.slot)
+        """Launch one operation, in whatever way the round allows. Only what is really launched is counted: loopback waits for nobody."""
+        self.beat()
         if group.size() == 1:
             op.fill()
-            return self._done(group, op)
+            return Held(group, op, None, None)
         if self._sets_up and self._set_up(op):
-            return self._done(group, op)
+            self.beat()
+            return Held(group, op, None, None)
         op.looped = self._scope.may_loop(echo=op.kind == _ECHO)
         if self.solo or self.mode == "alone":
             op.fill()
         elif self.mode == "live":
-            inner = group.inner
-            assert inner is not None, f"group {group.key} has no inner group in live round {self.round}"
-            try:
-                work = op.launch(inner.group)
-            except RuntimeError as error:  # gloo refuses at once when a pair is already broken
-                aborted = self.failed(op, inner, error)
-                if aborted is not None:
-                    raise aborted from error
-                return self._done(group, op)
-            return Held(group, op, inner, work)
+            return self._launch(group, op)
         elif op.looped:
             self._fill(op)
         else:
-            self._leave(group)
             raise self._aborted(op.key)
-        return self._done(group, op)
+        return Held(group, op, None, None)
+
+    def _launch(self, group: Group, op: Operation) -> Held:
+        inner = group.inner
+        assert inner is not None, f"group {group.key} has no inner group in live round {self.round}"
+        if self._page is not None:
+            self._page.enter(op.slot)
+        try:
+            work = op.launch(inner.group)
+        except RuntimeError as error:  # gloo refuses at once when a pair is already broken
+            self.left(group, inner, op.slot)
+            aborted = self.failed(op, inner, error)
+            if aborted is not None:
+                raise aborted from error
+            return Held(group, op, None, None)
+        return Held(group, op, inner, work)
 
     def _set_up(self, op: Operation) -> bool:
         """Before the first step. Whether `op` is done with that."""
@@ -194,8 +217,10 @@ class Comm:
         inner = group.inner
         if self.mode != "live" or inner is None:
             raise self._aborted(what)
+        since = 0
         if self._page is not None:
             self._page.enter(group.slot)
+            since = time.monotonic_ns()
         try:
             inner.wait(launch(inner.group))
         except RuntimeError as error:  # gloo's only way to say that a peer is gone
@@ -203,7 +228,7 @@ class Comm:
                 self._suspect(self.round, f"{what}: {str(error).splitlines()[0][:300]}")
             raise self._aborted(what) from error
         finally:
-            self._leave(group)
+            self.left(group, inner, group.slot, since)
 
     def beat(self) -> None:
         """This process is alive and waits for something that is not a collective."""
@@ -221,17 +246,14 @@ class Comm:
             if self._page is not None:
                 self._page.section(0)
 
-    def left(self, group: Group) -> None:
-        """An operation ended, well or not."""
-        self._leave(group)
-
-    def _leave(self, group: Group) -> None:
-        if self._page is not None:
-            self._page.leave(group.slot)
-
-    def _done(self, group: Group, op: Operation) -> Held:
-        self._leave(group)
-        return Held(group, op, None, None)
+    def left(self, group: Group, inner: Inner | None, slot: int, since_ns: int = 0) -> None:
+        """An operation on `inner` ended, well or not; somebody waited for it since then."""
+        if self._page is None:
+            return
+        if group.inner is inner:
+            self._page.leave(slot, since_ns)
+        else:
+            self._page.abandon()
 
     def _aborted(self, what: str) -> RoundAborted:
         return RoundAborted(f"round {self.round} broke; {what} cannot be completed here")
@@ -289,6 +311,8 @@ class Comm:
             if self._next is not build:  # fenced in between
                 return False
             old = [group.inner for group in self.groups if group.inner is not None]
+            if self._page is not None:
+                self._page.regroup()
             for group in self.groups:
                 group.inner = build.inners.get(group.key)
                 group.agreed = build.settled.get(group.key, 0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from resilient.train import loopback
 from resilient.train.inner import Apart
+from resilient.wire.page import OVERFLOW_SLOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,6 +149,7 @@ class Held(dist.Work):
         with self._lock:
             if self._done:
                 return
+            since = time.monotonic_ns()
             try:
                 self._await()
             except RuntimeError as error:  # gloo's and nccl's only way to say that a peer is gone
@@ -155,7 +158,7 @@ class Held(dist.Work):
                 self._op.record()
             self._done = True
             self._work = None  # torch's work holds the inner group; let it go
-            self._group.comm.left(self._group)
+            self._group.comm.left(self._group, self._inner, self._op.slot, since)
 
     def _await(self) -> None:
         assert self._inner is not None, "completed in loopback"
@@ -227,7 +230,7 @@ waiter = Waiter()
 class Operation:
     """What is being done: enough to launch it, to complete it in loopback, and to record it."""
 
-    __slots__ = ("fill", "group", "index", "kind", "launch", "looped", "name", "outputs")
+    __slots__ = ("fill", "group", "index", "kind", "launch", "looped", "name", "outputs", "slot")
 
     def __init__(
         self,
@@ -242,6 +245,7 @@ class Operation:
         self.group, self.name, self.outputs, self.launch, self.fill, self.kind = group, name, outputs, launch, fill, kind
         self.looped = False  # Comm: a broken round may complete it in loopback (decided at the launch)
         self.index = -1  # Recorder: its number among those before the first step
+        self.slot = group.slot  # its counters in the page
 
     def record(self) -> None:
         """It ended well."""
@@ -535,9 +539,15 @@ class Group(dist.ProcessGroup):
         opts = dist.BarrierOptions() if opts is None else opts
         return self._run("barrier", (), lambda g: g.barrier(opts, *rest), lambda: None, _ADOPT)
 
+    def _speak(self, name: str, outputs: Sequence[Tensor], launch: Callable[[Any], Any], fill: Callable[[], None], peer: int) -> Held:
+        """Two members alone."""
+        op = Operation(self, name, outputs, launch, fill, _ADOPT if outputs else _ECHO)
+        op.slot = self.comm.pair(self, peer)
+        return self.comm.run(self, op)
+
     def send(self, tensors: Any, peer: int, tag: int) -> Held:
         """In loopback: into the void."""
-        return self._run("send", (), lambda g: g.send(tensors, peer, tag), lambda: None)
+        return self._speak("send", (), lambda g: g.send(tensors, peer, tag), lambda: None, peer)
 
     def recv(self, tensors: Any, peer: int, tag: int) -> Held:
         """In loopback: zeros."""
@@ -546,7 +556,7 @@ class Group(dist.ProcessGroup):
             for tensor in tensors:
                 tensor.zero_()
 
-        return self._run("recv", tensors, lambda g: g.recv(tensors, peer, tag), fill, _ADOPT)
+        return self._speak("recv", tensors, lambda g: g.recv(tensors, peer, tag), fill, peer)
 
     def recv_anysource(self, tensors: Any, tag: int) -> Held:
         """In loopback: zeros."""
@@ -555,4 +565,6 @@ class Group(dist.ProcessGroup):
             for tensor in tensors:
                 tensor.zero_()
 
-        return self._run("recv", tensors, lambda g: g.recv_anysource(tensors, tag), fill, _ADOPT)
+        op = Operation(self, "recv", tensors, lambda g: g.recv_anysource(tensors, tag), fill, _ADOPT)
+        op.slot = OVERFLOW_SLOT  # from whom, nobody knows
+        return self.comm.run(self, op)

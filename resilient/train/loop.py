@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -77,6 +78,7 @@ class Loop:
         self.opened = False
         self.over = False  # the loop's end was reached together
         self.canary = Canary()
+        scope.loaded = page.loaded
         self.rounds = Rounds(comm, desk, ledger, tracked, tier0, self.canary)
         self.warming = WARMUP_STEPS if desk.standby else 0
         self.pending: dict[str, Any] = {}  # run.log: numbers, and tensors of one element that nobody has read yet
@@ -312,6 +314,7 @@ class Loop:
         if self.sealing.audit == step:
             self.tier0.once_sealed(functools.partial(self.desk.send, Sealed(audit=step)))
         self._publish()
+        self.scope.since_ns = time.monotonic_ns()
         if self.broken:
             self._recover()
 
@@ -411,6 +414,7 @@ class Loop:
         """Into the newest sound round. Whoever was given an older state drops the effects of the step that it no longer holds."""
         held = self.ledger.step
         self.rounds.recover()
+        self.scope.since_ns = 0
         self._placed()
         if self.ledger.step < held:
             self._late = []

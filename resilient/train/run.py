@@ -177,6 +177,8 @@ class Run:
     def section(self, name: str) -> Iterator[None]:  # noqa: ARG002  the name is for the reader, and for stacks
         """Something long and quiet (evaluation, saving): not a hang while it is open."""
         self._sections += 1
+        if self.loop is not None:
+            self.loop.scope.since_ns = 0  # what this takes was not spent on data
         if self._page is not None:
             self._page.section(self._sections)
         try:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
@@ -36,6 +38,8 @@ class Scope:
         self.spoiled = False  # an operation after an open gate was completed in loopback: no optimizer may use what follows from it
         self.forward_depth = 0
         self.forwards = 0  # outermost forwards begun with gradients on, and backwards seen: see train/wrappers.py
+        self.since_ns = 0  # when the step before was complete, until this one's first forward; 0 = nothing is measured
+        self.loaded: Callable[[int], None] = lambda _since: None  # called then, with it
         self._hooked: set[int] = set()
 
     def enter(self) -> None:
@@ -70,6 +74,9 @@ class Scope:
 
         def before(_module: nn.Module, _args: Any) -> None:
             self.forward_depth += 1
+            if self.since_ns and self.active:
+                since, self.since_ns = self.since_ns, 0
+                self.loaded(since)
             if torch.is_grad_enabled():
                 self.forwards += 1
 

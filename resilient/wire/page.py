@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import mmap
 import os
 import threading
 import time
 from typing import Final
 
-from resilient.core.messages import NONE, Pace, Phase, Record
+from resilient.core.messages import NONE, Pace, Phase, Record, Tally
 from resilient.errors import ProtocolError
 
 PAGE_BYTES: Final = 4096
@@ -36,8 +37,14 @@ _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
 _STEPPED, _SEALED, _SEALED_AT, _STALL = 25, 26, 27, 28  # when `step` was reached; newest step sealed for the persistent tier, when, and ns
 _BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single words, no sequence number
-_GROUPS = 64  # then 128 x (name hash, entered, completed), the last one is the overflow entry
-GROUP_COUNT: Final = 128
+_SECTIONS = 39  # opened
+_WAITED, _LOADED = 37, 38  # ns inside collectives, and from a boundary to the first forward, since the start of this process
+_GROUPS = 64  # then GROUP_COUNT x (name, entered, completed, ns inside), the last two are the control group's and the overflow entry
+_ROW = 4
+GROUP_COUNT: Final = 112
+CONTROL_SLOT: Final = GROUP_COUNT - 2  # of the votes
+OVERFLOW_SLOT: Final = GROUP_COUNT - 1  # shared by all groups for which there is no other
+STILL_S: Final = 1.0  # a page that has not moved for so long is shown with its groups: where nobody waits nobody needs them
 _READ_TRIES: Final = 1000
 UNCOPIED: Final = 1 << 62  # in COPIED: no copies are made, nobody waits for them
 
@@ -142,6 +149,7 @@ class Page:
 
     def section(self, depth: int) -> None:
         """Depth of open `run.section`s."""
+        self._words[_SECTIONS] += depth > self._words[_SECTION]
         self._words[_SECTION] = depth
         self.beat()
 
@@ -151,22 +159,44 @@ class Page:
         self.beat()
 
     def enter(self, slot: int) -> None:
-        """A collective begins on the group with this `slot` (0 <= slot < GROUP_COUNT)."""
+        """An operation begins on the group with this `slot` (0 <= slot < GROUP_COUNT)."""
         w = self._words
-        w[_GROUPS + 3 * slot + 1] += 1
+        w[_GROUPS + _ROW * slot + 1] += 1
         w[_ENTERED] += 1
         w[_BEAT] = time.monotonic_ns()
 
-    def leave(self, slot: int) -> None:
-        """A collective of that group ended, well or not."""
+    def leave(self, slot: int, since_ns: int = 0) -> None:
+        """An operation of that group ended, well or not. since_ns: when somebody began to wait for it, 0 = nobody did."""
         w = self._words
-        w[_GROUPS + 3 * slot + 2] += 1
+        row = _GROUPS + _ROW * slot
+        w[row + 2] += 1
         w[_COMPLETED] += 1
-        w[_BEAT] = time.monotonic_ns()
+        w[_BEAT] = now = time.monotonic_ns()
+        if since_ns:
+            w[row + 3] += now - since_ns
+            w[_WAITED] += now - since_ns
 
-    def name_group(self, slot: int, name_hash: int) -> None:
-        """Say which group the counters of `slot` belong to (`name_hash`: 63 bits)."""
-        self._words[_GROUPS + 3 * slot] = name_hash
+    def abandon(self) -> None:
+        """An operation of an older round ended: its group's counters began anew meanwhile."""
+        self._words[_COMPLETED] += 1
+        self.beat()
+
+    def regroup(self) -> None:
+        """A round begins: its groups' counters stand at zero on every member, newcomers and survivors alike."""
+        w = self._words
+        for slot in range(GROUP_COUNT):
+            row = _GROUPS + _ROW * slot
+            w[row + 1] = w[row + 2] = w[row + 3] = 0
+
+    def loaded(self, since_ns: int) -> None:
+        """The first forward of a step begins; the step began at `since_ns`."""
+        w = self._words
+        w[_BEAT] = now = time.monotonic_ns()
+        w[_LOADED] += now - since_ns
+
+    def name_group(self, slot: int, name: int) -> None:
+        """Say which group the counters of `slot` belong to (`group_name`, `pair_name`)."""
+        self._words[_GROUPS + _ROW * slot] = name
 
     # ------------------------------------------------------------------ the agent's half
 
@@ -197,11 +227,11 @@ class Page:
         """CLOCK_MONOTONIC nanoseconds of the last movement."""
         return self._words[_BEAT]
 
-    def groups(self) -> tuple[tuple[int, int, int], ...]:
-        """(name hash, entered, completed) of every group in use."""
+    def groups(self) -> tuple[Tally, ...]:
+        """The counters of every group in use."""
         w = self._words
-        rows = (tuple(w[_GROUPS + 3 * i : _GROUPS + 3 * i + 3]) for i in range(GROUP_COUNT))
-        return tuple(row for row in rows if row[0])
+        rows = (tuple(w[_GROUPS + _ROW * i : _GROUPS + _ROW * i + 3]) for i in range(GROUP_COUNT))
+        return tuple(Tally(*row) for row in rows if row[0])
 
     def read(self, now_ns: int | None = None) -> Record:
         """The record, whole: read again while it is being written; a writer that died in between leaves it odd: read as is."""
@@ -221,6 +251,10 @@ class Page:
             regrouped_s=marks[1] / 1e9,
             restored_s=marks[2] / 1e9,
             committed_s=marks[3] / 1e9,
+            waited_s=w[_WAITED] / 1e9,
+            loaded_s=w[_LOADED] / 1e9,
+            sections=w[_SECTIONS],
+            groups=self.groups() if now - w[_BEAT] > STILL_S * 1e9 else (),
         )
 
     def pace(self, rank: int) -> Pace:
@@ -237,6 +271,11 @@ class Page:
             if seq % 2 == 0 and w[_SEQ] == seq:
                 break
         return row
+
+
+def group_name(key: str) -> int:
+    """The name of a group in the pages, equal on all nodes: 62 bits. key: equal on all members, unique in the run."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") & (2**62 - 1) | 1
 
 
 def is_occupied(path: str) -> bool:

@@ -452,7 +452,7 @@ def test_the_end_waits_for_the_last_marker_but_not_for_ever(house):
 def test_status_says_who_sits_where(house):
     house.report(chairs=chairs(), standbys=(Standby(worker="w9", pid=99, shadow=0, state="parked"),))
     status = msgspec.json.decode(msgspec.json.encode(house.coordinator.status()))
-    assert status["ranks"][1] == {"rank": 1, "node": "n0", "local_rank": 1, "pid": 11, "step": 5}
+    assert status["ranks"][1] == {"rank": 1, "node": "n0", "local_rank": 1, "pid": 11, "step": 5, "waits": None, "slower": None}
     assert status["standbys"] == [{"node": "n0", "pid": 99, "shadow": 0, "ready": True}]
     assert (status["state"], status["round"], status["world_size"]) == ("running", 1, 2)
     assert StatusDue() in house(Tick(), 1.0)

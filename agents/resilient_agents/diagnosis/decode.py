@@ -30,7 +30,6 @@ _HEX: Final = re.compile(r"0x[0-9a-fA-F]{1,16}")
 _TO: Final = re.compile(r"\bto\s+(?:0x)?(\d{0,3})\s*(?:\(([\w ]{1,40})\))?", re.IGNORECASE)
 
 
-
 def xid(found: dict[str, str], text: str) -> dict[str, Any]:
     """By the table; 154 and the NVLink 5 family by their text."""
     number, low = str(int(found["code"])), text.lower()

@@ -140,7 +140,14 @@ def _finding(entry: Entry, found: dict[str, str], line: str, peeled: Peeled) -> 
     if code is None:
         code = _filled(entry.code, found, line, peeled) if entry.code else found.get("code", "")
     device = ",".join(dict.fromkeys(filled for part in entry.device.split(",") if (filled := _filled(part, found, line, peeled))))
-    fields: dict[str, Any] = {"device": device, "kind": entry.kind, "layer": entry.layer, "class_": entry.class_, "role": entry.role, "clears": entry.clears}
+    fields: dict[str, Any] = {
+        "device": device,
+        "kind": entry.kind,
+        "layer": entry.layer,
+        "class_": entry.class_,
+        "role": entry.role,
+        "clears": entry.clears,
+    }
     return Finding(seq=0, code=code, text=_shown(line), probe="text", **(fields | known))
 
 
