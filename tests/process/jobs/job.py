@@ -8,6 +8,7 @@ exact moment, once: a marker file in DIR keeps it from happening again in the re
     setup talk1 .. talk4 large built tracked   in the set-up, from its beginning to its end
     forward backward collective optimizer optimizer_end between loop_end   SIGKILL there
     stop:forward    SIGSTOP instead          spin:forward  an endless loop          raise:forward  an exception, once
+    say:forward     prints $JOB_WORDS on stderr, then SIGKILL               hog:forward  takes memory until the kernel ends it
     always:forward  an exception, every time        leave:forward  the script leaves its loop
 """
 
@@ -20,6 +21,7 @@ import os
 import pathlib
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -98,6 +100,15 @@ def strike(moment: str) -> None:
             case "spin":
                 while True:
                     pass
+            case "say":
+                print(os.environ["JOB_WORDS"], file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hog":
+                while not (args.out / "fenced-in").exists():
+                    time.sleep(0.01)
+                taken = []
+                while True:
+                    taken.append(bytearray(16 << 20))
             case "raise" | "always":
                 raise ValueError(f"struck at step {now}")
             case "leave":
