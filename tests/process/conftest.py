@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # what the tests here share lies beside them
 
+from disks import small_disk
 from outside import Run, environment
 
 Start = Callable[..., Run]
@@ -50,12 +49,5 @@ def script(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB in memory."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(directory)], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True)
+    with small_disk(tmp_path / "small") as directory:
+        yield directory
