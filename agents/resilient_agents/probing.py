@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 DEATHS_MAX: Final = 5
 DEATHS_S: Final = 600.0
 CULPRIT_TIMES: Final = 2
+OVERLAP_S: Final = 0.2  # of two probers, in the kernel's log: what one has read in its last moment it may not have told
 BACKOFF_MAX_S: Final = 30.0
 SILENCE_S: Final = 30.0  # six of its signs of life
 DAEMON_S: Final = 2.0  # a local socket
@@ -83,6 +84,7 @@ class Probing:
         self._scopes: tuple[str, ...] = ("node", "run")
         self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
         self._blamed: Counter[str] = Counter()
+        self._since, self._read = 0.0, dict[str, int]()
 
     @property
     def pid(self) -> int:
@@ -158,6 +160,7 @@ class Probing:
                 why, crash = f"it could not be started ({error})", None
             else:
                 why = await self._listen(reader, "prober")
+            self._mark()
             code = await self._end()
             culprit = self._culprit(crash)
             self._deaths.append(now := time.monotonic())
@@ -193,7 +196,14 @@ class Probing:
     def _begin(self) -> Begin:
         choice = self._senses.choice
         bad = tuple(name for name, times in self._blamed.items() if times >= CULPRIT_TIMES)
-        return Begin(root=self._senses.root, scopes=self._scopes, only=choice.only, without=(*choice.without, *bad))
+        wanted = {"only": choice.only, "without": (*choice.without, *bad)}
+        return Begin(root=self._senses.root, scopes=self._scopes, since=self._since, read=self._read, **wanted)
+
+    def _mark(self) -> None:
+        """From here on the next prober reads."""
+        self._since = time.monotonic() - OVERLAP_S
+        files = [path for worker in self._roster.workers for path in (worker.stdout, worker.stderr) if path]
+        self._read = {path: size for path in files if (size := _size(path)) is not None}
 
     def _say(self, message: Begin | Roster) -> None:
         if self._writer is not None:
@@ -258,6 +268,13 @@ class Probing:
             seq=0, kind="prober-lost", probe="prober", layer=LAYER, device=f"probe:{who}", class_="ignore", role="context", t=now, text=text
         )
         self._tell((finding,))
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 async def _frame(reader: asyncio.StreamReader) -> bytes:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 ANSI: Final = re.compile(r"\x1b(?:\[[0-9;?]{0,20}[A-Za-z]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[()][A-Z0-9])")
 LAYERS: Final = 12
-MONTHS: Final = {name: i for i, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
+MONTHS: Final = {name: i for i, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)}
 
 _ISO: Final = (
     r"(?P<iso>\d{4}[-/]\d\d[-/]\d\d[T -]\d\d:\d\d:\d\d(?:[.,:]\d{1,9}(?:\.\d{1,3})?)?)(?P<zone>Z|[+-]\d\d:?\d\d)?(?: UTC| GMT)?"

@@ -2,12 +2,12 @@
 
 Think of somebody who sits beside the ticker with a hand on the paper: sleeps while it is still, and reads every line that comes.
 
-Contract: begins at now: what was said before the probe was made is not news. Blocks in `poll` for at most `WAIT_S`, so that an idle log
-costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict) `journalctl -k -f` is
-the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are taken as text of a program ("syslog"), not of the
-kernel: anybody may write "Xid" there who is root. What a line means is diagnosis/text.py's business. The time of a finding is that of its
-record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way, with or without records'
-heads.
+Contract: begins at now, or where its predecessor was lost: what was said before is not news. Blocks in `poll` for at most `WAIT_S`, so
+that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
+`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are taken as text of a program
+("syslog"), not of the kernel: anybody may write "Xid" there who is root. What a line means is diagnosis/text.py's business. The time of a
+finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
+with or without records' heads.
 """
 
 from __future__ import annotations
@@ -101,14 +101,16 @@ class KernelLog:
         self.note = path
         self._is_file = stat.S_ISREG(kind)
         self._records = stat.S_ISCHR(kind)
+        self._since = surroundings.since
         if not stat.S_ISFIFO(kind):
-            os.lseek(self._fd, 0, os.SEEK_END)
+            os.lseek(self._fd, 0, os.SEEK_SET if self._since else os.SEEK_END)
 
     def check(self, now: float) -> list[Finding]:
         """What has been said since the last call; waits a while for it."""
         until = now + WAIT_S
         while True:
             lines = self._read() if self._records else self._read_stream()
+            lines = [line for line in lines if not line.t or line.t > self._since]
             if lines or (left := until - time.monotonic()) <= 0:
                 return found(lines, time.monotonic())
             if self._child is None and self._is_file:
@@ -119,6 +121,7 @@ class KernelLog:
     # ------------------------------------------------------------------
 
     _is_file = False
+    _since = 0.0
 
     def _wait(self, seconds: float) -> None:
         poll = select.poll()
