@@ -79,7 +79,12 @@ def test_what_probes_see_is_told_and_what_they_suffer_is_theirs_alone(tmp_path):
         run.until(lambda: found(run, "xid"), "the kernel's line is a finding")
         run.until(lambda: [row for row in run.events("finding") if row["rank"] == 1], "what rank 1 said is a finding")
         run.until(lambda: found(run, "probe-hangs"), "one hangs")
-        for name, text in {"raises": "not today", "leaves": "SystemExit", "lies": "a known message expected", "missing": "no_such_module"}.items():
+        for name, text in {
+            "raises": "not today",
+            "leaves": "SystemExit",
+            "lies": "a known message expected",
+            "missing": "no_such_module",
+        }.items():
             assert [row for row in found(run, "probe-fails") if name in str(row["text"]) and text in str(row["text"])], name
         assert len(found(run, "prober-lost")) == 2
         (tmp_path / "enough").touch()
