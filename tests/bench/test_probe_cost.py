@@ -20,13 +20,12 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "process"))
 from installed import path_with
-from told import bound, told
-
 from resilient_agents import kernel
 from resilient_agents.probe import Roster, Surroundings, Watched
 from resilient_agents.probes.limits import COUNTERS
 from resilient_agents.probes.worker_log import WorkerLog
 from resilient_agents.probing import Probing, senses
+from told import bound, told
 
 pytestmark = pytest.mark.bench
 WARM_S, LOOK_S = 6.0, 60.0
@@ -79,7 +78,7 @@ def large(root: pathlib.Path) -> pathlib.Path:
         write(root / f"sys/devices/system/edac/mc/mc{i}/ce_count", 0)
     for pid in range(1, 2000):
         write(root / f"proc/{pid}/stat", f"{pid} (python3) S 1 1 1 0 -1 0 0 0 0 0 1 1 0 0 20 0 1 0 5 0 0")
-    for name in ("meminfo", "vmstat", "self/mounts", "sys/fs/file-nr", "modules", "self/cgroup"):
+    for name in ("meminfo", "vmstat", "self/mounts", "sys/fs/file-nr", "self/cgroup"):
         write(root / "proc" / name, pathlib.Path("/proc", name).read_text())
     (root / "dev").mkdir()
     os.mkfifo(root / "dev/kmsg")

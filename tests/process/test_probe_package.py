@@ -22,6 +22,7 @@ def installed(where: pathlib.Path) -> str:
     """A path with the package on it."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("pip needs setuptools here to build the package without a network")
+    copy = shutil.copytree(PACKAGE, where.parent / "package")  # what a build leaves is left there
     pip = [
         sys.executable,
         "-m",
