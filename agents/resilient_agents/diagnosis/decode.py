@@ -121,10 +121,9 @@ def cuda(found: dict[str, str], text: str) -> dict[str, Any]:
     for row in catalogue.rows("cuda"):
         name = row["name"].partition(" ")[0]
         hit = (
-            any(part.strip() in low for part in row["text"].split(" / "))
+            any(part.strip() in low for part in row["text"].lower().split(" / "))
             or name.lower() in low
             or row["code"] == found.get("number")
-            or (row.get("driver_name") or "?").lower() in low
         )
         if hit and (best is None or len(row["text"]) > len(best["text"])):
             best = row
