@@ -5,6 +5,7 @@
     resilient snapshot RUN_DIR            have a checkpoint made now, and wait for it
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
     resilient ckpt VERB URL               checkpoints (ckpt.py)
+    resilient diagnose [FILES]            what went wrong, from logs and flight-recorder dumps (resilient_agents/diagnosis)
 
 Contract: `status`, `events` and `snapshot` know the run directory's files (host/journal.py) and nothing else. Never imports torch; changes
 nothing but in `clean` and `snapshot`, and what `ckpt` is told to write.
@@ -23,6 +24,7 @@ from resilient import ckpt
 from resilient.checkpoint import memory
 from resilient.config import Options
 from resilient.host.journal import WISH
+from resilient_agents.diagnosis import command as diagnose
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--memory-dir", default=Options().memory_dir, metavar="DIR")
     clean.set_defaults(command=_clean)
     ckpt.add(commands)
+    diagnose.add(commands)
     return parser
 
 
