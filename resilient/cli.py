@@ -20,11 +20,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from resilient_agents.diagnosis import command as diagnose
+
 from resilient import ckpt
 from resilient.checkpoint import memory
 from resilient.config import Options
 from resilient.host.journal import WISH
-from resilient_agents.diagnosis import command as diagnose
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

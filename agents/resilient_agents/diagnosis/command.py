@@ -12,7 +12,7 @@ nothing was found that a machine or a job is to be treated for, 1 something was,
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import os
 import sys
@@ -42,9 +42,13 @@ ADVICE: Final = {
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Give the command its place among those of `resilient`."""
     parser = commands.add_parser("diagnose", help="what went wrong, from logs and flight-recorder dumps")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="logs, Flight Recorder dumps, directories of them (default: standard input)")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="logs, Flight Recorder dumps, directories of them (default: standard input)"
+    )
     parser.add_argument("--json", action="store_true", help="print incidents and findings as JSON")
-    parser.add_argument("--jsonl", action="store_true", help='read {"id","text","stream"} per line from standard input, print a verdict for each')
+    parser.add_argument(
+        "--jsonl", action="store_true", help='read {"id","text","stream"} per line from standard input, print a verdict for each'
+    )
     parser.add_argument("--stream", choices=sorted(jsonl.STREAMS), default="", help="whose lines these are (default: by name and content)")
     parser.add_argument("--window-s", type=float, default=WINDOW_S, help="what is further apart is another incident (default: %(default)s)")
     parser.set_defaults(command=run)
@@ -68,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         seen.append(Sighting(finding=finding, place=place, source=f"{len(dumps)} flight-recorder dumps"))
     found = incidents(seen, args.window_s)
     if args.json:
-        _print(json.dumps({"files": len(paths), "unread": unread, "findings": len(seen), "incidents": [_plain(it) for it in found]}, indent=1))
+        _print(
+            json.dumps({"files": len(paths), "unread": unread, "findings": len(seen), "incidents": [_plain(it) for it in found]}, indent=1)
+        )
     else:
         dumped = f", {len(dumps)} of them flight-recorder dumps" if dumps else ""
         _print(f"{len(paths)} file(s){dumped}; {len(seen)} findings, {len(found)} incident(s)")
@@ -94,7 +100,11 @@ def _read(path: str, number: int, stream: str, seen: list[Sighting], dumps: dict
 
 
 def _names_a_node(directory: str) -> bool:
-    return any(c.isdigit() for c in directory) and any(c.isalpha() for c in directory) and not directory.startswith(("attempt", "rank", "round"))
+    return (
+        any(c.isdigit() for c in directory)
+        and any(c.isalpha() for c in directory)
+        and not directory.startswith(("attempt", "rank", "round"))
+    )
 
 
 def _walked(paths: Sequence[str]) -> Iterator[str]:
@@ -138,7 +148,7 @@ def _when(t: float | None, clock: str) -> str:
         return "?"
     if clock != "wall":
         return f"{t:.3f} s after boot"
-    date = datetime.datetime.fromtimestamp(t, datetime.UTC)
+    date = dt.datetime.fromtimestamp(t, dt.UTC)
     return date.strftime("%b %d %H:%M:%S" if date.year == 1970 else "%Y-%m-%d %H:%M:%S UTC")
 
 

@@ -3,8 +3,8 @@
 Think of a turnstile: each ticket is looked at for a moment, in order; a torn one is set aside with a word about which it was, and the
 queue moves on; when nobody is waiting, whoever has passed is let out at once.
 
-Contract: reads lines {"id", "text", "stream"}; writes {"id", "is_fault", "class", "layer", "kind", "code", "device"} for each, in order, and
-flushes whenever the input pauses. A line that is no such object becomes {"id": null, "line": N, "error": ...} in its place and makes the
+Contract: reads lines {"id", "text", "stream"}; writes {"id", "is_fault", "class", "layer", "kind", "code", "device"} for each, in order,
+and flushes whenever the input pauses. A line that is no such object becomes {"id": null, "line": N, "error": ...} in its place and makes the
 exit code 2. Bytes that are no UTF-8 are replaced. A line longer than LONGEST is not kept: it is an error, too.
 Numbers: 50,000 lines a second on one core, mostly unremarkable ones (tests/bench/test_diagnose.py says what this machine does).
 """
@@ -91,9 +91,7 @@ def answered(raw: bytes, number: int) -> Answer | Refusal:
     found = classify(asked.text, asked.stream)
     if found is NOTHING:
         return Answer(asked.id, False, "ignore", "", "benign", "", "")  # noqa: FBT003 - a field
-    return Answer(
-        asked.id, found.class_ not in NOT_FAULTS, found.class_, found.layer, found.kind or "benign", found.code, found.device
-    )
+    return Answer(asked.id, found.class_ not in NOT_FAULTS, found.class_, found.layer, found.kind or "benign", found.code, found.device)
 
 
 def _batches(source: int) -> Iterator[list[bytes]]:

@@ -3,9 +3,9 @@
 Think of the clerk who opens the boxes: he notes for each sheet which box it lay in and when it was stamped, keeps what belongs together
 clipped together, and reads nothing into it.
 
-Contract: `sightings(path, ...)` reads one file of any size, line by line, with a bounded memory; a traceback is one block. What the stream is
-(kmsg, syslog, stdout, stderr) is told by the name or the first lines. `dump(path)` reads a Flight Recorder dump, or gives None where the file
-is none. Directories are walked by the caller.
+Contract: `sightings(path, ...)` reads one file of any size, line by line, with a bounded memory; a traceback is one block. What the stream
+is (kmsg, syslog, stdout, stderr) is told by the name or the first lines. `dump(path)` reads a Flight Recorder dump, or gives None where
+the file is none. Directories are walked by the caller.
 """
 
 from __future__ import annotations
@@ -31,10 +31,17 @@ TRACE: Final = 300  # lines of a traceback that are kept
 SAMPLE: Final = 64
 _KERNEL: Final = re.compile(r"(?:<\d{1,3}>)?\[ *[+]?\d+\.\d+\]|\d{1,3},\d+,\d+,[^;]*;|\[[A-Z][a-z]{2} [A-Z][a-z]{2} +\d+ [\d:]{8} \d{4}\]")
 _SYSLOG: Final = re.compile(r"(?:<\d{1,3}>)?(?:[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d|\d{4}-\d\d-\d\dT\S+) [\w.-]+ [\w./@-]+(?:\[\d+\])?: ")
-_NAMES: Final = (("kmsg", ("kmsg", "dmesg", "kern")), ("syslog", ("syslog", "messages", "journal", "fabricmanager")), ("stdout", ("stdout", ".out")), ("stderr", ("stderr", ".err")))  # noqa: E501
+_NAMES: Final = (
+    ("kmsg", ("kmsg", "dmesg", "kern")),
+    ("syslog", ("syslog", "messages", "journal", "fabricmanager")),
+    ("stdout", ("stdout", ".out")),
+    ("stderr", ("stderr", ".err")),
+)
 _RANK: Final = re.compile(r"(?:rank[_-]?|^|/)(\d{1,7})(?:\.(?:log|txt|out|err|json|pickle|pkl))?(?:/[^/]*)?$", re.IGNORECASE)
 _HOST: Final = re.compile(r"([A-Za-z][\w.-]{1,63}):\d+:\d+ \[\d+\] ")  # NCCL's own prefix
-_SYS_HOST: Final = re.compile(r"(?:<\d{1,3}>)?(?:[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d(?:\.\d+)?|\d{4}-\d\d-\d\dT\S+) ([A-Za-z][\w.-]{0,63}) [\w./@-]+(?:\[\d+\])?: ")
+_SYS_HOST: Final = re.compile(
+    r"(?:<\d{1,3}>)?(?:[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d(?:\.\d+)?|\d{4}-\d\d-\d\dT\S+) ([A-Za-z][\w.-]{0,63}) [\w./@-]+(?:\[\d+\])?: "
+)
 
 
 def stream_of(path: str, lines: list[str]) -> str:

@@ -13,7 +13,7 @@ Limits: LARGEST bytes a dump; the pure-Python unpickler, for the one in C lets a
 from __future__ import annotations
 
 import json
-import pickle  # noqa: S403 - see Unpickler
+import pickle
 from collections import Counter
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 LARGEST: Final = 256 << 20
-EQUAL_SIZES: Final = ("all_reduce", "allreduce", "_all_gather_base", "all_gather_into", "_reduce_scatter_base", "reduce_scatter_tensor", "broadcast")
+EQUAL_SIZES: Final = (
+    "all_reduce",
+    "allreduce",
+    "_all_gather_base",
+    "all_gather_into",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor",
+    "broadcast",
+)
 DONE: Final = "completed"
+RETIRED: Final = "retired"  # gloo's are never seen to start or to complete: they are over, one way or the other
 SHOWN: Final = 8
 
 
@@ -51,7 +60,7 @@ class Dump(Msg):
     described: dict[str, str] = {}
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # noqa: SLF001 - the one in Python, see the head of this file
+class Unpickler(pickle._Unpickler):  # noqa: SLF001 - the one in Python, see the head of this file
     """Containers and plain values, nothing else."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
@@ -80,7 +89,18 @@ def read(data: bytes) -> Dump:
         raw = json.loads(data) if data[:1] in {b"{", b" ", b"\n"} else Unpickler(BytesIO(data)).load()
     except DumpError:
         raise
-    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, AttributeError, TypeError, RecursionError, OverflowError, MemoryError) as error:  # noqa: E501
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        EOFError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise DumpError(f"a Flight Recorder dump expected: {type(error).__name__}: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("entries"), list):
         raise DumpError(f"a dictionary with entries expected, found {type(raw).__name__}")
@@ -106,7 +126,10 @@ def _dump(raw: dict[str, Any]) -> Dump:
         name = str(group[0] if isinstance(group, (list, tuple)) else group)
         seq = int(it.get("collective_seq_id", it.get("seq_id", -1)))
         sizes = tuple(_numbers(it.get("input_sizes"))[:64])
-        entry = Entry(seq=seq, name=str(it.get("profiling_name", "")), state=str(it.get("state", "")), sizes=sizes)
+        operation, state = str(it.get("profiling_name", "")), str(it.get("state", ""))
+        if it.get("retired") and operation.startswith("gloo:") and state != DONE:
+            state = RETIRED
+        entry = Entry(seq=seq, name=operation, state=state, sizes=sizes)
         if seq >= 0 and "coalesced" not in entry.name:
             groups.setdefault(name, {})[seq] = entry
     return Dump(groups=groups, members=members, described=described)
@@ -122,12 +145,19 @@ def missing_and_mismatched(dumps: Mapping[int, Dump]) -> list[Finding]:
     """All ranks' dumps laid side by side."""
     found: list[Finding] = []
     for group in sorted({name for dump in dumps.values() for name in dump.groups}):
-        members = sorted({rank for dump in dumps.values() for rank in dump.members.get(group, ())})
+        members = sorted({rank for dump in dumps.values() for rank in _members(dump, group)})
         members = members or sorted(rank for rank, dump in dumps.items() if group in dump.groups)
         described = next((d for dump in dumps.values() if (d := dump.described.get(group))), "")
         label = f"group {group}" + (f" ({described})" if described else "")
         found += _of_group(label, {rank: dumps[rank].groups.get(group, {}) for rank in members if rank in dumps}, members)
     return found
+
+
+def _members(dump: Dump, group: str) -> tuple[int, ...]:
+    """Who belongs to a group; gloo gives its first one no name."""
+    if group not in dump.members and set(dump.members) == {""} and len(dump.groups) == 1:
+        return dump.members[""]
+    return dump.members.get(group, ())
 
 
 def _of_group(label: str, entries: dict[int, dict[int, Entry]], members: list[int]) -> list[Finding]:
@@ -137,8 +167,8 @@ def _of_group(label: str, entries: dict[int, dict[int, Entry]], members: list[in
         absent = [rank for rank, of_rank in entries.items() if seq > max(of_rank, default=-1)]  # older ones fell out of its ring
         if differing := _differing(at):
             return [_finding("collective-mismatch", "user", "cause", differing[0], f"{label}, collective {seq}: {differing[1]}")]
-        stuck = [rank for rank, entry in at.items() if entry.state != DONE]
-        if not stuck:
+        stuck = [rank for rank, entry in at.items() if entry.state not in {DONE, RETIRED}]
+        if not stuck and not (absent and any(entry.state == RETIRED for entry in at.values())):
             continue
         name = next(iter(at.values())).name
         if absent or silent:
