@@ -5,6 +5,7 @@
     resilient snapshot RUN_DIR            have a checkpoint made now, and wait for it
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
     resilient ckpt VERB URL               checkpoints (ckpt.py)
+    resilient diagnose [FILES]            what went wrong, from logs and flight-recorder dumps (resilient_agents/diagnosis)
 
 Contract: `status`, `events` and `snapshot` know the run directory's files (host/journal.py) and nothing else. Never imports torch; changes
 nothing but in `clean` and `snapshot`, and what `ckpt` is told to write.
@@ -18,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from resilient_agents.diagnosis import command as diagnose
 
 from resilient import ckpt
 from resilient.checkpoint import memory
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--memory-dir", default=Options().memory_dir, metavar="DIR")
     clean.set_defaults(command=_clean)
     ckpt.add(commands)
+    diagnose.add(commands)
     return parser
 
 

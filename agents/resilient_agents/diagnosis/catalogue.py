@@ -41,7 +41,83 @@ PIECES: Final = {  # what a pattern may name with <...>, so that each is spelled
 }
 _NAMED: Final = re.compile(r"(?<!\?P)<\w+>")
 COMMON: Final = frozenset(  # words that say nothing: an entry is not found by them if it has another
-    ["the", "and", "for", "with", "not", "has", "was", "been", "from", "this", "that", "you", "are", "all", "got", "due", "than", "more", "can", "via", "out", "into", "after", "before", "while", "error", "errors", "failed", "fail", "failure", "warning", "info", "rank", "process", "device", "memory", "node", "state", "kernel", "system", "timeout", "message", "link", "time", "code", "status", "new", "data", "task", "job", "python", "torch", "nccl", "gpu", "cuda", "file", "line", "page", "bus", "size", "index", "null", "none", "zero", "are", "its", "may", "will", "run", "set", "get", "start", "stop", "call", "request"]
+    [
+        "the",
+        "and",
+        "for",
+        "with",
+        "not",
+        "has",
+        "was",
+        "been",
+        "from",
+        "this",
+        "that",
+        "you",
+        "are",
+        "all",
+        "got",
+        "due",
+        "than",
+        "more",
+        "can",
+        "via",
+        "out",
+        "into",
+        "after",
+        "before",
+        "while",
+        "error",
+        "errors",
+        "failed",
+        "fail",
+        "failure",
+        "warning",
+        "info",
+        "rank",
+        "process",
+        "device",
+        "memory",
+        "node",
+        "state",
+        "kernel",
+        "system",
+        "timeout",
+        "message",
+        "link",
+        "time",
+        "code",
+        "status",
+        "new",
+        "data",
+        "task",
+        "job",
+        "python",
+        "torch",
+        "nccl",
+        "gpu",
+        "cuda",
+        "file",
+        "line",
+        "page",
+        "bus",
+        "size",
+        "index",
+        "null",
+        "none",
+        "zero",
+        "are",
+        "its",
+        "may",
+        "will",
+        "run",
+        "set",
+        "get",
+        "start",
+        "stop",
+        "call",
+        "request",
+    ]
 )
 
 
@@ -81,7 +157,7 @@ def table(name: str) -> dict[str, dict[str, str]]:
 @functools.cache
 def rows(name: str) -> tuple[dict[str, str], ...]:
     """A table as it stands."""
-    with resources.files(HOME).joinpath("facts", f"{name}.csv").open(encoding="utf-8", newline="") as file:
+    with resources.files(HOME).joinpath("facts", f"{name}.csv").open(encoding="utf-8") as file:
         return tuple(csv.DictReader(file))
 
 
