@@ -135,9 +135,9 @@ def test_one_drop_is_a_drop_and_three_in_ten_minutes_are_flapping(machine):
     probe = machine.made(InfiniBand)
     assert probe.check(0.0) == []
     machine.port("mlx5_0", counters__link_downed=8)
-    assert told(probe.check(5.0)) == [("ib-link", "dropped", "dev:mlx5_0", "app-restart")]
+    assert told(probe.check(5.0)) == [("ib-flap", "", "dev:mlx5_0", "app-restart")]
     machine.port("mlx5_0", counters__link_downed=10)
-    assert told(probe.check(10.0)) == [("ib-link", "flaps", "dev:mlx5_0", "cordon")]
+    assert told(probe.check(10.0)) == [("ib-flap", "", "dev:mlx5_0", "cordon")]
     assert told(probe.check(1300.0)) == []
 
 
@@ -190,9 +190,9 @@ def test_an_interface_that_became_slower_or_flaps_is_told(machine):
     probe = machine.made(Ethernet)
     probe.check(0.0)
     machine.nic("eth0", speed=25000)
-    assert told(probe.check(5.0)) == [("eth-link", "slow", "dev:eth0", "cordon")]
+    assert told(probe.check(5.0)) == [("link-rate", "slow", "dev:eth0", "cordon")]
     machine.nic("eth0", carrier_down_count=6)
-    assert told(probe.check(10.0)) == [("eth-link", "flaps", "dev:eth0", "cordon")]
+    assert told(probe.check(10.0)) == [("link-flap", "", "dev:eth0", "cordon")]
 
 
 # ------------------------------------------------------------------ PCI, EDAC

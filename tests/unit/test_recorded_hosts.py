@@ -31,7 +31,7 @@ SEEN = {  # of a tree: by probe, what the second look gives (kind, code, device,
     "ib-flap": {
         "infiniband": {
             ("ib-link", "down", "dev:mlx5_0", "replace"),
-            ("ib-link", "flaps", "dev:mlx5_0", "cordon"),
+            ("ib-flap", "", "dev:mlx5_0", "cordon"),
             ("ib-errors", "link_error_recovery", "dev:mlx5_0", "cordon"),
             ("ib-errors", "local_ack_timeout_err", "dev:mlx5_0", "app-restart"),
             ("ib-errors", "req_transport_retries_exceeded", "dev:mlx5_0", "replace"),
