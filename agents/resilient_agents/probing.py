@@ -32,12 +32,12 @@ from resilient.core.messages import Finding
 from resilient.errors import ProtocolError
 from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
 from resilient_agents.instruments import Choice, choice
-from resilient_agents.probe import Roster, Watched
+from resilient_agents.probe import GROUP, Roster, Watched
 from resilient_agents.sieve import LAYER
 from resilient_agents.sightings import Begin, Sighted, Started, Up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 DEATHS_MAX: Final = 5
 DEATHS_S: Final = 600.0
@@ -95,7 +95,7 @@ class Probing:
         """Begin to look. `tell` is given what is seen."""
         self._tell = tell
         if self._senses.choice.on:
-            self._tasks.append(asyncio.create_task(self._run()))
+            self._task(self._run())
 
     def watch(self, workers: tuple[Watched, ...]) -> None:
         """These are the workers now."""
@@ -111,12 +111,17 @@ class Probing:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()
 
+    def _task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(_ended)
+
     # ------------------------------------------------------------------ the node's daemon
 
     async def _run(self) -> None:
         if (daemon := await self._daemon()) is not None:
             self._scopes = ("run",)
-            self._tasks.append(asyncio.create_task(self._follow_daemon(*daemon)))
+            self._task(self._follow_daemon(*daemon))
         await self._keep()
 
     async def _daemon(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -224,6 +229,8 @@ class Probing:
             if isinstance(message, Sighted):
                 self._tell(message.findings)
             elif isinstance(message, Started):
+                if not message.threads and not message.absent:
+                    log.warning("%s: no probe is installed (entry points %s); is the package's installation older than it?", who, GROUP)
                 if who == "prober":
                     self._threads |= {ident: name for name, ident in message.threads.items()}
                 log.info("%s: looking: %s; nothing to look at: %s; %s", who, sorted(message.threads), message.absent, message.notes)
@@ -268,6 +275,12 @@ class Probing:
             seq=0, kind="prober-lost", probe="prober", layer=LAYER, device=f"probe:{who}", class_="ignore", role="context", t=now, text=text
         )
         self._tell((finding,))
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    """A fault of ours here is loud, and ends the looking, not the run."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a fault of ours: this run is not watched any more", exc_info=error)
 
 
 def _size(path: str) -> int | None:
