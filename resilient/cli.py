@@ -6,6 +6,7 @@
     resilient clean [--memory-dir DIR]    remove shared memory that dead runs left
     resilient ckpt VERB URL               checkpoints (ckpt.py)
     resilient doctor                      whether this node is fit for work (resilient_agents/doctor.py)
+    resilient diagnose [FILES]            what went wrong, from logs and flight-recorder dumps (resilient_agents/diagnosis)
 
 Contract: `status`, `events` and `snapshot` know the run directory's files (host/journal.py) and nothing else. Never imports torch; changes
 nothing but in `clean` and `snapshot`, and what `ckpt` is told to write.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from resilient_agents import doctor
+from resilient_agents.diagnosis import command as diagnose
 
 from resilient import ckpt
 from resilient.checkpoint import memory
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.set_defaults(command=_clean)
     ckpt.add(commands)
     doctor.add(commands)
+    diagnose.add(commands)
     return parser
 
 

@@ -122,7 +122,7 @@ class Engine:
 
     def start(self, wanted: Begin, *, once: bool = False) -> list[_Post]:
         """Put those to work that are installed and wanted, and not at work yet. once: for one check each."""
-        surroundings = Surroundings(root=wanted.root, roster=lambda: self.roster)
+        surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read)
         context = Wanted(tuple(wanted.scopes), surroundings)
         with self._lock:
             found = instruments.find(wanted.only, wanted.without)

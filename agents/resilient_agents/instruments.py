@@ -36,6 +36,13 @@ def choice(text: str) -> Choice:
     without = tuple(name.removeprefix(NOT) for name in names if name.startswith(NOT))
     if not names or (without and len(without) != len(names)):
         raise ConfigError(f"--probes: 'auto', 'off', names, or names with 'no-' before each expected, {text!r} found")
+    from resilient.config import nearest  # noqa: PLC0415 - not for a prober
+
+    known = find()
+    for name in without or names:
+        if name not in known:
+            near = f"; the nearest one is {nearest(name, known)!r}" if known else ""
+            raise ConfigError(f"--probes: no probe {name!r} is installed{near}")
     return Choice(only=() if without else names, without=without)
 
 

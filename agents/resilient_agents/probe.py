@@ -13,8 +13,8 @@ All that is read of the host (/proc, /sys, /dev) is read below `Surroundings.roo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from resilient.core.messages import NONE, Finding, Msg
@@ -58,6 +58,8 @@ class Surroundings:
 
     root: str = "/"  # everything of the host is read below it
     roster: Callable[[], Roster] = Roster  # the newest; scope "run" only
+    since: float = 0.0  # CLOCK_MONOTONIC: what came later is news, a prober that died was looking until then; 0 = from now on
+    read: Mapping[str, int] = field(default_factory=dict)  # files that were being read then: how long they were
 
     def path(self, absolute: str) -> str:
         """Where `absolute` ("/sys/class/net") lies below the root."""

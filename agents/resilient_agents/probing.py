@@ -32,16 +32,17 @@ from resilient.core.messages import Finding
 from resilient.errors import ProtocolError
 from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
 from resilient_agents.instruments import Choice, choice
-from resilient_agents.probe import Roster, Watched
+from resilient_agents.probe import GROUP, Roster, Watched
 from resilient_agents.sieve import LAYER
 from resilient_agents.sightings import Begin, Sighted, Started, Up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 DEATHS_MAX: Final = 5
 DEATHS_S: Final = 600.0
 CULPRIT_TIMES: Final = 2
+OVERLAP_S: Final = 0.2  # of two probers, in the kernel's log: what one has read in its last moment it may not have told
 BACKOFF_MAX_S: Final = 30.0
 SILENCE_S: Final = 30.0  # six of its signs of life
 DAEMON_S: Final = 2.0  # a local socket
@@ -83,6 +84,7 @@ class Probing:
         self._scopes: tuple[str, ...] = ("node", "run")
         self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
         self._blamed: Counter[str] = Counter()
+        self._since, self._read = 0.0, dict[str, int]()
 
     @property
     def pid(self) -> int:
@@ -93,7 +95,7 @@ class Probing:
         """Begin to look. `tell` is given what is seen."""
         self._tell = tell
         if self._senses.choice.on:
-            self._tasks.append(asyncio.create_task(self._run()))
+            self._task(self._run())
 
     def watch(self, workers: tuple[Watched, ...]) -> None:
         """These are the workers now."""
@@ -109,12 +111,17 @@ class Probing:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()
 
+    def _task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(_ended)
+
     # ------------------------------------------------------------------ the node's daemon
 
     async def _run(self) -> None:
         if (daemon := await self._daemon()) is not None:
             self._scopes = ("run",)
-            self._tasks.append(asyncio.create_task(self._follow_daemon(*daemon)))
+            self._task(self._follow_daemon(*daemon))
         await self._keep()
 
     async def _daemon(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -158,6 +165,7 @@ class Probing:
                 why, crash = f"it could not be started ({error})", None
             else:
                 why = await self._listen(reader, "prober")
+            self._mark()
             code = await self._end()
             culprit = self._culprit(crash)
             self._deaths.append(now := time.monotonic())
@@ -193,7 +201,14 @@ class Probing:
     def _begin(self) -> Begin:
         choice = self._senses.choice
         bad = tuple(name for name, times in self._blamed.items() if times >= CULPRIT_TIMES)
-        return Begin(root=self._senses.root, scopes=self._scopes, only=choice.only, without=(*choice.without, *bad))
+        wanted = {"only": choice.only, "without": (*choice.without, *bad)}
+        return Begin(root=self._senses.root, scopes=self._scopes, since=self._since, read=self._read, **wanted)
+
+    def _mark(self) -> None:
+        """From here on the next prober reads."""
+        self._since = time.monotonic() - OVERLAP_S
+        files = [path for worker in self._roster.workers for path in (worker.stdout, worker.stderr) if path]
+        self._read = {path: size for path in files if (size := _size(path)) is not None}
 
     def _say(self, message: Begin | Roster) -> None:
         if self._writer is not None:
@@ -214,6 +229,8 @@ class Probing:
             if isinstance(message, Sighted):
                 self._tell(message.findings)
             elif isinstance(message, Started):
+                if not message.threads and not message.absent:
+                    log.warning("%s: no probe is installed (entry points %s); is the package's installation older than it?", who, GROUP)
                 if who == "prober":
                     self._threads |= {ident: name for name, ident in message.threads.items()}
                 log.info("%s: looking: %s; nothing to look at: %s; %s", who, sorted(message.threads), message.absent, message.notes)
@@ -258,6 +275,19 @@ class Probing:
             seq=0, kind="prober-lost", probe="prober", layer=LAYER, device=f"probe:{who}", class_="ignore", role="context", t=now, text=text
         )
         self._tell((finding,))
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    """A fault of ours here is loud, and ends the looking, not the run."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a fault of ours: this run is not watched any more", exc_info=error)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 async def _frame(reader: asyncio.StreamReader) -> bytes:

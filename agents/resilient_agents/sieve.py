@@ -114,7 +114,7 @@ class Sieve:
         worse = WORSE.index(finding.class_) > WORSE.index(entry.finding.class_)
         long_ago = entry.told is None or now - entry.told >= (REMIND_S if lasting else entry.gap_s)
         entry.finding, entry.seen = finding, now
-        entry.pending += 0 if lasting and entry.told is not None else finding.count
+        entry.pending = finding.count if lasting else entry.pending + finding.count
         if not (worse or long_ago) or not self._room(finding.kind, now):
             return []
         entry.gap_s = AGAIN_S if entry.told is None or worse else min(2 * entry.gap_s, REMIND_S)

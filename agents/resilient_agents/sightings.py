@@ -18,6 +18,8 @@ class Begin(Msg):
     scopes: tuple[str, ...] = ()  # "node", "run"
     only: tuple[str, ...] = ()  # names; () = all that are installed
     without: tuple[str, ...] = ()
+    since: float = 0.0  # as in probe.Surroundings, these two
+    read: dict[str, int] = {}
 
 
 class Started(Msg):

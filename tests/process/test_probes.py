@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import time
 
 import psutil
 import pytest
 from installed import path_with
 from launched import Launched
+from resilient_agents.probe import Roster, Surroundings
+from resilient_agents.probes.storage import Storage
 
 pytestmark = pytest.mark.process
 
@@ -67,14 +71,20 @@ def test_what_probes_see_is_told_and_what_they_suffer_is_theirs_alone(tmp_path):
     flags = ["--nproc-per-node", "2", "--probe-root", str(root), "--probe-socket", ""]
     with Launched(tmp_path, flags, str(script), [str(tmp_path)], env={"PYTHONPATH": path}) as run:
         run.until(lambda: len(found(run, "prober-lost")) >= 2, "the prober was brought down twice")
-        assert all("in the probe crashes" in str(row["text"]) for row in found(run, "prober-lost"))
-        run.until(lambda: len(found(run, "probe-hangs")) >= 1, "a probe hangs in the prober that has come after")
-        with (root / "dev/kmsg").open("a") as log:
-            log.write(f"4,1201,5140900,-;{LOST}\n")
-        run.until(lambda: found(run, "xid"), "the kernel's line is a finding")
         (tmp_path / "say").touch()
+        assert all("in the probe crashes" in str(row["text"]) for row in found(run, "prober-lost"))
+        stamp = int(time.monotonic() * 1e6)  # while there is no prober
+        with (root / "dev/kmsg").open("a") as log:
+            log.write(f"4,1201,{stamp},-;{LOST}\n")
+        run.until(lambda: found(run, "xid"), "the kernel's line is a finding")
         run.until(lambda: [row for row in run.events("finding") if row["rank"] == 1], "what rank 1 said is a finding")
-        for name, text in {"raises": "not today", "leaves": "SystemExit", "lies": "Validation", "missing": "no_such_module"}.items():
+        run.until(lambda: found(run, "probe-hangs"), "one hangs")
+        for name, text in {
+            "raises": "not today",
+            "leaves": "SystemExit",
+            "lies": "a known message expected",
+            "missing": "no_such_module",
+        }.items():
             assert [row for row in found(run, "probe-fails") if name in str(row["text"]) and text in str(row["text"])], name
         assert len(found(run, "prober-lost")) == 2
         (tmp_path / "enough").touch()
@@ -99,3 +109,11 @@ def test_a_prober_dies_with_its_run_and_may_be_switched_off(tmp_path):
         assert probers(run) == []
         (tmp_path / "enough").touch()
         assert run.wait() == 0, run.text()
+
+
+def test_a_checkpoint_directory_that_is_full_says_so(small):
+    with (small / "rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    probe = Storage(Surroundings(roster=lambda: Roster(checkpoint=str(small))))
+    assert [(f.code, f.class_, f.role) for f in probe.check(0.0)] == [("ENOSPC", "app-restart", "context")]

@@ -52,6 +52,12 @@ def test_what_was_said_before_is_not_news(root):
     assert (found.kind, found.code, found.device, found.probe) == ("xid", "79", "pci:0000:5e:00", "kernel-log")
 
 
+def test_what_came_after_a_prober_was_lost_is_news(root):
+    (root / "dev/kmsg").write_text(f"4,1,1000000,-;{LOST}\n4,2,3000000,-;{LOST.replace('3b', '5e')}\n")
+    (found,) = KernelLog(Surroundings(root=str(root), since=2.0)).check(time.monotonic())
+    assert found.device == "pci:0000:5e:00"
+
+
 def test_a_fifo_may_be_written_by_one_after_another(root):
     os.mkfifo(root / "dev/kmsg")
     probe = KernelLog(Surroundings(root=str(root)))

@@ -59,6 +59,13 @@ def test_a_state_is_told_once_and_its_end():
     assert len(sieve.take("disk", [disk], 240.0, lasting=True)) == 1
 
 
+def test_a_state_that_becomes_worse_tells_how_often():
+    sieve = Sieve()
+    sieve.take("ib", [fact("ib-flap", class_="app-restart", count=1)], 0.0, lasting=True)
+    assert sieve.take("ib", [fact("ib-flap", class_="app-restart", count=2)], 5.0, lasting=True) == []
+    assert [f.count for f in sieve.take("ib", [fact("ib-flap", class_="cordon", count=3)], 10.0, lasting=True)] == [3]
+
+
 def test_a_state_that_stays_is_told_again_after_a_time():
     sieve = Sieve()
     told = [at for at in range(0, 3600, 60) if sieve.take("disk", [fact("disk-full")], float(at), lasting=True)]

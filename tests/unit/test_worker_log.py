@@ -80,6 +80,15 @@ def test_what_was_written_before_is_not_news_but_a_later_worker_is_read_from_its
     assert [found.rank for found in probe.check(0.0)] == [1]
 
 
+def test_a_successor_goes_on_where_its_predecessor_was_lost(stage):
+    stage.worker("w", 0)
+    stage.write("w", NCCL + "\n")
+    size = (stage.where / "w.err").stat().st_size
+    stage.write("w", NCCL.replace("remote process exited", "unhandled system error") + "\n")
+    probe = WorkerLog(Surroundings(roster=lambda: stage.roster, since=1.0, read={str(stage.where / "w.err"): size}))
+    assert len(probe.check(0.0)) == 1
+
+
 def test_a_line_may_come_in_pieces_and_the_last_one_without_an_end(stage):
     probe = stage.probe()
     stage.worker("w", 0)

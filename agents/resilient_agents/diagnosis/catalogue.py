@@ -157,7 +157,7 @@ def table(name: str) -> dict[str, dict[str, str]]:
 @functools.cache
 def rows(name: str) -> tuple[dict[str, str], ...]:
     """A table as it stands."""
-    with resources.files(HOME).joinpath("facts", f"{name}.csv").open(encoding="utf-8", newline="") as file:
+    with resources.files(HOME).joinpath("facts", f"{name}.csv").open(encoding="utf-8") as file:
         return tuple(csv.DictReader(file))
 
 

@@ -1,7 +1,7 @@
 """Decode: what a number in a line means, by the tables of the catalogue.
 
-Think of a dispatcher with the binder of fault numbers: the entry says "here stands a number of that kind", the binder says what it asks for,
-and a few words of the line itself ("Nonfatal", "from ... to None") may overrule the binder.
+Think of a dispatcher with the binder of fault numbers: the entry says "here stands a number of that kind", the binder says what it asks
+for, and a few words of the line itself ("Nonfatal", "from ... to None") may overrule the binder.
 
 Contract: each reader gets what the entry's pattern found and the text, and gives the fields of the finding that it knows better than the
 entry. A number that no table has is answered with care: somebody should look, nobody loses a node for it.
@@ -120,10 +120,9 @@ def cuda(found: dict[str, str], text: str) -> dict[str, Any]:
     for row in catalogue.rows("cuda"):
         name = row["name"].partition(" ")[0]
         hit = (
-            any(part.strip() in low for part in row["text"].split(" / "))
+            any(part.strip() in low for part in row["text"].lower().split(" / "))
             or name.lower() in low
             or row["code"] == found.get("number")
-            or (row.get("driver_name") or "?").lower() in low
         )
         if hit and (best is None or len(row["text"]) > len(best["text"])):
             best = row

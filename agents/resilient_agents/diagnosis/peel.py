@@ -9,7 +9,7 @@ Contract: `peel(line)` never fails and looks at no more than a dozen layers. Wha
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 from typing import Final, NamedTuple
 
@@ -105,9 +105,9 @@ def _time(found: dict[str, str | None], t: float | None, *, wall: bool) -> tuple
             zone = found.get("zone") or "Z"
             head, _, rest = iso.replace("/", "-").partition(".")
             head = head.replace(",", ".")
-            stamp = datetime.datetime.fromisoformat(f"{head[:10]}T{head[11:19]}")
+            stamp = dt.datetime.fromisoformat(f"{head[:10]}T{head[11:19]}")
             digits = "".join(c for c in (rest or head[20:]) if c.isdigit())[:6]
-            offset = datetime.datetime.fromisoformat(f"2000-01-01T00:00:00{zone}").tzinfo
+            offset = dt.datetime.fromisoformat(f"2000-01-01T00:00:00{zone}").tzinfo
             return stamp.replace(tzinfo=offset).timestamp() + (float("0." + digits) if digits else 0.0), True
         for name in ("bsd", "dmesg"):
             if raw := found.get(name):
@@ -115,7 +115,7 @@ def _time(found: dict[str, str | None], t: float | None, *, wall: bool) -> tuple
                 clock = next(part for part in rest_ if ":" in part)
                 year = next((int(part) for part in rest_ if ":" not in part), 1970)  # syslog does not say; 1970 orders as well
                 hour, minute, *second = clock.split(":")
-                date = datetime.datetime(year, MONTHS[month], int(day), int(hour), int(minute), tzinfo=datetime.UTC)
+                date = dt.datetime(year, MONTHS[month], int(day), int(hour), int(minute), tzinfo=dt.UTC)
                 return date.timestamp() + (float(second[0]) if second else 0.0), True
     except (ValueError, KeyError, OverflowError):  # 31 February, or a month that is none
         return t, wall

@@ -31,8 +31,8 @@ LINE: Final = 4_096  # letters of a line
 LINES: Final = 400
 SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
+NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
-FAMILIES: Final = {"kernel": "kmsg", "user": "stderr"}
 
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
 _FINDERS: Final = {  # where an entry's device names a piece that its own pattern does not
@@ -112,18 +112,24 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
     low = peeled.text.lower()
     kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
+    first: Finding | None = None
     quoted: Finding | None = None
     for entry in catalogue.candidates(low):
-        if entry.block != block:
+        if entry.block != block or (first is not None and entry.where != "kernel"):
             continue
         found = catalogue.fits(entry, low, peeled.text)
         if found is None:
             continue
-        if entry.where == "any" or (kernel and entry.where == "kernel") or (user and entry.where == "user"):
-            return _finding(entry, found, line, peeled)
-        if entry.where == "kernel" and stream != "kmsg" and entry.class_ != "ignore" and quoted is None:
+        if first is None and (entry.where == "any" or (kernel if entry.where == "kernel" else user)):
+            first = _finding(entry, found, line, peeled)
+            if kernel or first.class_ not in NODES:
+                return first
+        elif entry.where == "kernel" and not kernel and entry.class_ != "ignore":
             seen = _finding(entry, found, line, peeled)
             quoted = msgspec.structs.replace(seen, kind="quoted", class_="ignore", role="context", clears=False)
+            break  # a node is not to blame for what somebody says the kernel said
+    if first is not None and quoted is None:
+        return first
     if message and (named := traces.NAMED.match(peeled.text)):
         name = named["code"]
         rank = f"rank:{peeled.rank}" if peeled.rank else ""

@@ -15,6 +15,7 @@ from resilient_agents.probes import limits, reading
 from resilient_agents.probes.deltas import Deltas
 
 if TYPE_CHECKING:
+    from resilient.core.messages import Class
     from resilient_agents.probe import Surroundings
 
 TREE: Final = "/sys/class/net"
@@ -74,16 +75,18 @@ class Ethernet:
             if seen.up:
                 self._speeds[seen.name] = max(best or 0, seen.speed)
             if not seen.up and best is not None:
-                class_ = "replace" if seen.wanted else "ignore"  # somebody has switched it off
-                findings.append(_fact("down", seen.name, class_, f"interface {seen.name} was up and has no carrier"))
+                class_: Class = "replace" if seen.wanted else "ignore"  # somebody has switched it off
+                findings.append(_fact("eth-link", "down", seen.name, class_, f"interface {seen.name} was up and has no carrier"))
             elif seen.up and best and 0 < seen.speed < best:
-                findings.append(_fact("slow", seen.name, "cordon", f"interface {seen.name} runs at {seen.speed} Mb/s, it did at {best}"))
+                findings.append(
+                    _fact("link-rate", "slow", seen.name, "cordon", f"interface {seen.name} runs at {seen.speed} Mb/s, it did at {best}")
+                )
             drops = self._drops.grown(seen.name, seen.downs, now) if seen.downs is not None else 0
             if drops >= limits.ETH_FLAPS.value:
                 text = f"interface {seen.name} lost its carrier {drops} times within {limits.ETH_FLAP_WINDOW_S.value / 3600:.0f} h"
-                findings.append(_fact("flaps", seen.name, "cordon", text))
+                findings.append(_fact("link-flap", "", seen.name, "cordon", text, drops))
         return findings
 
 
-def _fact(code: str, name: str, class_: str, text: str) -> Finding:
-    return Finding(seq=0, kind="eth-link", layer="nic", code=code, device=f"dev:{name}", class_=class_, text=text)  # type: ignore[arg-type]
+def _fact(kind: str, code: str, name: str, class_: Class, text: str, count: int = 1) -> Finding:
+    return Finding(seq=0, kind=kind, layer="nic", code=code, device=f"dev:{name}", class_=class_, text=text, count=count)

@@ -19,6 +19,7 @@ from resilient_agents.probes import limits, reading
 from resilient_agents.probes.deltas import Deltas
 
 if TYPE_CHECKING:
+    from resilient.core.messages import Class
     from resilient_agents.probe import Surroundings
 
 TREE: Final = "/sys/class/infiniband"
@@ -134,10 +135,10 @@ class InfiniBand:
             drops = self._drops.grown(port.name, port.downed, now) if port.downed is not None else 0
             if drops >= limits.FLAPS.value:
                 text = f"port {port.name} went down {drops} times within {limits.FLAP_WINDOW_S.value:.0f} s"
-                self._flapping[port.name] = (now, _fact("ib-link", "flaps", port.name, "cordon", text))
+                self._flapping[port.name] = (now, _fact("ib-flap", "", port.name, "cordon", text, drops))
             elif drops:
                 text = f"port {port.name} went down {drops} time(s) within {limits.FLAP_WINDOW_S.value:.0f} s"
-                self._flapping[port.name] = (now, _fact("ib-link", "dropped", port.name, "app-restart", text))
+                self._flapping[port.name] = (now, _fact("ib-flap", "", port.name, "app-restart", text, drops))
         self._flapping = {name: (at, f) for name, (at, f) in self._flapping.items() if now - at < STICKY_S}
         return [finding for _, finding in self._flapping.values()]
 
@@ -163,5 +164,5 @@ def _states(port: Port) -> str:
     return f"{names.get(port.state, port.state)}, {physical.get(port.phys_state, port.phys_state)}{hint}"
 
 
-def _fact(kind: str, code: str, port: str, class_: str, text: str) -> Finding:
-    return Finding(seq=0, kind=kind, layer="nic", code=code, device=f"dev:{port}", class_=class_, text=text)  # type: ignore[arg-type]
+def _fact(kind: str, code: str, port: str, class_: Class, text: str, count: int = 1) -> Finding:
+    return Finding(seq=0, kind=kind, layer="nic", code=code, device=f"dev:{port}", class_=class_, text=text, count=count)

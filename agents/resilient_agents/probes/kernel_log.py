@@ -2,12 +2,12 @@
 
 Think of somebody who sits beside the ticker with a hand on the paper: sleeps while it is still, and reads every line that comes.
 
-Contract: begins at now: what was said before the probe was made is not news. Blocks in `poll` for at most `WAIT_S`, so that an idle log
-costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict) `journalctl -k -f` is
-the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are taken as text of a program ("syslog"), not of the
-kernel: anybody may write "Xid" there who is root. What a line means is diagnosis/text.py's business. The time of a finding is that of its
-record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way, with or without records'
-heads.
+Contract: begins at now, or where its predecessor was lost: what was said before is not news. Blocks in `poll` for at most `WAIT_S`, so
+that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
+`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are judged as lines of the
+syslog are: by the name before them. What a line means is diagnosis/text.py's business. The time of a
+finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
+with or without records' heads.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ WAIT_S: Final = 5.0
 FILE_S: Final = 0.1  # between two looks into a file that grows
 RECORD_BYTES: Final = 8192  # the kernel's CONSOLE_EXT_LOG_MAX: a shorter read fails
 RECORDS_MAX: Final = 2000  # of one check; the ring holds about ten thousand
+BACKLOG_MAX: Final = 100_000
 PIECE_BYTES: Final = 1 << 18
 LINE_BYTES_MAX: Final = 1 << 16
 JOURNAL: Final = ("journalctl", "--dmesg", "--follow", "--lines=0", "--output=cat", "--no-hostname")
@@ -88,6 +89,7 @@ class KernelLog:
         path = surroundings.path("/dev/kmsg")
         self._child: subprocess.Popen[bytes] | None = None
         self._pending = b""
+        self._backlog: list[Line] = []
         try:
             kind = os.stat(path).st_mode
             fifo = os.O_RDWR if stat.S_ISFIFO(kind) else os.O_RDONLY  # else each writer's end would be the end of it
@@ -102,13 +104,16 @@ class KernelLog:
         self._is_file = stat.S_ISREG(kind)
         self._records = stat.S_ISCHR(kind)
         if not stat.S_ISFIFO(kind):
-            os.lseek(self._fd, 0, os.SEEK_END)
+            os.lseek(self._fd, 0, os.SEEK_SET if surroundings.since else os.SEEK_END)
+        if surroundings.since:
+            self._backlog = [line for line in self._all() if not line.t or line.t > surroundings.since]
 
     def check(self, now: float) -> list[Finding]:
         """What has been said since the last call; waits a while for it."""
         until = now + WAIT_S
         while True:
-            lines = self._read() if self._records else self._read_stream()
+            lines, self._backlog = self._backlog, []
+            lines = lines or (self._read() if self._records else self._read_stream())
             if lines or (left := until - time.monotonic()) <= 0:
                 return found(lines, time.monotonic())
             if self._child is None and self._is_file:
@@ -119,6 +124,13 @@ class KernelLog:
     # ------------------------------------------------------------------
 
     _is_file = False
+
+    def _all(self) -> list[Line]:
+        """What is there already. By their stamps the later ones are news; of those still to come all are, for the kernel's clock drifts."""
+        lines: list[Line] = []
+        while len(lines) < BACKLOG_MAX and (more := self._read() if self._records else self._read_stream()):
+            lines += more
+        return lines
 
     def _wait(self, seconds: float) -> None:
         poll = select.poll()

@@ -1,8 +1,9 @@
 """PCI: error counters of the bus (AER), and links that have become narrower.
 
-Contract: reads <root>/sys/bus/pci/devices, of accelerators, network and storage controllers (base classes 0x01, 0x02, 0x03, 0x08, 0x12). A
-counter's first reading is its zero. A link is narrow if it was wider since the probe was made, or if most devices of its model are wider;
-a card in a short slot is not. Speed is only told of network controllers: accelerators slow an idle link down to save power.
+Contract: reads <root>/sys/bus/pci/devices, of bridges (their counters alone), accelerators, network and storage controllers (base classes
+0x01, 0x02, 0x03, 0x08, 0x12). A counter's first reading is its zero. A link is narrow if it was wider since the probe was made, or if most
+devices of its model are wider; a card in a short slot is not. Speed is only told of network controllers: accelerators slow an idle link
+down to save power.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 TREE: Final = "/sys/bus/pci/devices"
 WATCHED: Final = frozenset({0x01, 0x02, 0x03, 0x08, 0x12})
+BRIDGE: Final = 0x06  # the port above a device counts what the device cannot any more
+WIDTH_MAX: Final = 32  # a device that does not answer reads as all ones, or as nothing
 NETWORK: Final = 0x02
 AER: Final = {"aer_dev_fatal": "Fatal", "aer_dev_nonfatal": "Non-Fatal", "aer_dev_correctable": "Corrected"}
 FIND_S: Final = 600.0  # devices come and go seldom
@@ -71,7 +74,7 @@ class Pci:
     """All devices of a node that matter."""
 
     name = "pci"
-    period_s = 10.0
+    period_s = 30.0  # the kernel's log is sooner; this is for nodes where it is closed to us
     lasting = True
 
     def __init__(self, surroundings: Surroundings) -> None:
@@ -91,6 +94,12 @@ class Pci:
             self._found_at, self._devices = now, self._find()
         findings = [finding for name in self._devices for finding in self._errors(name, now)]
         links = [link for name in self._devices if (link := self._link(name)) is not None]
+        for link in [link for link in links if not 0 < link.width <= WIDTH_MAX and link.address in self._widest]:
+            text = f"{link.address}: the device does not answer (it had a link x{self._widest[link.address]})"
+            findings.append(
+                Finding(seq=0, kind="pcie-link-down", layer="pcie", code="lost", device=link.address, class_="replace", text=text)
+            )
+        links = [link for link in links if 0 < link.width <= WIDTH_MAX]
         for link, wanted in narrow(links, self._widest):
             text = f"{link.address}: the link is x{link.width}, x{wanted} expected"
             findings.append(Finding(seq=0, kind="pcie-width", layer="pcie", device=link.address, class_="cordon", text=text))
@@ -109,13 +118,13 @@ class Pci:
         return {
             name: base
             for name, base in classes.items()
-            if base in WATCHED and any(reading.text(f"{self._tree}/{name}/{file}") is not None for file in has)
+            if base in (*WATCHED, BRIDGE) and any(reading.text(f"{self._tree}/{name}/{file}") is not None for file in has)
         }
 
     def _link(self, name: str) -> Link | None:
         path = f"{self._tree}/{name}"
         width = reading.number(f"{path}/current_link_width")
-        if not width:
+        if width is None or self._devices[name] == BRIDGE:
             return None
         model = f"{reading.text(f'{path}/vendor')}:{reading.text(f'{path}/device')}"
         speed = (reading.text(f"{path}/current_link_speed") or "").split(" ", 1)[0]

@@ -36,6 +36,7 @@ LINE_BYTES_MAX: Final = 1 << 16
 BLOCK_LINES_MAX: Final = 300
 BLOCK_BYTES_MAX: Final = 1 << 16
 AFTER: Final = 8  # lines of an exception's message that are read
+END: Final = -1
 STREAMS: Final = ("stdout", "stderr")
 _START: Final = "Traceback (most recent call last)"
 _LINKS: Final = ("During handling of the above exception", "The above exception was the direct cause")
@@ -85,11 +86,10 @@ class Blocks:
 class Tail:
     """One stream of one worker."""
 
-    def __init__(self, path: str, *, from_now: bool) -> None:
-        """Raises OSError if it cannot be opened yet."""
+    def __init__(self, path: str, begin: int) -> None:
+        """begin: byte, or END. Raises OSError if it cannot be opened yet."""
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if from_now:
-            os.lseek(self.fd, 0, os.SEEK_END)
+        os.lseek(self.fd, max(0, begin), os.SEEK_END if begin == END else os.SEEK_SET)
         self.skipped = 0
         self._rest = b""
         self._blocks = Blocks()
@@ -148,7 +148,9 @@ class WorkerLog:
         """Begins with whoever comes from now on."""
         self._roster = surroundings.roster
         self._tails: dict[tuple[str, str], Tail | None] = {}  # None: read to its end
-        self._old = {worker.worker for worker in surroundings.roster().workers}
+        self._begin = dict(surroundings.read)
+        for worker in surroundings.roster().workers if not surroundings.since else ():
+            self._begin |= dict.fromkeys((worker.stdout, worker.stderr), END)
 
     def check(self, now: float) -> list[Finding]:
         """What the new lines tell."""
@@ -166,7 +168,7 @@ class WorkerLog:
         key, path = (worker.worker, stream), str(getattr(worker, stream))
         if key not in self._tails and path:
             with contextlib.suppress(OSError):  # it has not been opened yet
-                self._tails[key] = Tail(path, from_now=worker.worker in self._old)
+                self._tails[key] = Tail(path, self._begin.get(path, 0))
         if (tail := self._tails.get(key)) is None:
             return []
         blocks, ended = tail.look(ending=not worker.alive)

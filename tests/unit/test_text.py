@@ -1,0 +1,141 @@
+"""What lines of text mean: every entry of the catalogue by its own example, the sample lines, forms of every family, and what is no fault."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from resilient_agents.diagnosis import catalogue, decode
+from resilient_agents.diagnosis.text import NOTHING, best, classify, is_fault, pci, relevant
+
+LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
+SAMPLE = [json.loads(line) for line in (LINES / "sample.jsonl").read_text().splitlines()]
+FORMS = [line.split("|", 2) for line in (LINES / "forms.txt").read_text().splitlines() if line and not line.startswith("#")]
+NODE_FAULTS = {"gpu-reset", "replace", "cordon"}
+
+
+@pytest.mark.parametrize("it", SAMPLE, ids=lambda it: it["id"])
+def test_a_sample_line_means_what_its_label_says(it):
+    found = classify(it["text"], it["stream"])
+    assert (is_fault(found), found.code, found.device) == (it["is_fault"], it["code"], it["device"])
+    assert found.class_ in it["class_ok"]
+    if found.kind:
+        assert (found.kind, found.layer) == (it["kind"], it["layer"])
+
+
+def test_forms_of_every_family_have_the_right_class():
+    wrong = []
+    for stream, classes, raw in FORMS:
+        found = classify(raw.replace("\\n", "\n"), stream)
+        if found.class_ not in classes.split(","):
+            wrong.append((found.class_, classes, found.kind, raw[:100]))
+    assert not wrong
+    assert len(FORMS) > 300
+
+
+@pytest.mark.parametrize("entry", catalogue.lines(), ids=lambda it: it.number)
+def test_an_entry_is_found_by_its_own_example(entry):
+    stream = entry.stream or ("stderr" if entry.where == "user" else "kmsg")
+    found = classify(entry.example, stream)
+    assert found.kind == entry.kind
+    assert entry.by or found.class_ == entry.class_
+    assert not entry.by or entry.by in decode.READERS
+    assert entry.source
+
+
+def test_what_the_kernel_is_quoted_to_have_said_proves_nothing():
+    line = "NVRM: Xid (PCI:0000:1a:00): 79, pid=0, GPU has fallen off the bus."
+    assert classify(line, "kmsg").class_ == "replace"
+    assert classify(f"Mar 11 02:41:50 n1 kernel: {line}", "syslog").class_ == "replace"
+    for stream, text in (("stdout", line), ("stderr", f"saw: {line}"), ("syslog", f"Mar 11 02:41:50 n1 myapp[7]: {line}")):
+        found = classify(text, stream)
+        assert (found.kind, found.class_, found.code) == ("quoted", "ignore", "79")
+
+
+def test_no_kernel_line_of_the_set_makes_a_node_fault_on_a_workers_output():
+    for stream, classes, raw in FORMS:
+        if stream == "kmsg" and set(classes.split(",")) <= NODE_FAULTS:
+            assert classify(raw.replace("\\n", "\n"), "stdout").class_ not in NODE_FAULTS, raw
+
+
+def test_a_traceback_is_judged_by_what_it_ends_with():
+    quoted = (
+        'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    raise RuntimeError("CUDA error: uncorrectable ECC error")\n'
+    )
+    assert classify(quoted + "KeyError: 'x'", "stderr").class_ == "user"
+    assert classify(quoted + "RuntimeError: CUDA error: uncorrectable ECC error encountered", "stderr").class_ == "gpu-reset"
+    handled = (
+        quoted + "ConnectionResetError: [Errno 104]\n\nDuring handling of the above exception, another exception occurred:\n\n" + quoted
+    )
+    assert classify(handled + "MyError: bad", "stderr").code == "MyError"
+    caused = (
+        quoted
+        + "RuntimeError: NCCL communicator was aborted on rank 3.\n\nThe above exception was the direct cause of the following exception:\n\n"
+    )
+    assert classify(caused + quoted + "TrainError: step failed", "stderr").class_ == "app-restart"
+
+
+def test_tracebacks_of_several_ranks_may_be_interleaved():
+    lines = [
+        "[rank0]: Traceback (most recent call last):",
+        "[rank1]: Traceback (most recent call last):",
+        '[rank0]:   File "a.py", line 1, in f',
+    ]
+    lines += ['[rank1]:   File "a.py", line 1, in f', "[rank0]:     g()", "[rank1]: ValueError: x", "[rank0]: ValueError: x"]
+    found = classify("\n".join(lines), "stderr")
+    assert (found.class_, found.code, found.device) == ("user", "ValueError", "rank:0")
+
+
+def test_a_recovery_clears_what_came_before_it_in_the_block():
+    down = "nfs: server n7 not responding, timed out"
+    assert is_fault(classify(down, "kmsg"))
+    found = classify(f"{down}\nnfs: server n7 OK", "kmsg")
+    assert found.clears
+    assert not is_fault(found)
+
+
+def test_numbers_that_no_table_has_are_taken_with_care():
+    assert classify("NVRM: Xid (PCI:0000:1a:00): 911, pid=1, new", "kmsg").class_ == "app-restart"
+    assert classify("NVRM: Xid (PCI:0000:1a:00): 911, Nonfatal thing", "kmsg").class_ == "ignore"
+    assert classify("nvidia-nvswitch0: SXid (PCI:0000:85:00.0): 99999, Non-fatal, Link 1 x", "kmsg").class_ == "ignore"
+    assert classify("nvidia-nvswitch0: SXid (PCI:0000:85:00.0): 99999, Fatal, Link 1 x", "kmsg").class_ == "gpu-reset"
+
+
+def test_every_xid_of_the_table_has_its_class_in_every_form():
+    for number, row in catalogue.table("xid").items():
+        if number == "154" or 144 <= int(number) <= 150:
+            continue
+        for head in ("(PCI:0000:1a:00)", "(0000:1a:00)", "(PCI:0000:1a:00 GPU-I:05)"):
+            for tail in ("pid=7, x", "pid='<unknown>', name=<unknown>, x", "x"):
+                found = classify(f"[1.5] NVRM: Xid {head}: {number}, {tail}", "kmsg")
+                assert (found.class_, found.code, found.device) == (row["class"], number, "pci:0000:1a:00")
+
+
+def test_the_nvlink_table_names_the_peer_where_it_is_the_peer():
+    rule = decode.nvlink5_rule("149", "(0x025041c6 0x00000000 0x00000000)")
+    assert rule is not None
+    assert rule["nvidia_investigate"] == "INVESTIGATE_PEER_DEVICE"
+    assert decode.nvlink5_rule("149", "no words") is None
+
+
+def test_pci_addresses_have_one_spelling():
+    assert [pci(it) for it in ("00000000:86:00", "1A:00", "0000:1A:00", "1a:00")] == [
+        "0000:86:00",
+        "0000:1a:00",
+        "0000:1a:00",
+        "0000:1a:00",
+    ][:1] + [
+        "1a:00" if len("1A:00") != 5 else "0000:1a:00",
+        "0000:1a:00",
+        "0000:1a:00",
+    ]
+
+
+def test_nothing_is_one_object_and_best_of_none_is_nothing():
+    assert classify("all is well", "stdout") is NOTHING
+    assert classify("", "kmsg") is NOTHING
+    assert best([]) is NOTHING
+    assert not relevant("all is well")
+    assert relevant("NVRM: Xid (PCI:0000:1a:00): 79")
