@@ -4,8 +4,8 @@ Think of a house whose language one does not speak: one cannot ask how the peopl
 nobody does.
 
 Contract: `parse` takes the output of `mthreads-gmi -q -j` (or, where that option is unknown, of `mthreads-gmi -q`), gives one entry for
-each GPU and never raises. Counted against the first look are PCI functions of the vendor (1ed5) and the tool's list. No key for health, ECC or
-link errors is publicly documented: none is guessed (docs/probes.md, "Vendors").
+each GPU and never raises. Counted against the first look are PCI functions of the vendor (1ed5) and the tool's list. No key for health,
+ECC or link errors is publicly documented: none is guessed (docs/probes.md, "Vendors").
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ Rejected: a process per call (nvidia-smi): 0.3-1 s of CPU each on a node of eigh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -67,16 +68,24 @@ class Session:
 
     def open(self) -> tuple[Card, ...]:
         """All GPUs as they were found first. Raises NVMLError, Busy."""
-        if self._cards is None:
-            if not self._opening.acquire(timeout=WAIT_S):
-                raise Busy
-            try:
-                if self._cards is None:
-                    self.nvml.nvmlInit()
-                    self._cards = self._found()
-            finally:
-                self._opening.release()
-        return self._cards
+        if (cards := self._cards) is not None:
+            return cards
+        if not self._opening.acquire(timeout=WAIT_S):
+            raise Busy
+        try:
+            if (cards := self._cards) is None:
+                self.nvml.nvmlInit()
+                cards = self._cards = self._found()
+        finally:
+            self._opening.release()
+        return cards
+
+    def close(self) -> None:
+        """Forget the GPUs; whoever comes next goes in anew."""
+        if self._cards is not None:
+            self._cards = None
+            with contextlib.suppress(self.nvml.NVMLError):
+                self.nvml.nvmlShutdown()
 
     def cards(self) -> tuple[Card, ...]:
         """The GPUs that can be asked; none while the driver cannot be reached."""

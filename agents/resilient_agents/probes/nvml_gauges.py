@@ -194,6 +194,7 @@ class Fabric(Gauge):
         if self.ask(self.nvml.nvmlDeviceGetGpuFabricInfoV, card.handle, ctypes.byref(info)) is None or info.state == 0:
             return {}  # a GPU without a fabric
         done = info.state == FABRIC_DONE
-        found = {"incomplete": float(not done), "status": float(info.status if done else 0)}
+        alone = len(self.session.cards()) < 2  # a single GPU of a virtual machine is often not registered, and needs no fabric
+        found = {"incomplete": float(not done and not alone), "status": float(info.status if done else 0)}
         found |= {name: float((info.healthMask >> shift) & 3) for name, shift in MASKS.items()}
         return found | {"misconfigured": float((info.healthMask >> 8) & 15)}
