@@ -25,6 +25,8 @@ def condition(rule: Rule) -> str:
             return f"> {rule.limit:g}" + (f" for {rule.hold_s:g} s" if rule.hold_s else "")
         case "grows":
             return f"grows by > {rule.limit:g} in {rule.window_s:g} s"
+        case "fewer":
+            return f"less than all others, which agree and are >= {rule.limit:g}"
         case "odd":
             return f"grows by > {rule.limit:g} in {rule.window_s:g} s, {rule.times:g} times its peers"
         case "often":

@@ -141,7 +141,7 @@ def test_every_rule_has_a_case():
     from resilient_agents.probes.nvml import RULES as rules
 
     shown = {(probe, *expected) for probe, _, _, expected in RULES.values()}
-    windows = {"replay-often", "receive-errors", "recovery-often", "retries-often"}  # test_errors_in_many_windows
+    windows = {"fewer-links"} | {"replay-often", "receive-errors", "recovery-often", "retries-often"}  # test_errors_in_many_windows
     assert {(rule.probe, rule.kind, rule.code, rule.class_) for rule in rules if rule.code not in windows} == shown
     assert all(rule.source for rule in rules)
 
@@ -168,6 +168,11 @@ def test_a_link_that_is_down_is_named(puppets, watcher):
     assert found["text"] == "2 NVLinks that were up are down (links 7 12)"
     puppets.set(3, link_7=None, link_12=None)
     assert watcher.look("nvml-nvlink", 60.0) == []
+
+
+def test_a_gpu_that_came_with_fewer_links(puppets, watcher):
+    puppets.set(6, link_7=0)
+    assert told(watcher.look("nvml-nvlink", 0.0)) == [("nvlink", "fewer-links", "cordon", device(6))]
 
 
 def test_a_lost_gpu_stops_nobody(puppets, watcher):
@@ -291,6 +296,7 @@ def test_what_a_hang_means():
     assert told([{"kind": found.kind, "code": found.code, "class": found.class_, "device": found.device}]) == [
         ("nvml-hang", "", "gpu-reset", device(5))
     ]
+    assert [hanging("nvml-gpus", "", seconds).class_ for seconds in (31.0, 121.0)] == ["ignore", "gpu-reset"]
     assert found.text == f"NVML has not answered nvml-pcie for 31 s: the driver hangs on {device(5)}"
 
 

@@ -57,7 +57,7 @@ def _blocks(text: str) -> list[dict[str, str]]:
 class MooreThreads:
     """Whether all of them are there."""
 
-    name: ClassVar = "moore-threads"
+    name: ClassVar = "mthreads-gpus"
     period_s: ClassVar = 60.0
     scope: ClassVar = "node"
     lasting: ClassVar = True

@@ -95,7 +95,7 @@ class Nvlink(Gauge):
             return {}
         down = sorted(link for link in up if states.get(link) == 0)
         self.notes[card.gpu.device, "links_down"] = "links " + " ".join(map(str, down))
-        found = {"links_down": float(len(down))} | self.fields(card, self.TOTALS)
+        found = {"links_down": float(len(down)), "links": float(len(up))} | self.fields(card, self.TOTALS)
         first = min(up)
         if index not in self._has:  # one link tells which counters there are; the others are then asked for those only
             self._has[index] = list(self.fields(card, self.LINKWISE, [first]))

@@ -4,9 +4,9 @@ Think of a roll call: the names are taken down once, in the morning, and after t
 whoever else has come meanwhile. If the teacher himself does not come, that is told instead, once.
 
 Contract: the only probe that tells of a driver that cannot be reached (kind "driver-mismatch", "driver") and of a GPU that is lost,
-missing or waits for a reset (kind "gpu-lost", "gpu-reset-required"); it says so while it lasts.
-Expected at the start are the GPUs that the kernel module has and that this name space may use (nvml.py, `given`), which in a container are
-the container's; later those that were there first.
+missing or waits for a reset (kind "gpu-lost", "gpu-reset-required"); it says so while it lasts. Expected at the start are the GPUs that
+the kernel module has and that this name space may use (devices.py, `present`), which in a container are the container's; later those that
+were there first.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from resilient.core.messages import Class, Finding
-from resilient_agents.devices import pci
+from resilient_agents.devices import present
 from resilient_agents.probe import Surroundings
-from resilient_agents.probes.nvml import GONE, NOT_FOR_US, TIMEOUT_S, Busy, Card, given, hanging, session
+from resilient_agents.probes.nvml import GONE, NOT_FOR_US, TIMEOUT_S, Busy, Card, hanging, session
 
 NO_DRIVER: Final[dict[int, tuple[str, str]]] = {  # nvml.h nvmlReturn_t -> kind, text; class cordon: no work can be done here
     1: ("driver", "the NVIDIA library has lost its driver"),
@@ -62,8 +62,8 @@ class Gpus:
         finally:
             self.device = ""
         here = {card.gpu.pci for card in cards}
-        absent = [address for address in given(self.session.root) if pci(address) not in here] if all(here) else []
-        return found + [self._missing(f"pci:{pci(address)}") for address in absent]
+        absent = [gpu.pci for gpu in present(self.session.root) if gpu.pci not in here] if all(here) else []
+        return found + [self._missing(f"pci:{address}") for address in absent]
 
     def hangs(self, seconds: float) -> Finding:
         """What it means that a check does not return."""
