@@ -48,6 +48,7 @@ class Gpus:
         self.session = session(surroundings)
         self.nvml = self.session.nvml
         self.device = ""  # whom it is asking now: where a check hangs
+        self._found: list[Finding] = []
 
     def check(self, now: float) -> list[Finding]:  # noqa: ARG002 - what is missing now is missing, whatever the time
         """See probe.py."""
@@ -55,15 +56,17 @@ class Gpus:
             cards = self.session.open()
             found = [finding for card in cards if (finding := self._called(card)) is not None]
         except Busy:
-            return []
+            return self._found
         except self.nvml.NVMLError as error:
             self.session.close()  # it may be another driver that comes back
-            return [self._no_driver(error)]
+            self._found = [self._no_driver(error)]
+            return self._found
         finally:
             self.device = ""
         here = {card.gpu.pci for card in cards}
         absent = [gpu.pci for gpu in present(self.session.root) if gpu.pci not in here] if all(here) else []
-        return found + [self._missing(f"pci:{address}") for address in absent]
+        self._found = found + [self._missing(f"pci:{address}") for address in absent]
+        return self._found
 
     def hangs(self, seconds: float) -> Finding:
         """What it means that a check does not return."""
