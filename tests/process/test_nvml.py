@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import select
 
@@ -140,7 +141,7 @@ def test_every_rule_has_a_case():
     from resilient_agents.probes.nvml import RULES as rules
 
     shown = {(probe, *expected) for probe, _, _, expected in RULES.values()}
-    windows = {"replay-often", "receive-errors", "recovery-often", "retries-often"}  # test_errors_in_many_windows
+    windows = {"fewer-links"} | {"replay-often", "receive-errors", "recovery-often", "retries-often"}  # test_errors_in_many_windows
     assert {(rule.probe, rule.kind, rule.code, rule.class_) for rule in rules if rule.code not in windows} == shown
     assert all(rule.source for rule in rules)
 
@@ -167,6 +168,11 @@ def test_a_link_that_is_down_is_named(puppets, watcher):
     assert found["text"] == "2 NVLinks that were up are down (links 7 12)"
     puppets.set(3, link_7=None, link_12=None)
     assert watcher.look("nvml-nvlink", 60.0) == []
+
+
+def test_a_gpu_that_came_with_fewer_links(puppets, watcher):
+    puppets.set(6, link_7=0)
+    assert told(watcher.look("nvml-nvlink", 0.0)) == [("nvlink", "fewer-links", "cordon", device(6))]
 
 
 def test_a_lost_gpu_stops_nobody(puppets, watcher):
@@ -225,6 +231,33 @@ def test_a_driver_that_cannot_be_reached(puppets, watcher, error, kind):
     assert watcher.look("nvml-gpus", 5.0) == []
 
 
+def test_a_driver_that_goes_away_and_comes_back(puppets, watcher):
+    assert watcher.look("nvml-gpus", 0.0) == watcher.look("nvml-ecc", 0.0) == []
+    puppets.set("*", lost=9)
+    puppets.set("", init=9)
+    assert told(watcher.look("nvml-gpus", 5.0)) == [("driver", "9", "cordon", "")]
+    assert watcher.look("nvml-ecc", 30.0) == []
+    puppets.set("", init=18)
+    assert told(watcher.look("nvml-gpus", 10.0)) == [("driver-mismatch", "18", "cordon", "")]
+    puppets.set("*", lost=None)
+    puppets.set("", init=None)
+    puppets.set(3, field_4=1)
+    assert watcher.look("nvml-gpus", 15.0) == []
+    assert told(watcher.look("nvml-ecc", 60.0)) == [("ecc", "uncorrectable", "gpu-reset", device(3))]
+
+
+def test_a_call_that_fails_is_not_a_gpu_that_is_lost(puppets, watcher):
+    puppets.lines["1.error.nvmlDeviceGetTemperature"] = 999
+    puppets.write()
+    assert told(watcher.look("nvml-gpus", 0.0)) == [("nvml-error", "999", "ignore", device(1))]
+
+
+def test_a_single_gpu_needs_no_fabric(tmp_path, library, watching, puppets):
+    puppets.set("", count=1)
+    puppets.set("*", fabric_state=2)
+    assert watching().look("nvml-fabric", 0.0, 1000.0) == []
+
+
 def test_an_error_that_no_rule_knows_is_counted(puppets, watcher):
     puppets.lines["1.error.nvmlDeviceGetCurrPcieLinkWidth"] = 17
     puppets.write()
@@ -254,6 +287,27 @@ def test_a_driver_that_hangs_on_one_gpu_holds_one_probe(puppets, watching):
     assert not select.select([one.process.stdout], [], [], 0.2)[0]
     puppets.drop("5.hang")
     assert select.select([one.process.stdout], [], [], 60)[0]
+
+
+def test_what_a_hang_means():
+    from resilient_agents.probes.nvml import hanging
+
+    found = hanging("nvml-pcie", device(5), 31.4)
+    assert told([{"kind": found.kind, "code": found.code, "class": found.class_, "device": found.device}]) == [
+        ("nvml-hang", "", "gpu-reset", device(5))
+    ]
+    assert [hanging("nvml-gpus", "", seconds).class_ for seconds in (31.0, 121.0)] == ["ignore", "gpu-reset"]
+    assert found.text == f"NVML has not answered nvml-pcie for 31 s: the driver hangs on {device(5)}"
+
+
+def test_every_probe_is_registered_under_its_own_name():
+    for name, place in entries().items():
+        module, _, kind = place.partition(":")
+        if name.startswith("nvml-") and name != "nvml-events":  # which needs the text classifier
+            probe = getattr(importlib.import_module(module), kind)
+            assert probe.name == name
+            assert 0 < probe.period_s <= 60
+            assert probe.timeout_s > 0
 
 
 def test_where_there_is_nothing_to_look_at(puppets, watching, tmp_path):

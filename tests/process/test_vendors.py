@@ -177,16 +177,23 @@ def test_an_npu_that_left_the_list(npus):
 
 def test_a_tool_that_hangs_or_talks_nonsense(npus, monkeypatch):
     probe = Npus(Surroundings())
-    assert probe.check(0.0) == []
+    npus.says("info", DATA / "ascend/list.alarm.txt")
+    npus.says("info -t health -i 5 -c 0", DATA / "ascend/health.alarm.txt")
+    alarm = ("npu-fault", "80C98001", "gpu-reset", FIVE)
+    assert told(probe.check(0.0)) == [alarm]
     monkeypatch.setattr(ascend, "ASK_S", 0.2)
     npus.says("hang", None, "yes")
-    assert [finding.class_ for n in range(2) for finding in probe.check(60.0 * n)] == ["ignore", "gpu-reset"]
+    assert told(probe.check(60.0)) == [alarm, ("tool-hangs", "npu-smi", "ignore", "")]  # what was the matter still is
+    assert told(probe.check(120.0)) == [alarm, ("tool-hangs", "npu-smi", "gpu-reset", "")]
     npus.says("hang", None)
     monkeypatch.setattr(ascend, "ASK_S", 20.0)
     npus.says("info", None, "\x00\xff garbage | | |\n" * 100)
-    assert told(probe.check(180.0)) == [("npu-smi", "", "ignore", "")]
+    assert told(probe.check(180.0)) == [alarm, ("npu-smi", "", "ignore", "")]
     npus.says("info", None)
-    assert told(probe.check(240.0)) == [("npu-smi", "", "ignore", "")]
+    assert told(probe.check(240.0)) == [alarm, ("npu-smi", "", "ignore", "")]
+    npus.says("info", DATA / "ascend/list.alarm.txt")
+    npus.says("info -t health -i 5 -c 0", None)
+    assert told(probe.check(300.0))[:2] == [alarm, ("npu-smi", "", "ignore", FIVE)]
 
 
 def test_a_port_that_stays_down(program):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from resilient_agents.devices import Gpu, index_of, local_rank, pci, visible
+from resilient_agents.devices import NOBODY, Gpu, index_of, local_rank, pci, present, seats, visible
 
 GPUS = tuple(Gpu(index=n, pci=f"0000:{0x1A + n:02x}:00", uuid=f"GPU-{n}{n}aa-bb") for n in range(8))
 ALL = dict.fromkeys(range(8))
@@ -63,6 +63,28 @@ def test_what_a_process_sees(variable, seen):
 )
 def test_which_gpu_a_finding_names(device, index):
     assert index_of(device, GPUS) == index
+
+
+def test_all_at_once():
+    table = seats(GPUS, {0: "4,6", 1: "4,6"})
+    assert table["gpu:4"] == table[f"pci:{GPUS[4].pci}"] == 0
+    assert table["gpu:6"] == 1
+    assert table["gpu:0"] == table[f"pci:{GPUS[0].pci}"] == NOBODY
+    assert len(table) == 16
+    assert seats(GPUS, {0: "4", 1: "4"})["gpu:4"] == 0
+
+
+def test_what_the_kernel_module_shows(tmp_path):
+    assert present(str(tmp_path)) == ()
+    (tmp_path / "dev").mkdir()
+    for minor, name in enumerate(["0000:c1:00.0", "0000:1a:00.0", "0000:47:00.0", "0000:86:00.0"]):
+        directory = tmp_path / "proc/driver/nvidia/gpus" / name
+        directory.mkdir(parents=True)
+        excluded, uuid = ("Yes" if minor == 2 else "No"), ("GPU-????????-????" if minor == 1 else f"GPU-{minor}abc")
+        (directory / "information").write_text(f"GPU UUID: \t {uuid}\nDevice Minor: \t {minor}\nGPU Excluded:\t {excluded}\n")
+        if minor != 3:  # not given to this container
+            (tmp_path / f"dev/nvidia{minor}").touch()
+    assert present(str(tmp_path)) == (Gpu(index=0, pci="0000:1a:00"), Gpu(index=1, pci="0000:c1:00", uuid="GPU-0abc"))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,14 @@ def test_one_against_its_peers():
     assert [finding.device for finding in found] == ["gpu:2"]
 
 
+def test_fewer_than_all_others():
+    one = Judge("p", [rule(test="fewer", limit=3)])
+    assert [f.device for f in one.look(0, {f"gpu:{n}": {"x": 18 - (n == 2)} for n in range(4)})] == ["gpu:2"]
+    assert one.look(1, {f"gpu:{n}": {"x": 18 - (n in {1, 2})} for n in range(4)}) == []  # the others do not agree
+    assert one.look(2, {f"gpu:{n}": {"x": 18} for n in range(4)}) == []
+    assert Judge("p", [rule(test="fewer", limit=3)]).look(0, {f"gpu:{n}": {"x": n} for n in range(3)}) == []
+
+
 def test_what_could_not_be_read_says_nothing_new():
     assert said(judge(test="above"), (0, 1), (1, None), (2, None), (3, 0), (4, None)) == [0, 1, 2]
 

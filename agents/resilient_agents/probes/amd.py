@@ -2,7 +2,8 @@
 
 Think of the meters in a cellar: nobody has to be asked, one goes down and reads them.
 
-Contract: reads /sys/class/drm/card*/device of AMD's GPUs; what a file does not say is left out. What a reading means is data (amd.toml). A card that has left is lost. `counts` and `bad_pages` take any text and never raise.
+Contract: reads /sys/class/drm/card*/device of AMD's GPUs; what a file does not say is left out. What a reading means is data (amd.toml).
+A card that has left is lost. `counts` and `bad_pages` take any text and never raise.
 Numbers: some 25 small files for each GPU; the driver asks the GPU for the error counts.
 """
 

@@ -130,6 +130,7 @@ class Npus:
         self._hung = 0
         self._turn = 0
         self._charts: dict[str, list[Finding]] = {}  # what a chip's chart said last
+        self._found: list[Finding] = []  # what is the matter, as far as it could be read last
 
     def check(self, now: float) -> list[Finding]:
         """See probe.py."""
@@ -137,12 +138,12 @@ class Npus:
             chips = parse_list(self.tool.ask("info", timeout_s=ASK_S))
         except Hangs as error:
             self._hung += 1
-            return [hanging(self.name, "npu-smi", self._hung, str(error))]
+            return [*self._found, hanging(self.name, "npu-smi", self._hung, str(error))]
         except Fails as error:
-            return [self._finding("npu-smi", "", "", "ignore", str(error), role="context")]
+            return [*self._found, self._trouble("", str(error))]
         self._hung = 0
         if not chips:
-            return [self._finding("npu-smi", "", "", "ignore", "npu-smi info prints no list that is understood", role="context")]
+            return [*self._found, self._trouble("", "npu-smi info prints no list that is understood")]
         there = {chip.device: chip for chip in chips}
         self._first = self._first or there
         found = [
@@ -156,7 +157,8 @@ class Npus:
         for device in list(self._charts):
             if device not in there:
                 del self._charts[device]
-        return found + [finding for chart in self._charts.values() for finding in chart] + self.judge.look(now, readings)
+        self._found = found + [finding for chart in self._charts.values() for finding in chart] + self.judge.look(now, readings)
+        return self._found
 
     def _whom(self, chips: tuple[Chip, ...]) -> list[Chip]:
         """Whose charts are read at this look: those that are not OK, those that were not, and one in turn."""
@@ -171,7 +173,8 @@ class Npus:
                 self.tool.ask("info", "-t", "health", "-i", str(chip.card), "-c", str(chip.chip), timeout_s=ASK_S)
             )
         except (Hangs, Fails) as error:
-            return [self._finding("npu-smi", "", chip.device, "ignore", str(error), role="context")]
+            said_before = [finding for finding in self._charts.get(chip.device, []) if finding.kind != "npu-smi"]
+            return [*said_before, self._trouble(chip.device, str(error))]
         status = status or chip.health
         findings = []
         for code in found:
@@ -186,6 +189,10 @@ class Npus:
             return parse_counts(self.tool.ask("info", "-t", "ecc", "-i", str(chip.card), timeout_s=ASK_S)).get(chip.chip, {})
         except (Hangs, Fails):
             return {}  # not every product has it
+
+    def _trouble(self, device: str, text: str) -> Finding:
+        """With the tool, not with a chip."""
+        return self._finding("npu-smi", "", device, "ignore", text, role="context")
 
     def _finding(self, kind: str, code: str, device: str, class_: Class, text: str, role: Any = "cause") -> Finding:
         return Finding(seq=0, kind=kind, text=text, probe=self.name, layer="npu", code=code, device=device, class_=class_, role=role)
@@ -217,15 +224,17 @@ class Links:
                 up = parse_link(self.tool.ask("-i", str(number), "-link", "-g", timeout_s=ASK_S))
             except Hangs as error:
                 self._hung += 1
-                return [hanging(self.name, "hccn_tool", self._hung, str(error))]
+                return [*self._late(now), hanging(self.name, "hccn_tool", self._hung, str(error))]
             except Fails:
                 if number == self._turn and number:  # there is none of this number: so many there are
                     self._count = number
                 continue
             self._hung = 0
             self._note(number, up, now)
-        late = [number for number, since in sorted(self._down.items()) if now - since > LINK_DOWN_S]
-        return [self._finding(number, now - self._down[number]) for number in late]
+        return self._late(now)
+
+    def _late(self, now: float) -> list[Finding]:
+        return [self._finding(number, now - since) for number, since in sorted(self._down.items()) if now - since > LINK_DOWN_S]
 
     def _note(self, number: int, up: bool | None, now: float) -> None:  # noqa: FBT001 - as parse_link gives it
         if up:

@@ -4,8 +4,8 @@ Think of a house whose language one does not speak: one cannot ask how the peopl
 nobody does.
 
 Contract: `parse` takes the output of `mthreads-gmi -q -j` (or, where that option is unknown, of `mthreads-gmi -q`), gives one entry for
-each GPU and never raises. Counted against the first look are PCI functions of the vendor (1ed5) and the tool's list. No key for health, ECC or
-link errors is publicly documented: none is guessed (docs/probes.md, "Vendors").
+each GPU and never raises. Counted against the first look are PCI functions of the vendor (1ed5) and the tool's list. No key for health,
+ECC or link errors is publicly documented: none is guessed (docs/probes.md, "Vendors").
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _blocks(text: str) -> list[dict[str, str]]:
 class MooreThreads:
     """Whether all of them are there."""
 
-    name: ClassVar = "moore-threads"
+    name: ClassVar = "mthreads-gpus"
     period_s: ClassVar = 60.0
     scope: ClassVar = "node"
     lasting: ClassVar = True

@@ -15,6 +15,7 @@ Rejected: a process per call (nvidia-smi): 0.3-1 s of CPU each on a node of eigh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -22,8 +23,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final
 
-from resilient.core.messages import NONE, Finding
-from resilient_agents.devices import Gpu, pci
+from resilient.core.messages import NONE, Class, Finding
+from resilient_agents.devices import Gpu, pci, present
 from resilient_agents.probe import Absent, Surroundings
 from resilient_agents.probes.rules import Judge, load
 
@@ -31,6 +32,7 @@ LIBRARY: Final = "libnvidia-ml.so.1"
 RULES: Final = load("nvml.toml")
 GPUS_MAX: Final = 64  # a count beyond it is no count
 TIMEOUT_S: Final = 30.0  # a first call on a node without persistence mode takes seconds for every GPU
+OPENING_S: Final = 120.0  # the same, for all of its GPUs together
 WAIT_S: Final = 1.0  # for somebody else's nvmlInit
 
 NOT_FOR_US: Final = frozenset({2, 3, 4, 6, 13, 21, 25, 26})
@@ -67,16 +69,24 @@ class Session:
 
     def open(self) -> tuple[Card, ...]:
         """All GPUs as they were found first. Raises NVMLError, Busy."""
-        if self._cards is None:
-            if not self._opening.acquire(timeout=WAIT_S):
-                raise Busy
-            try:
-                if self._cards is None:
-                    self.nvml.nvmlInit()
-                    self._cards = self._found()
-            finally:
-                self._opening.release()
-        return self._cards
+        if (cards := self._cards) is not None:
+            return cards
+        if not self._opening.acquire(timeout=WAIT_S):
+            raise Busy
+        try:
+            if (cards := self._cards) is None:
+                self.nvml.nvmlInit()
+                cards = self._cards = self._found()
+        finally:
+            self._opening.release()
+        return cards
+
+    def close(self) -> None:
+        """Forget the GPUs; whoever comes next goes in anew."""
+        if self._cards is not None:
+            self._cards = None
+            with contextlib.suppress(self.nvml.NVMLError):
+                self.nvml.nvmlShutdown()
 
     def cards(self) -> tuple[Card, ...]:
         """The GPUs that can be asked; none while the driver cannot be reached."""
@@ -87,7 +97,7 @@ class Session:
 
     def _found(self) -> tuple[Card, ...]:
         count = min(self.nvml.nvmlDeviceGetCount(), GPUS_MAX)
-        known = given(self.root)
+        known = present(self.root)
         cards = []
         for index in range(count):
             handle, address, uuid = None, "", ""  # who cannot be opened is sought by its number again
@@ -98,8 +108,8 @@ class Session:
             except self.nvml.NVMLError as error:
                 if error.value not in NOT_FOR_US:
                     handle = None
-            place = address or (known[index] if len(known) == count else "")  # the driver numbers them by their PCI addresses
-            cards.append(Card(Gpu(index=index, pci=pci(place), uuid=uuid), address, handle))
+            place = pci(address) or (known[index].pci if len(known) == count else "")
+            cards.append(Card(Gpu(index=index, pci=place, uuid=uuid), address, handle))
         return tuple(cards)
 
 
@@ -129,18 +139,6 @@ def on_pci(root: str) -> list[str]:
         vendor, kind = _read(f"{devices}/{name}/vendor"), _read(f"{devices}/{name}/class")
         driver = os.path.basename(os.path.realpath(f"{devices}/{name}/driver"))
         if vendor == "0x10de" and kind.startswith("0x03") and driver != "vfio-pci":
-            found.append(name)
-    return found
-
-
-def given(root: str) -> list[str]:
-    """The GPUs that the kernel module has and that this name space may use: a container sees only its own here."""
-    gpus = Surroundings(root).path("/proc/driver/nvidia/gpus")
-    found = []
-    for name in _names(gpus):
-        facts = dict(_fact(line) for line in _read(f"{gpus}/{name}/information").splitlines())
-        device = Surroundings(root).path(f"/dev/nvidia{facts.get('Device Minor', '')}")
-        if facts.get("GPU Excluded", "No") == "No" and os.path.exists(device):
             found.append(name)
     return found
 
@@ -215,8 +213,9 @@ class Gauge:
 
 def hanging(probe: str, device: str, seconds: float) -> Finding:
     """A call that does not return: the driver, or the GPU that it is asking."""
+    class_: Class = "gpu-reset" if device or seconds >= OPENING_S else "ignore"
     text = f"NVML has not answered {probe} for {seconds:.0f} s: the driver hangs{f' on {device}' if device else ''}"
-    return Finding(seq=0, kind="nvml-hang", text=text, probe=probe, layer="driver", device=device, class_="gpu-reset")
+    return Finding(seq=0, kind="nvml-hang", text=text, probe=probe, layer="driver", device=device, class_=class_)
 
 
 def failed(probe: str, device: str, error: Any) -> Finding:
@@ -252,8 +251,3 @@ def _read(path: str) -> str:
             return file.read(4096).strip()
     except OSError:
         return ""
-
-
-def _fact(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()

@@ -11,6 +11,7 @@ Numbers: a check waits for at most a second, asleep in the driver; an event is t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import Any, Final
@@ -58,13 +59,18 @@ class Events:
             except self.nvml.NVMLError as error:
                 if error.value == TIMEOUT:
                     break
+                self._close()
                 if error.value in GONE:  # a GPU of the set; the others can be listened to again
-                    self._set = None
                     break
                 raise
             wait_ms = 0
             found.append(self._told(event))
         return found
+
+    def _close(self) -> None:
+        events, self._set = self._set, None
+        with contextlib.suppress(self.nvml.NVMLError):
+            self.nvml.nvmlEventSetFree(events)
 
     def _listen(self) -> bool:
         cards = self.session.cards()

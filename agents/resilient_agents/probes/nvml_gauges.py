@@ -95,7 +95,7 @@ class Nvlink(Gauge):
             return {}
         down = sorted(link for link in up if states.get(link) == 0)
         self.notes[card.gpu.device, "links_down"] = "links " + " ".join(map(str, down))
-        found = {"links_down": float(len(down))} | self.fields(card, self.TOTALS)
+        found = {"links_down": float(len(down)), "links": float(len(up))} | self.fields(card, self.TOTALS)
         first = min(up)
         if index not in self._has:  # one link tells which counters there are; the others are then asked for those only
             self._has[index] = list(self.fields(card, self.LINKWISE, [first]))
@@ -194,6 +194,7 @@ class Fabric(Gauge):
         if self.ask(self.nvml.nvmlDeviceGetGpuFabricInfoV, card.handle, ctypes.byref(info)) is None or info.state == 0:
             return {}  # a GPU without a fabric
         done = info.state == FABRIC_DONE
-        found = {"incomplete": float(not done), "status": float(info.status if done else 0)}
+        alone = len(self.session.cards()) < 2  # a single GPU of a virtual machine is often not registered, and needs no fabric
+        found = {"incomplete": float(not done and not alone), "status": float(info.status if done else 0)}
         found |= {name: float((info.healthMask >> shift) & 3) for name, shift in MASKS.items()}
         return found | {"misconfigured": float((info.healthMask >> 8) & 15)}

@@ -14,9 +14,10 @@ Tests a rule may make (`test`):
   often   more than `limit` of the parts of `part_s` that `window_s` is cut into were flagged: value > 0 (`of = "level"`) or grown
           (`of = "growth"`)
   odd     growth over the last `window_s` > limit, and more than `times` that of the middle one of the other devices: one against its peers
+  fewer   value < that of all other devices, which agree with each other and are `limit` at least
 
 Numbers: a look at 8 devices with 20 readings each costs about 0.3 ms. A window keeps at most 64 samples of a reading.
-Rejected: expressions in the data (`value > 3 and ...`): a language of its own to test, for five tests that are enough.
+Rejected: expressions in the data (`value > 3 and ...`): a language of its own to test, for six tests that are enough.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     probe: str
     read: str  # the reading's name
-    test: Literal["is", "above", "grows", "often", "odd"]
+    test: Literal["is", "above", "grows", "often", "odd", "fewer"]
     limit: float = 0
     hold_s: float = 0.0
     window_s: float = 600.0  # what has happened is the matter for ten minutes (gpud's sticky window)
@@ -123,7 +124,7 @@ class Judge:
     @staticmethod
     def _measure(rule: Rule, trace: _Trace, now: float, value: float) -> float:
         """The number that is compared with the limit."""
-        if rule.test in ("is", "above"):
+        if rule.test in ("is", "above", "fewer"):
             return value
         if rule.test in ("grows", "odd"):
             return trace.growth(now, value, rule.window_s)
@@ -148,6 +149,9 @@ class Judge:
                 return now - trace.since >= rule.hold_s
             case "grows" | "often":
                 return value > rule.limit
+            case "fewer":
+                others = [other for name, other in measured.items() if name != device]
+                return len(others) >= rule.limit and len(set(others)) == 1 and value < others[0]
             case "odd":
                 others = [other for name, other in measured.items() if name != device]
                 return value > rule.limit and value > rule.times * (statistics.median(others) if others else 0)
