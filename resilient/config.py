@@ -68,7 +68,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     lease_s: Seconds = 10.0  # ten missed reports; twice the longest pause in tests/bench
     first_step_timeout_s: Seconds = 600.0  # compilation of a large model takes minutes
     preflight: Literal["off", "quick", "full"] = "off"  # a start would be seconds later, and a restart is a start: docs/probes.md
-    preflight_timeout_s: Seconds = 60.0  # the full one takes half a minute where torch comes from a slow disk
+    preflight_timeout_s: Seconds = 120.0  # as of `resilient doctor`
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
 

@@ -115,7 +115,7 @@ def test_a_wrong_product_and_exercises_that_hang_or_crash(tmp_path: Path) -> Non
     assert results[0]["class"] == "cordon"
     assert "product 3 of the same matrices differs from the first in 1 elements" in rows["fickle"][0]["text"]
     assert rows["crashing"][0]["text"] == "killed by signal 11 (SIGSEGV)"
-    assert rows["hanging"][0]["text"] == "no answer within 0.5 s"
+    assert rows["hanging"][0]["text"] == "no answer within 0.5 s, killed by us (half-way)"
 
 
 def test_torch_that_does_not_load_is_told_once(tmp_path: Path) -> None:
