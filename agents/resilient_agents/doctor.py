@@ -78,9 +78,8 @@ def command(args: argparse.Namespace) -> int:
             raise ConfigError(f"--timeout-s: more than 0 seconds expected, {args.timeout_s:g} found")
         healthy = read(args.compare) if args.compare else None
         if healthy is not None and healthy.quick != args.quick:
-            raise ConfigError(
-                f"--compare {args.compare}: a chart of the same kind expected, one {'with' if healthy.quick else 'without'} --quick found"
-            )
+            kind = "with" if healthy.quick else "without"
+            raise ConfigError(f"--compare {args.compare}: a chart of the same kind expected, one {kind} --quick found")
         subjects = chosen(registered(), _names(args.only), _names(args.skip))
         patient = _patient(args)
     except ConfigError as error:

@@ -189,6 +189,7 @@ def test_a_node_that_fails_its_preflight_takes_no_part(start: Start, script: Cal
     run.nothing_left()
 
 
+@pytest.mark.long
 def test_a_sound_node_goes_through(start: Start, script: Callable[..., Path]) -> None:
     run = start("--standalone", "--nproc-per-node", "1", "--preflight", "quick", script("print('began')"))
     assert run.wait() == 0
@@ -196,6 +197,7 @@ def test_a_sound_node_goes_through(start: Start, script: Callable[..., Path]) ->
     run.nothing_left()
 
 
+@pytest.mark.long
 def test_a_doctor_without_end_lets_nobody_through(start: Start, script: Callable[..., Path], tmp_path: Path) -> None:
     ill = installed(tmp_path / "site", {"hangs": "HangsLong"})
     arguments = ("--standalone", "--nproc-per-node", "1", "--preflight", "quick", "--preflight-timeout", "4", script("print('began')"))

@@ -45,9 +45,8 @@ class Nvidia:
         """Count."""
         listed = len(self._names("/proc/driver/nvidia/gpus"))
         files = len([name for name in self._names("/dev") if re.fullmatch(r"nvidia\d+", name)])
-        partitioned = any(
-            "mig" in self._names(f"/proc/driver/nvidia/capabilities/{gpu}") for gpu in self._names("/proc/driver/nvidia/capabilities")
-        )
+        capabilities = "/proc/driver/nvidia/capabilities"
+        partitioned = any("mig" in self._names(f"{capabilities}/{gpu}") for gpu in self._names(capabilities))
         found = self._patient.exercise("resilient_agents.exercises.devices:run", LIMIT_S)
         wanted = expected(listed, files, os.environ.get("CUDA_VISIBLE_DEVICES"), partitioned=partitioned)
         return [
