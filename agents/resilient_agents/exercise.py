@@ -6,7 +6,7 @@ heard nowhere else.
 Contract: serves one request on each connection of a listening socket: calls "module:function" with keyword arguments in a fork of this
 process and sends back what it returned, or why it did not: where it crashed or took longer than it may, with what it printed last. This
 process itself does no tensor operation and no CUDA call, so that forks find nothing half-done (zygote.py tells more). Whoever hangs up ends
-his exercise. The socket lies in a directory that is the owner's alone.
+his exercise. The socket has no name: only processes of the doctor's reach it.
 """
 
 from __future__ import annotations

@@ -139,6 +139,22 @@ class HangingExercise(Base):
         return [Reading(value=str(self.patient.exercise("ill:hang", 0.5)))]
 
 
+class KillsTheGym(Base):
+    torch = alone = True
+
+    def run(self):
+        return [Reading(value=str(self.patient.exercise("ill:kill_parent", 30.0)))]
+
+
+class Late(CrashingExercise):
+    alone = True
+
+
+def kill_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
 def wrong(device, sizes, repeats, seconds):
     return {dtype: _flipping(lambda count: True, device, dtype, size, repeats, seconds) for dtype, size in sizes.items()}
 

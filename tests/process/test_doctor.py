@@ -129,6 +129,16 @@ def test_torch_that_does_not_load_is_told_once(tmp_path: Path) -> None:
     assert "libcudart.so.13 is not there" in done.stdout
 
 
+def test_torch_that_goes_away(tmp_path: Path) -> None:
+    checks = {"a-kills": "KillsTheGym", "b-late": "Late", "c-late": "Late"}
+    done = doctor("--json", "--only", ",".join(checks), path=installed(tmp_path, checks))
+    rows = by_name(done)
+    assert rows["a-kills"][0]["text"].startswith("the process that has torch hung up")
+    assert rows["b-late"][0]["text"] == "the process that loads torch: killed by signal 9 (SIGKILL)"
+    assert rows["c-late"][0]["state"] == "skipped"
+    assert json.loads(done.stdout)["seconds"] < 30
+
+
 def test_a_full_disk(small: Path) -> None:
     (small / "all").write_bytes(bytes(3 << 20))
     done = doctor("--json", "--only", "disk", "--run-dir", small, TMPDIR=str(small))

@@ -227,7 +227,7 @@ def test_a_slow_device_beside_its_neighbours() -> None:
     def value(tflops: float, wrong: str = "") -> Answer:
         return Answer(value={"float32": {"wrong": wrong, "tflops": tflops, "products": 9}})
 
-    answers = [value(100), value(101), value(80), value(45), value(0, "row 3 first"), Answer(failure="no answer within 25 s")]
+    answers = [value(100), value(101), value(80), value(40), value(0, "row 3 first"), Answer(failure="no answer within 25 s")]
     told = {(it.device, it.what): it for it in matmul.judged([f"gpu:{at}" for at in range(6)], answers)}
     assert [told[f"gpu:{at}", "float32 speed"].state for at in range(4)] == ["pass", "pass", "warn", "fail"]
     assert (told["gpu:4", "float32 result"].class_, told["gpu:4", "float32 result"].state) == ("cordon", "fail")
