@@ -72,7 +72,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probe_root: str = "/"
     probe_socket: str = "/run/resilient/agent.sock"
     preflight: Literal["off", "quick", "full"] = "off"  # a start would be seconds later, and a restart is a start: docs/probes.md
-    preflight_timeout_s: Seconds = 60.0  # the full one takes half a minute where torch comes from a slow disk
+    preflight_timeout_s: Seconds = 120.0  # as of `resilient doctor`
     hang: Literal["act", "report", "off"] = "act"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 

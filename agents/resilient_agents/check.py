@@ -59,6 +59,7 @@ class Exercise(msgspec.Struct, frozen=True):
 
     call: str  # "module:function"
     arguments: dict[str, Any] = {}
+    limit_s: float = 0.0  # the caller's; filled in on the way
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from resilient_agents.chart import Row
 
-TIMEOUT_S: Final = 60.0
+TIMEOUT_S: Final = 120.0  # eight GPUs, and torch from a slow disk
 PROBES, CHECKS = "probes", "checks"  # words for all of them
 
 
@@ -77,6 +77,9 @@ def command(args: argparse.Namespace) -> int:
         if args.timeout_s <= 0:
             raise ConfigError(f"--timeout-s: more than 0 seconds expected, {args.timeout_s:g} found")
         healthy = read(args.compare) if args.compare else None
+        if healthy is not None and healthy.quick != args.quick:
+            kind = "with" if healthy.quick else "without"
+            raise ConfigError(f"--compare {args.compare}: a chart of the same kind expected, one {kind} --quick found")
         subjects = chosen(registered(), _names(args.only), _names(args.skip))
         patient = _patient(args)
     except ConfigError as error:

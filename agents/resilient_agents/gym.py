@@ -2,7 +2,8 @@
 
 Contract: `open` returns at once; `fileno` is readable when torch has been loaded, or when the process has died. `exercise_all` may be
 called from any process forked of this one; it begins all exercises at the same time and gives their answers in order, each with what
-went wrong in its place. Nothing is left: neither the process nor the socket's directory.
+went wrong in its place. Nothing is left, even if we are killed: the process dies with us, and the socket has lost its name before
+anybody could meet it; our own processes reach it through a descriptor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -25,6 +26,8 @@ from resilient_agents.isolation import ENDING_S, MESSAGE_BYTES, ending
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+LATE_S: Final = 3.0  # from an exercise's limit to ours: its end is awaited, and told
 
 State = Literal["shut", "opening", "open", "gone"]
 
@@ -37,25 +40,26 @@ class Gym:
         self.state: State = "shut"
         self.opened_s = 0.0  # how long that took
         self.why = ""  # it is gone
-        self._directory = tempfile.TemporaryDirectory(prefix="resilient.")  # mode 0700
-        self._path = os.path.join(self._directory.name, "exercises")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with tempfile.TemporaryDirectory(prefix="resilient.") as directory:  # mode 0700
+            path = os.path.join(directory, "exercises")
+            self._listener.bind(path)
+            self._door = os.open(path, os.O_PATH)
 
     def open(self) -> None:
         """Start loading torch."""
         assert self.state == "shut"
         self._ready, theirs = os.pipe()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, tempfile.TemporaryFile() as said:
-            listener.bind(self._path)
-            listener.listen(64)
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-u", "-c", BOOT, str(listener.fileno()), str(theirs), str(os.getpid())],
-                pass_fds=[listener.fileno(), theirs],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-            self._said = os.dup(said.fileno())
+        self._said = os.memfd_create("said")
+        self._listener.listen(64)
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-u", "-c", BOOT, str(self._listener.fileno()), str(theirs), str(os.getpid())],
+            pass_fds=[self._listener.fileno(), theirs],
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=self._said,
+            start_new_session=True,
+        )
         os.close(theirs)
         self._since = time.monotonic()
         self.state = "opening"
@@ -79,6 +83,7 @@ class Gym:
         except subprocess.TimeoutExpired:
             code = None
         self._kill()
+        self._listener.shutdown(socket.SHUT_RDWR)  # whoever comes now is told at once
         size = os.fstat(self._said).st_size
         lines = os.pread(self._said, 4096, max(0, size - 4096)).decode("utf-8", "replace").strip().splitlines()
         last = f" ({lines[-1].strip()[:300]})" if lines else ""
@@ -91,7 +96,8 @@ class Gym:
         if self.state != "shut":
             os.close(self._ready)
             os.close(self._said)
-        self._directory.cleanup()
+        self._listener.close()
+        os.close(self._door)
 
     def _kill(self) -> None:
         try:
@@ -105,14 +111,14 @@ class Gym:
 
     def exercise_all(self, exercises: Sequence[Exercise], limit_s: float) -> list[Answer]:
         """Have all of them done at once; each has `limit_s` seconds."""
-        until = time.monotonic() + limit_s
+        until = time.monotonic() + limit_s + LATE_S
         answers = [Answer(failure=f"no answer within {limit_s:g} s")] * len(exercises)
         with selectors.DefaultSelector() as waiting:
             for at, exercise in enumerate(exercises):
                 line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 try:
-                    line.connect(self._path)
-                    line.send(msgspec.msgpack.encode(exercise))
+                    line.connect(f"/proc/self/fd/{self._door}")
+                    line.send(msgspec.msgpack.encode(msgspec.structs.replace(exercise, limit_s=limit_s)))
                 except OSError as error:
                     line.close()
                     answers[at] = Answer(failure=f"the process that has torch is not there ({error.strerror})")

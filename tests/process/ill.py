@@ -139,12 +139,28 @@ class HangingExercise(Base):
         return [Reading(value=str(self.patient.exercise("ill:hang", 0.5)))]
 
 
-def wrong(device, dtype, size, repeats, seconds, threads=0):
-    return _flipping(lambda count: True, device, dtype, size, repeats, seconds)
+class KillsTheGym(Base):
+    torch = alone = True
+
+    def run(self):
+        return [Reading(value=str(self.patient.exercise("ill:kill_parent", 30.0)))]
 
 
-def fickle(device, dtype, size, repeats, seconds, threads=0):
-    return _flipping(lambda count: count == 3, device, dtype, size, repeats, seconds)
+class Late(CrashingExercise):
+    alone = True
+
+
+def kill_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def wrong(device, sizes, repeats, seconds):
+    return {dtype: _flipping(lambda count: True, device, dtype, size, repeats, seconds) for dtype, size in sizes.items()}
+
+
+def fickle(device, sizes, repeats, seconds):
+    return {dtype: _flipping(lambda count: count == 3, device, dtype, size, repeats, seconds) for dtype, size in sizes.items()}
 
 
 def _flipping(when, device, dtype, size, repeats, seconds):
@@ -162,7 +178,7 @@ def _flipping(when, device, dtype, size, repeats, seconds):
             found.view(torch.int32 if dtype == "float32" else torch.int16)[17, 4] ^= 1
         return found
 
-    return measure(product, torch.device(device), getattr(torch, dtype), size, repeats, seconds)
+    return measure(product, device, dtype, size, repeats, seconds)
 
 
 def crash():
@@ -170,4 +186,5 @@ def crash():
 
 
 def hang():
+    print("half-way")
     time.sleep(1000)

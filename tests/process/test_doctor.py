@@ -115,7 +115,7 @@ def test_a_wrong_product_and_exercises_that_hang_or_crash(tmp_path: Path) -> Non
     assert results[0]["class"] == "cordon"
     assert "product 3 of the same matrices differs from the first in 1 elements" in rows["fickle"][0]["text"]
     assert rows["crashing"][0]["text"] == "killed by signal 11 (SIGSEGV)"
-    assert rows["hanging"][0]["text"] == "no answer within 0.5 s"
+    assert rows["hanging"][0]["text"] == "no answer within 0.5 s, killed by us (half-way)"
 
 
 def test_torch_that_does_not_load_is_told_once(tmp_path: Path) -> None:
@@ -127,6 +127,16 @@ def test_torch_that_does_not_load_is_told_once(tmp_path: Path) -> None:
     assert dict(states)["limits"] == "pass"
     assert json.loads(done.stdout)["seconds"] < 30
     assert "libcudart.so.13 is not there" in done.stdout
+
+
+def test_torch_that_goes_away(tmp_path: Path) -> None:
+    checks = {"a-kills": "KillsTheGym", "b-late": "Late", "c-late": "Late"}
+    done = doctor("--json", "--only", ",".join(checks), path=installed(tmp_path, checks))
+    rows = by_name(done)
+    assert rows["a-kills"][0]["text"].startswith("the process that has torch hung up")
+    assert rows["b-late"][0]["text"] == "the process that loads torch: killed by signal 9 (SIGKILL)"
+    assert rows["c-late"][0]["state"] == "skipped"
+    assert json.loads(done.stdout)["seconds"] < 30
 
 
 def test_a_full_disk(small: Path) -> None:
@@ -189,6 +199,7 @@ def test_a_node_that_fails_its_preflight_takes_no_part(start: Start, script: Cal
     run.nothing_left()
 
 
+@pytest.mark.long
 def test_a_sound_node_goes_through(start: Start, script: Callable[..., Path]) -> None:
     run = start("--standalone", "--nproc-per-node", "1", "--preflight", "quick", script("print('began')"))
     assert run.wait() == 0
@@ -196,6 +207,7 @@ def test_a_sound_node_goes_through(start: Start, script: Callable[..., Path]) ->
     run.nothing_left()
 
 
+@pytest.mark.long
 def test_a_doctor_without_end_lets_nobody_through(start: Start, script: Callable[..., Path], tmp_path: Path) -> None:
     ill = installed(tmp_path / "site", {"hangs": "HangsLong"})
     arguments = ("--standalone", "--nproc-per-node", "1", "--preflight", "quick", "--preflight-timeout", "4", script("print('began')"))

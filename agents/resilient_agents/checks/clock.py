@@ -125,7 +125,7 @@ def kept(status: int, offset: int, maxerror_us: int) -> Reading:
 
 def tracked(text: str) -> Reading:
     """What `chronyc tracking` says."""
-    match = re.search(r"^System time\s*:\s*([0-9.]+) seconds (fast|slow)", text, re.MULTILINE)
+    match = re.search(r"^System time\s*:\s*([0-9]{1,15}(?:\.[0-9]{1,15})?) seconds (fast|slow)", text, re.MULTILINE)
     leap = re.search(r"^Leap status\s*:\s*(.+)$", text, re.MULTILINE)
     if match is None:
         return Reading(what="chrony", layer="clock", state="warn", value="not understood", expected="a line 'System time'")

@@ -10,28 +10,27 @@ slow only when all draw power is slow. A GPU that does not answer is named; the 
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from resilient_agents.check import Answer, Exercise, ExerciseFailed, Reading, grade
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from resilient.core.messages import Class
     from resilient_agents.check import Patient
 
 SLOW: Final = 0.9
 STRAGGLING: Final = 0.5
-FORMATS: Final = ("float32", "bfloat16", "float16")
 _CPU: Final = {"float32": 512, "bfloat16": 512, "float16": 192}  # many processors have no half precision: torch is slow there
-_GPU: Final = 4096  # nine tenths of the speed of larger ones, and their integers still have room on the host
+_GPU: Final = dict.fromkeys(_CPU, 4096)  # nine tenths of the speed of larger ones, and their integers still have room on the host
+_LIMIT_S: Final = 25.0
 _DEVICES_S: Final = 20.0
 
 
 class Matmul:
     """All devices, all formats."""
 
-    timeout_s = 60.0
+    timeout_s = 75.0
     alone = True
     torch = True
     exercise = "resilient_agents.exercises.matmul:run"  # who has another way to multiply names his own
@@ -41,25 +40,17 @@ class Matmul:
         self._patient = patient
 
     def run(self) -> list[Reading]:
-        """The processor first, then the GPUs, one format after the other."""
+        """The processor first, then all GPUs at once."""
         names = gpus(self._patient)
-        limit_s = (5.0 if self._patient.quick else 10.0) if not names else 15.0
         readings = []
-        for format_ in FORMATS:
-            if self._patient.cpu:
-                (answer,) = self._patient.exercise_all([self._job("cpu", format_, _CPU[format_])], limit_s)
-                readings += judged(format_, ["cpu"], [answer])
-            if names:
-                jobs = [self._job(f"cuda:{number}", format_, _GPU) for number in names]
-                readings += judged(format_, list(names.values()), self._patient.exercise_all(jobs, limit_s))
-        return readings
+        if self._patient.cpu:
+            readings += judged(["cpu"], self._patient.exercise_all([self._job("cpu", _CPU)], _LIMIT_S))
+        jobs = [self._job(f"cuda:{number}", _GPU) for number in names]
+        return [*readings, *judged(list(names.values()), self._patient.exercise_all(jobs, _LIMIT_S))]
 
-    def _job(self, device: str, format_: str, size: int) -> Exercise:
+    def _job(self, device: str, sizes: dict[str, int]) -> Exercise:
         quick = self._patient.quick
-        return Exercise(
-            self.exercise,
-            {"device": device, "dtype": format_, "size": size, "repeats": 3 if quick else 20, "seconds": 0.05 if quick else 0.5},
-        )
+        return Exercise(self.exercise, {"device": device, "sizes": sizes, "repeats": 3 if quick else 20, "seconds": 0.05 if quick else 0.5})
 
 
 def gpus(patient: Patient) -> dict[int, str]:
@@ -76,38 +67,61 @@ def gpus(patient: Patient) -> dict[int, str]:
     return {number: there[number] for number in patient.devices}
 
 
-def judged(format_: str, devices: Sequence[str], answers: Sequence[Answer]) -> list[Reading]:
-    """Two readings for each device: right, and fast."""
-    fast = [answer.value["tflops"] for answer in answers if not answer.failure and not answer.value["wrong"]]
-    median = statistics.median(fast) if fast else 0.0
+def judged(devices: Sequence[str], answers: Sequence[Answer]) -> list[Reading]:
+    """For each device that it answered, and for each format two readings: right, and fast."""
+    silent = [
+        Reading(
+            what="result",
+            device=device,
+            layer=_layer(device),
+            state="fail",
+            value="none",
+            expected="a product",
+            class_="cordon" if device == "cpu" else "gpu-reset",
+            text=answer.failure,
+        )
+        for device, answer in zip(devices, answers, strict=True)
+        if answer.failure
+    ]
+    told = {device: answer.value for device, answer in zip(devices, answers, strict=True) if not answer.failure}
+    formats = list(next(iter(told.values()), {}))
+    return silent + [it for format_ in formats for it in _judged(format_, {device: value[format_] for device, value in told.items()})]
+
+
+def _judged(format_: str, told: dict[str, dict[str, Any]]) -> list[Reading]:
+    median = statistics.median([value["tflops"] for value in told.values() if not value["wrong"]] or [0.0])
     readings = []
-    for device, answer in zip(devices, answers, strict=True):
-        layer = "cpu" if device == "cpu" else "gpu"
-        readings.append(_result(format_, device, layer, answer))
+    for device, value in told.items():
+        readings.append(_result(format_, device, value))
         if readings[-1].state == "pass":
-            readings.append(_speed(format_, device, layer, answer.value["tflops"], median))
+            readings.append(_speed(format_, device, value["tflops"], median))
     return readings
 
 
-def _result(format_: str, device: str, layer: str, answer: Answer) -> Reading:
-    what, expected = f"{format_} result", "exact, the same each time"
-    if answer.failure:
-        class_: Class = "cordon" if layer == "cpu" else "gpu-reset"
-        text, value = answer.failure, "none"
-    elif answer.value["wrong"]:
-        class_, text, value = "cordon", f"silent corruption: {answer.value['wrong']}", "WRONG"
-    else:
-        return Reading(what=what, device=device, layer=layer, value=f"exact, {answer.value['products']} times", expected=expected)
-    return Reading(what=what, device=device, layer=layer, state="fail", value=value, expected=expected, class_=class_, text=text)
+def _result(format_: str, device: str, value: dict[str, Any]) -> Reading:
+    wrong = value["wrong"]
+    return Reading(
+        what=f"{format_} result",
+        device=device,
+        layer=_layer(device),
+        state=grade(fail=bool(wrong)),
+        value="WRONG" if wrong else f"exact, {value['products']} times",
+        expected="exact, the same each time",
+        text=f"silent corruption: {wrong}" if wrong else "",
+    )
 
 
-def _speed(format_: str, device: str, layer: str, tflops: float, median: float) -> Reading:
+def _layer(device: str) -> str:
+    return "cpu" if device == "cpu" else "gpu"
+
+
+def _speed(format_: str, device: str, tflops: float, median: float) -> Reading:
     state = grade(fail=tflops < STRAGGLING * median, warn=tflops < SLOW * median)
     text = "" if state == "pass" else "slower than its neighbours: heat, power, clocks?"
     return Reading(
         what=f"{format_} speed",
         device=device,
-        layer=layer,
+        layer=_layer(device),
         state=state,
         number=tflops,
         unit="TFLOP/s",

@@ -3,7 +3,7 @@
 Think of a roll-call from three lists that should be one.
 
 Contract: absent without the driver. The kernel module's list (/proc/driver/nvidia) against the device files, and against what CUDA
-gives to torch, unless CUDA_VISIBLE_DEVICES hides some on purpose. GPUs of one node are expected to be of one kind and memory size.
+gives to torch, as far as CUDA_VISIBLE_DEVICES and a container let it. GPUs of one node are expected to be of one kind and memory size.
 What their counters say (ECC, NVLink, clocks) is the probes' to tell.
 """
 
@@ -43,15 +43,24 @@ class Nvidia:
 
     def run(self) -> list[Reading]:
         """Count."""
-        listed = len(os.listdir(self._patient.path("/proc/driver/nvidia/gpus")))
-        files = [name for name in os.listdir(self._patient.path("/dev")) if re.fullmatch(r"nvidia\d+", name)]
+        listed = len(self._names("/proc/driver/nvidia/gpus"))
+        files = len([name for name in self._names("/dev") if re.fullmatch(r"nvidia\d+", name)])
+        capabilities = "/proc/driver/nvidia/capabilities"
+        partitioned = any("mig" in self._names(f"{capabilities}/{gpu}") for gpu in self._names(capabilities))
         found = self._patient.exercise("resilient_agents.exercises.devices:run", LIMIT_S)
-        hidden = "CUDA_VISIBLE_DEVICES" in os.environ or "NVIDIA_VISIBLE_DEVICES" in os.environ
+        wanted = expected(listed, files, os.environ.get("CUDA_VISIBLE_DEVICES"), partitioned=partitioned)
         return [
             Reading(what="driver", layer="driver", value=self._version),
-            *counted(listed, len(files), found, hidden=hidden),
+            Reading(what="device files", layer="driver", value=f"{files}, {listed} listed by the driver"),
+            seen(len(found["devices"]), wanted, found["error"]),
             *alike(found["devices"]),
         ]
+
+    def _names(self, path: str) -> list[str]:
+        try:
+            return os.listdir(self._patient.path(path))
+        except OSError:
+            return []  # a container may be shown less
 
 
 def version(text: str) -> str:
@@ -60,31 +69,30 @@ def version(text: str) -> str:
     return match[1] if match else text.strip().partition("\n")[0][:80]
 
 
-def counted(listed: int, files: int, found: dict[str, Any], *, hidden: bool) -> list[Reading]:
-    """listed: by the kernel module. hidden: the user wants torch to see fewer."""
-    seen = len(found["devices"])
-    text = found["error"] or "lost GPU, or libraries of another version than the kernel module: look for Xid 79, or nvidia-smi's message"
-    few = seen < (1 if hidden and listed else listed)
-    return [
-        Reading(
-            what="device files",
-            layer="driver",
-            state=grade(warn=files < listed),
-            value=str(files),
-            expected=f"{listed} as listed by the driver",
-        ),
-        Reading(
-            what="seen by torch",
-            layer="driver",
-            state=grade(fail=few),
-            number=float(seen),
-            unit="GPUs",
-            better="more",
-            expected=f"{'some of ' if hidden else ''}{listed} as listed by the driver",
-            class_="gpu-reset",
-            text=text if few else "",
-        ),
-    ]
+def expected(listed: int, files: int, visible: str | None, *, partitioned: bool) -> int:
+    """How many torch should see. A container is given some of the device files; MIG's parts are seen one at a time."""
+    there = min(listed or files, files or listed)
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        there = min(there, next((at for at, name in enumerate(names) if name in {"", "-1"}), len(names)))  # CUDA stops reading there
+    return min(there, 1) if partitioned else there
+
+
+def seen(count: int, wanted: int, error: str) -> Reading:
+    """By torch."""
+    few = count < wanted
+    text = error or "a GPU is lost (Xid 79?), or the libraries are of another version than the kernel module: what does nvidia-smi say?"
+    return Reading(
+        what="seen by torch",
+        layer="driver",
+        state=grade(fail=few),
+        number=float(count),
+        unit="GPUs",
+        better="more",
+        expected=f">= {wanted}",
+        class_="gpu-reset",
+        text=text if few else "",
+    )
 
 
 def alike(devices: Sequence[dict[str, Any]]) -> list[Reading]:

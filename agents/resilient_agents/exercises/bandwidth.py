@@ -6,6 +6,7 @@ the last byte. The bytes are random, so that nothing along the way can compress 
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -17,9 +18,13 @@ def run(device: str, num_bytes: int, repeats: int) -> dict[str, Any]:
     return copied(torch.device(device), torch.device(device), num_bytes, repeats)
 
 
-def transfer(source: str, target: str, num_bytes: int, repeats: int) -> dict[str, Any]:
-    """From one to the other; "cpu" beside a GPU is pinned memory."""
-    return copied(torch.device(source), torch.device(target), num_bytes, repeats)
+def tour(ways: list[tuple[str, str]], num_bytes: int, repeats: int) -> list[dict[str, Any]]:
+    """From one to the other, one way after the other; "cpu" beside a GPU is pinned memory."""
+    answers = []
+    for source, target in ways:
+        sys.stderr.write(f"{source} to {target}\n")  # what is told if this is the end
+        answers.append(copied(torch.device(source), torch.device(target), num_bytes, repeats))
+    return answers
 
 
 def copied(source: torch.device, target: torch.device, num_bytes: int, repeats: int) -> dict[str, Any]:

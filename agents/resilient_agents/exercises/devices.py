@@ -9,7 +9,7 @@ import torch
 
 def run() -> dict[str, Any]:
     """devices: number, device (as in Finding), name, memory in bytes; error: why there are none, "" = no reason is known."""
-    if not torch.version.cuda:
+    if not (torch.version.cuda or torch.version.hip):  # AMD's go by the same name in torch
         return {"devices": [], "error": "this torch is built without CUDA"}
     try:
         torch.cuda.init()

@@ -12,6 +12,7 @@ Rejected: a tolerance beside a float64 product (a flipped low bit passes, and th
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -26,18 +27,18 @@ _VECTOR_MAX: Final = 1 << 20
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def run(device: str, dtype: str, size: int, repeats: int, seconds: float, threads: int = 0) -> dict[str, Any]:
-    """wrong: what was, "" = nothing; tflops: of the products after the first. threads: on CPU, of the second half; 0 = as torch likes."""
-    return measure(torch.matmul, torch.device(device), getattr(torch, dtype), size, repeats, seconds, threads)
+def run(device: str, sizes: dict[str, int], repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """sizes: format -> rows of its matrices. Gives for each format wrong: what was, "" = nothing; tflops, the best; products."""
+    return {dtype: measure(torch.matmul, device, dtype, size, repeats, seconds) for dtype, size in sizes.items()}
 
 
-def measure(
-    product: Product, device: torch.device, dtype: torch.dtype, size: int, repeats: int, seconds: float, threads: int = 0
-) -> dict[str, Any]:
-    """The same with any way to multiply."""
+def measure(product: Product, where: str, format_: str, size: int, repeats: int, seconds: float) -> dict[str, Any]:
+    """One format, with any way to multiply."""
+    device, dtype = torch.device(where), getattr(torch, format_)
+    sys.stderr.write(f"{where}: {format_}\n")  # what is told if this is the end
     left, right = matrices(size, dtype, torch.Generator().manual_seed(size))
     a, b = left.to(device, dtype), right.to(device, dtype)
-    usual = threads or torch.get_num_threads()
+    usual = torch.get_num_threads()
     first = product(a, b)
     wrong = difference(left, right, first.cpu())
     count, spent, best = 0, 0.0, float("inf")
