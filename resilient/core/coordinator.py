@@ -145,7 +145,7 @@ class Coordinator:
     def deadline(self) -> float | None:
         """See core/machine.py."""
         earliest = self._leases.earliest()
-        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest, self._triage.cordons.due())
+        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest)
         return None if self.stage == "over" else at
 
     def status(self) -> lines.Status:
@@ -293,7 +293,7 @@ class Coordinator:
     def _judge(self, finding: Finding, node: Node, now: float) -> tuple[Finding, Verdict]:
         chair = node.chair(finding.rank) if finding.rank in self.round.ranks.get(node.name, ()) else None
         failure, fails = (node.name, finding.rank), finding.kind in FAILURES and not finding.consequence
-        explained = self._triage.explain(failure, now) if fails else None
+        explained = self._triage.explain(failure, finding.worker, now) if fails else None
         verdict = self._court.judge(finding, chair, now, managed=self._managed, explained=explained)
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
@@ -330,7 +330,7 @@ class Coordinator:
         if self.incident is not None:
             if not self.incident.heard:
                 self.incident.heard = True
-                seen = self._triage.casebook.lately(now)
+                seen = self._triage.casebook.lately(now, self.incident.failures)
             self.incident.explain(seen)
         elif seen and self._past is not None and self._past.still(now, self._triage.book.limits.after_s) and self._past.explain(seen):
             self._tell(self._past.explained())
@@ -402,8 +402,8 @@ class Coordinator:
         self._break(now)
         assert self.incident is not None
         finding = msgspec.structs.replace(wish.finding, rank=movers[0], age_s=now - wish.since)
-        self.incident.take(finding, Verdict(verdict="evict", why=wish.why), wish.node)
-        self._explain([], now)
+        self.incident.take(finding, Verdict(verdict="evict", why=wish.seen.name), wish.node)
+        self.incident.explain([wish.seen])
 
     def _closed(self) -> Closed:
         """Where nobody may come."""
@@ -425,9 +425,9 @@ class Coordinator:
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
                 due = self._court.standstill.due()
-                return min(self._finish_by, NEVER if due is None else due)
+                return min(self._finish_by, NEVER if due is None else due, self._triage.cordons.due())
             case "broken":
-                return min(self._patience, self._decide_at())
+                return min(self._patience, self._decide_at(), self._triage.cordons.due())
             case "parting":
                 return self._rescue.deadline() if self._rescue else NEVER
             case "ending":

@@ -127,7 +127,7 @@ class Triage:
             why = f"{taken.verdict.why}; {finding.probe or 'it'} repeats what a worker wrote: that counts if the worker fails"
             seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
             return
-        if self.cordons.wish(Wish(node, taken.verdict.verdict, finding, now, now + ruling.rule.hold_s, local)):
+        if self.cordons.wish(Wish(node, taken.verdict.verdict, seen, now, now + ruling.rule.hold_s, local)):
             taken.told = True
             if hold := ruling.rule.hold_s:
                 taken.verdict = msgspec.structs.replace(taken.verdict, why=f"{taken.verdict.why}, if it lasts for {hold:g} s")
@@ -139,9 +139,9 @@ class Triage:
         rule = self.book.ruling(finding).rule
         return verdict if rule.verdict is None else Verdict(verdict=rule.verdict, why=f"{verdict.why}; rule {rule.name}")
 
-    def explain(self, failure: Failure, now: float) -> Seen | None:
+    def explain(self, failure: Failure, worker: str, now: float) -> Seen | None:
         """What explains that this worker fails now."""
-        return self.casebook.explain(failure, now)
+        return self.casebook.explain(failure, worker, now)
 
     def failed(self, failure: Failure, now: float) -> list[tuple[Seen, Verdict]]:
         """A worker failed: what it had written before counts now."""
@@ -155,7 +155,7 @@ class Triage:
                 self._heard.remove(item)
                 wanted: VerdictName = self.book.ruling(seen.finding).verdict
                 seen.verdict = wanted
-                if self.cordons.wish(Wish(seen.node, wanted, seen.finding, now, now, local)):
+                if self.cordons.wish(Wish(seen.node, wanted, seen, now, now, local)):
                     due.append((seen, Verdict(verdict=wanted, why=f"rank {failure[1]} wrote of it, and has failed")))
         return due
 
