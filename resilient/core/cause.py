@@ -24,6 +24,7 @@ from resilient.core.rules import Limits
 
 SEEN_MAX: Final = 512
 TOLD_MAX: Final = 4096
+KINDS_MAX: Final = 256
 GRAVITY: Final[dict[Class, int]] = {"replace": 5, "gpu-reset": 4, "cordon": 3, "app-restart": 2, "user": 1}
 BROKEN: Final = ("gpu-reset", "replace")
 
@@ -92,6 +93,17 @@ class Casebook:
         recent = (it for it in self.seen if now - it.at <= self.limits.before_s)
         return [it for it in recent if not it.spent or (it.proof and it.class_ in BROKEN and it.near(failures) == 2)]
 
+    def note(self, seen: Seen) -> bool:
+        """Write it down; False if it is there already, and nobody has failed of it since."""
+        for it in reversed(self.seen):
+            if it.node == seen.node and it.name == seen.name and it.class_ == seen.class_:
+                fresh = it.spent or seen.at - it.at > self.limits.before_s
+                if not fresh and not any(at >= it.at and it.near((failure,)) for at, failure in self.failures):
+                    return False
+                break
+        self.seen.append(seen)
+        return True
+
     def failed(self, failure: Failure, now: float) -> None:
         """A worker failed, or a node."""
         self.failures.append((now, failure))
@@ -128,6 +140,8 @@ class Casebook:
         nodes = {n: at for n, at in self._nodes.get(key, {}).items() if now - at <= limits.shared_window_s}
         nodes[node] = now
         self._nodes[key] = nodes
+        if len(self._nodes) > KINDS_MAX:
+            del self._nodes[next(iter(self._nodes))]
         if len(nodes) >= max(limits.shared_nodes, math.ceil(limits.shared_share * alive)):
             self._shared[key] = now + limits.shared_window_s
         return len(nodes) if now <= self._shared.get(key, -math.inf) else 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from resilient.core.cause import Failure, Seen, pick
+from resilient.core.cause import BROKEN, Failure, Seen, pick
 from resilient.core.lines import IncidentClosed, IncidentExplained
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
 from resilient.core.policy import Verdict
@@ -91,9 +91,11 @@ class Incident:
         for it in self._seen:
             it.spent = it.spent or it is self.culprit or it.near(self.failures) > 0
 
-    def still(self, now: float, after_s: float) -> bool:
-        """Whether it was closed so lately that what is heard now may be its cause."""
-        return self.closed is not None and now - self.closed <= after_s
+    def late(self, seen: Iterable[Seen], now: float, after_s: float) -> list[Seen]:
+        """It is closed: of what is heard now, that which may have been its cause, for it happened before or says what is broken."""
+        if self.closed is None or now - self.closed > after_s:
+            return []
+        return [it for it in seen if it.at <= self.closed or (it.proof and it.class_ in BROKEN)]
 
     def explained(self) -> IncidentExplained:
         """The cause, as it is known after all."""

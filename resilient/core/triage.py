@@ -31,6 +31,7 @@ from resilient.core.repeats import STRIKES_MAX, Strike, whose
 from resilient.core.rules import Book, Rule, Rules, Ruling
 
 MOVES: Final = ("evict", "cordon")
+TALLY_MAX: Final = 4096  # devices that are counted
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Taken:
     verdict: Verdict
     node: str  # that it is about
     told: bool  # it is new: told to the world; else only counted
-    seen: Seen | None = None  # it may be a cause
+    seen: Seen | None = None  # it may be a cause, and was not known to be
     shared: Finding | None = None  # and this is to be told besides
     opened: list[Closed] = field(default_factory=list)  # nodes that take newcomers again
 
@@ -70,10 +71,10 @@ class Triage:
         taken = Taken(finding, verdict, node, told)
         if finding.role == "cause" and ruling.class_ != "ignore":
             at = now - max(0.0, finding.age_s)
-            taken.seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
+            taken.seen = seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
             if verdict.verdict in MOVES:
                 self._wish(taken, ruling, now, nodes, places)
-            self.casebook.seen.append(taken.seen)
+            taken.seen = seen if self.casebook.note(seen) else None
         return taken
 
     def _judge(self, finding: Finding, ruling: Ruling, node: str, now: float, world: int) -> Verdict:
@@ -98,6 +99,8 @@ class Triage:
 
     def _count(self, finding: Finding, rule: Rule, node: str, now: float) -> int:
         counts = self._tally.setdefault((rule.name, node, finding.kind, finding.device), deque(maxlen=rule.threshold))
+        if len(self._tally) > TALLY_MAX:
+            del self._tally[next(iter(self._tally))]
         counts.append((now, max(1, finding.count)))
         while rule.window_s and now - counts[0][0] > rule.window_s:
             counts.popleft()
