@@ -7,7 +7,8 @@ Contract: `pick` is pure. What can be a cause: a finding of role "cause" whose c
 node. What proof says is broken (gpu-reset, replace) explains a failure anywhere in the run, for one lost device breaks collectives on
 other nodes first. What is the program's explains only the failure of its own rank. Of several: what is broken and proven, then what is
 nearest, then the gravest, then the earliest. `Casebook` keeps what was seen lately, says each thing once, and notices what is seen on so
-many nodes at once that none of them is to blame.
+many nodes at once that none of them is to blame. What has explained one incident explains no other, but for a device that is broken to
+those who still sit on it; what one worker met explains nothing of the next one in its chair.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from resilient.core.rules import Limits
 
 SEEN_MAX: Final = 512
 TOLD_MAX: Final = 4096
+KINDS_MAX: Final = 256
 GRAVITY: Final[dict[Class, int]] = {"replace": 5, "gpu-reset": 4, "cordon": 3, "app-restart": 2, "user": 1}
 BROKEN: Final = ("gpu-reset", "replace")
+
+WORKERS: Final = ("user", "app-restart")  # one process met it, and the next one is another matter
 
 Failure = tuple[str, int]  # node, rank; NONE: the whole node
 
@@ -41,6 +45,7 @@ class Seen:
     why: str
     proof: bool
     shared: bool = False
+    spent: bool = False  # it has explained something
 
     @property
     def name(self) -> str:
@@ -83,9 +88,21 @@ class Casebook:
     _nodes: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (kind, code) -> node -> when
     _shared: dict[tuple[str, str], float] = field(default_factory=dict)  # until when it is
 
-    def lately(self, now: float) -> list[Seen]:
-        """What was seen in the window before a fault."""
-        return [it for it in self.seen if now - it.at <= self.limits.before_s]
+    def lately(self, now: float, failures: Sequence[Failure]) -> list[Seen]:
+        """What was seen in the window before a fault, and has not explained another one."""
+        recent = (it for it in self.seen if now - it.at <= self.limits.before_s)
+        return [it for it in recent if not it.spent or (it.proof and it.class_ in BROKEN and it.near(failures) == 2)]
+
+    def note(self, seen: Seen) -> bool:
+        """Write it down; False if it is there already, and nobody has failed of it since."""
+        for it in reversed(self.seen):
+            if it.node == seen.node and it.name == seen.name and it.class_ == seen.class_:
+                fresh = it.spent or seen.at - it.at > self.limits.before_s
+                if not fresh and not any(at >= it.at and it.near((failure,)) for at, failure in self.failures):
+                    return False
+                break
+        self.seen.append(seen)
+        return True
 
     def failed(self, failure: Failure, now: float) -> None:
         """A worker failed, or a node."""
@@ -95,10 +112,14 @@ class Casebook:
         """Those whose explanation may still come."""
         return [failure for at, failure in self.failures if now - at <= self.limits.after_s]
 
-    def explain(self, failure: Failure, now: float) -> Seen | None:
-        """What explains that this rank fails now."""
-        near = (it for it in self.lately(now) if it.near((failure,)))
-        return pick((failure,), near)
+    def explain(self, failure: Failure, worker: str, now: float) -> Seen | None:
+        """What explains that this worker fails now."""
+        before = max((at for at, other in self.failures if other == failure and at < now), default=-math.inf)
+
+        def its_own(it: Seen) -> bool:
+            return it.class_ not in WORKERS or (it.at > before and (it.finding.worker or worker) == worker)
+
+        return pick((failure,), (it for it in self.lately(now, (failure,)) if it.near((failure,)) and its_own(it)))
 
     def news(self, finding: Finding, node: str, now: float) -> bool:
         """Whether it has to be told: not if the same was, a moment ago."""
@@ -119,6 +140,8 @@ class Casebook:
         nodes = {n: at for n, at in self._nodes.get(key, {}).items() if now - at <= limits.shared_window_s}
         nodes[node] = now
         self._nodes[key] = nodes
+        if len(self._nodes) > KINDS_MAX:
+            del self._nodes[next(iter(self._nodes))]
         if len(nodes) >= max(limits.shared_nodes, math.ceil(limits.shared_share * alive)):
             self._shared[key] = now + limits.shared_window_s
         return len(nodes) if now <= self._shared.get(key, -math.inf) else 0

@@ -147,7 +147,7 @@ class Coordinator:
     def deadline(self) -> float | None:
         """See core/machine.py."""
         earliest = self._leases.earliest()
-        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest, self._triage.cordons.due())
+        at = min(self._status_at, self._stage_deadline(), NEVER if earliest is None else earliest)
         return None if self.stage == "over" else at
 
     def status(self) -> lines.Status:
@@ -247,7 +247,7 @@ class Coordinator:
         seen = node.assignment.seen if node.assignment else 0
         news = [f for f in report.findings if f.seq > seen]
         news.sort(key=lambda f: (f.exit_code or 0) >= 0)  # who was killed comes first: the errors of others follow from it
-        probed = [self._triage_one(f, node, now) for f in news if f.probe or f.class_]  # first: they may explain the others
+        probed = [it for f in news if (f.probe or f.class_) and (it := self._triage_one(f, node, now))]  # they may explain the others
         verdicts = [self._judge(f, node, now) for f in news if not (f.probe or f.class_)]
         refused = self._refuse(node) if before is None or report.refused != before.refused else []
         if self.stage == "seated" and (report.fenced >= self.round.number or refused):
@@ -255,7 +255,7 @@ class Coordinator:
         if self.incident is not None:
             for finding, verdict in (*verdicts, *refused):
                 self.incident.take(finding, verdict, node.name)
-        self._explain([taken.seen for taken in probed if taken is not None and taken.seen is not None], now)
+        self._explain(probed, now)
         if self.stage == "broken" and report.fenced >= self.round.fence:
             self._unfenced.discard(node.name)
         self._commit(node, before, now)
@@ -308,7 +308,7 @@ class Coordinator:
     def _judge(self, finding: Finding, node: Node, now: float) -> tuple[Finding, Verdict]:
         chair = node.chair(finding.rank) if finding.rank in self.round.ranks.get(node.name, ()) else None
         failure, fails = (node.name, finding.rank), finding.kind in FAILURES and not finding.consequence
-        explained = self._triage.explain(failure, now) if fails else None
+        explained = self._triage.explain(failure, finding.worker, now) if fails else None
         verdict = self._court.judge(finding, chair, now, managed=self._managed, explained=explained)
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
@@ -323,13 +323,13 @@ class Coordinator:
             self._evidence = self.round.number
         return finding, verdict
 
-    def _triage_one(self, finding: Finding, node: Node, now: float) -> Taken | None:
-        """What a probe saw. None: it was there before, and is only counted."""
+    def _triage_one(self, finding: Finding, node: Node, now: float) -> Seen | None:
+        """What a probe saw; returned if it may be the cause of something, and is new."""
         taken = self._triage.take(finding, node.name, now, self.nodes, self.round.seating.places)
         told = taken.told and (self.incident is None or finding.role == "cause")
         if told:
             self._tell_finding(taken.finding, taken.verdict, taken.node)
-        elif self.incident is not None:
+        if taken.seen is None and self.incident is not None:
             self.incident.consequences += finding.count
         for closed in taken.opened:
             self._tell(lines.NodeOpened(node=closed.node, kind=closed.wish.finding.kind, device=closed.wish.finding.device))
@@ -338,17 +338,31 @@ class Coordinator:
             self._tell(lines.finding(taken.shared, ""))
         if taken.verdict.verdict == "halt":
             self._end("failed", 1, f"{taken.node}: {finding.kind} {finding.code}: {taken.verdict.why}\n{finding.text}".rstrip(), now)
-        return taken if told else None
+        if told and taken.verdict.verdict in ("replace", "restart") and self._managed:
+            self._renew(taken, now)
+        return taken.seen
+
+    def _renew(self, taken: Taken, now: float) -> None:
+        """A rule wants those that sit there to be other processes, at once."""
+        chairs = [c for r in taken.finding.ranks or () if (c := self.nodes[taken.node].chair(r)) is not None and c.worker]
+        if self.stage == "seated" and chairs and taken.seen is not None and taken.seen.proof:
+            self._court.condemned.update(chair.worker for chair in chairs)
+            self._court.again = self._court.again or taken.verdict.verdict == "restart"
+            self._break(now)
+            assert self.incident is not None
+            self.incident.take(msgspec.structs.replace(taken.finding, count=0), taken.verdict, taken.node)
 
     def _explain(self, seen: list[Seen], now: float) -> None:
         """Probes have seen something that may be the cause of what is open, or was a moment ago."""
         if self.incident is not None:
             if not self.incident.heard:
                 self.incident.heard = True
-                seen = self._triage.casebook.lately(now)
+                seen = self._triage.casebook.lately(now, self.incident.failures)
             self.incident.explain(seen)
-        elif seen and self._past is not None and self._past.still(now, self._triage.book.limits.after_s) and self._past.explain(seen):
-            self._tell(self._past.explained())
+        elif seen and (past := self._past) is not None:
+            late = past.late(seen, now, self._triage.book.limits.after_s)
+            if late and past.explain(late):
+                self._tell(past.explained())
 
     def _refuse(self, node: Node) -> list[tuple[Finding, Verdict]]:
         """Copies that were refused; those that the round in force is built upon are returned."""
@@ -416,9 +430,9 @@ class Coordinator:
         wish = self._triage.cordons.moving(places[movers[0]])
         self._break(now)
         assert self.incident is not None
-        finding = msgspec.structs.replace(wish.finding, rank=movers[0], age_s=now - wish.since)
-        self.incident.take(finding, Verdict(verdict="evict", why=wish.why), wish.node)
-        self._explain([], now)
+        finding = msgspec.structs.replace(wish.finding, rank=movers[0], age_s=now - wish.since, count=0)
+        self.incident.take(finding, Verdict(verdict="evict", why=wish.seen.name), wish.node)
+        self.incident.explain([wish.seen])
 
     def _closed(self) -> Closed:
         """Where nobody may come."""
@@ -440,9 +454,9 @@ class Coordinator:
                 return min(began + self.settings.join_timeout_s, (self._enough or 0.0) + self.settings.last_call_s if calling else NEVER)
             case "seated":
                 due = self._court.standstill.due()
-                return min(self._finish_by, NEVER if due is None else due)
+                return min(self._finish_by, NEVER if due is None else due, self._triage.cordons.due())
             case "broken":
-                return min(self._patience, self._decide_at())
+                return min(self._patience, self._decide_at(), self._triage.cordons.due())
             case "parting":
                 return self._rescue.deadline() if self._rescue else NEVER
             case "ending":

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from resilient.core.cause import Seen
 from resilient.core.messages import Finding, VerdictName
 from resilient.core.placement import Place
 from resilient.core.rules import Limits
@@ -34,10 +35,15 @@ class Wish:
 
     node: str
     verdict: VerdictName  # "cordon" | "evict"
-    finding: Finding
+    seen: Seen  # why
     since: float
     not_before: float
     local_ranks: frozenset[int] | None = None  # that sit on the device; None = the whole node
+
+    @property
+    def finding(self) -> Finding:
+        """What was seen."""
+        return self.seen.finding
 
     @property
     def key(self) -> Key:
@@ -48,11 +54,6 @@ class Wish:
         """Whether who sits there has to leave."""
         here = self.verdict == "evict" and place.node == self.node
         return here and (self.local_ranks is None or place.local_rank in self.local_ranks)
-
-    @property
-    def why(self) -> str:
-        """In words, for a plan."""
-        return f"{self.finding.kind} {self.finding.code}".rstrip() + (f" on {self.finding.device}" if self.finding.device else "")
 
 
 @dataclass(slots=True)
@@ -169,5 +170,5 @@ class Cordons:
         for rank, place in places.items():
             for wish in evictions.get(place.node, ()):
                 if wish.concerns(place):
-                    found.setdefault(rank, f"{place.node} has {wish.why}")
+                    found.setdefault(rank, f"{place.node} has {wish.seen.name}")
         return found

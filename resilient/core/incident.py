@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from resilient.core.cause import Failure, Seen, pick
+from resilient.core.cause import BROKEN, Failure, Seen, pick
 from resilient.core.lines import IncidentClosed, IncidentExplained
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
 from resilient.core.policy import Verdict
@@ -49,14 +49,14 @@ class Incident:
     heard: bool = False  # what was seen before it
     closed: float | None = None
     _weight: int = -1
-    _failures: list[Failure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     _complaints: list[Failure] = field(default_factory=list)
     _seen: list[Seen] = field(default_factory=list)
 
     def take(self, finding: Finding, verdict: Verdict, node: str) -> None:
         """A finding that belongs to it; the first one of the greatest weight is the cause."""
         self.consequences += finding.count
-        failures = self._complaints if finding.consequence or finding.kind in COMPLAINTS else self._failures
+        failures = self._complaints if finding.consequence or finding.kind in COMPLAINTS else self.failures
         if len(failures) < SEEN_MAX:
             failures.append((node, NONE if finding.kind == "node_lost" else finding.rank))
         weight = 0 if finding.consequence else _WEIGHT[verdict.verdict]
@@ -77,16 +77,25 @@ class Incident:
         return self.culprit is not before
 
     def _explain(self) -> None:
-        self.culprit = pick(self._failures or self._complaints, self._seen)
+        self.culprit = pick(self.failures or self._complaints, self._seen)
+        if self.closed is not None:
+            self._spend()
         if (it := self.culprit) is not None:
             if it.finding.rank != NONE or it.node != self.node:
                 self.rank, self.pid = it.finding.rank, it.finding.pid
             self.cause, self.node = it.finding.kind, it.node
             self.verdict = max(self.verdict, it.verdict, key=_WEIGHT.__getitem__)
 
-    def still(self, now: float, after_s: float) -> bool:
-        """Whether it was closed so lately that what is heard now may be its cause."""
-        return self.closed is not None and now - self.closed <= after_s
+    def _spend(self) -> None:
+        """What explains this explains nothing else."""
+        for it in self._seen:
+            it.spent = it.spent or it is self.culprit or it.near(self.failures) > 0
+
+    def late(self, seen: Iterable[Seen], now: float, after_s: float) -> list[Seen]:
+        """It is closed: of what is heard now, that which may have been its cause, for it happened before or says what is broken."""
+        if self.closed is None or now - self.closed > after_s:
+            return []
+        return [it for it in seen if it.at <= self.closed or (it.proof and it.class_ in BROKEN)]
 
     def explained(self) -> IncidentExplained:
         """The cause, as it is known after all."""
@@ -115,6 +124,7 @@ class Incident:
     def close(self, reports: Iterable[Report], round: int, now: float) -> IncidentClosed:
         """Every rank has committed in `round`."""
         self.closed = now
+        self._spend()
         it = self.culprit
         decide = max(0.0, self.decided - self.opened)
         regroup, restore, replay = phases(reports, round) if self.known else (max(0.0, now - self.decided), 0.0, 0.0)

@@ -118,7 +118,7 @@ class Policy:
         failed = finding.kind == "exit" and (finding.exit_code or 0) > 0
         if finding.kind in ("exit", "exception") and not finding.consequence and explained is not None:
             if explained.class_ == "user":
-                return self._try_again(finding, f"{explained.finding.kind} {explained.finding.code}")
+                return self._try_again(finding, finding.fingerprint or f"{explained.finding.kind} {explained.finding.code}")
             if explained.proof or not (failed or finding.kind == "exception"):
                 return Verdict(verdict="replace", why=f"{_words(explained)} explains it")
             verdict = self._try_again(finding, finding.fingerprint or f"exit code {finding.exit_code}")

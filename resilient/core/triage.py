@@ -31,6 +31,7 @@ from resilient.core.repeats import STRIKES_MAX, Strike, whose
 from resilient.core.rules import Book, Rule, Rules, Ruling
 
 MOVES: Final = ("evict", "cordon")
+TALLY_MAX: Final = 4096  # devices that are counted
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Taken:
     verdict: Verdict
     node: str  # that it is about
     told: bool  # it is new: told to the world; else only counted
-    seen: Seen | None = None  # it may be a cause
+    seen: Seen | None = None  # it may be a cause, and was not known to be
     shared: Finding | None = None  # and this is to be told besides
     opened: list[Closed] = field(default_factory=list)  # nodes that take newcomers again
 
@@ -70,10 +71,10 @@ class Triage:
         taken = Taken(finding, verdict, node, told)
         if finding.role == "cause" and ruling.class_ != "ignore":
             at = now - max(0.0, finding.age_s)
-            taken.seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
+            taken.seen = seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
             if verdict.verdict in MOVES:
                 self._wish(taken, ruling, now, nodes, places)
-            self.casebook.seen.append(taken.seen)
+            taken.seen = seen if self.casebook.note(seen) else None
         return taken
 
     def _judge(self, finding: Finding, ruling: Ruling, node: str, now: float, world: int) -> Verdict:
@@ -98,6 +99,8 @@ class Triage:
 
     def _count(self, finding: Finding, rule: Rule, node: str, now: float) -> int:
         counts = self._tally.setdefault((rule.name, node, finding.kind, finding.device), deque(maxlen=rule.threshold))
+        if len(self._tally) > TALLY_MAX:
+            del self._tally[next(iter(self._tally))]
         counts.append((now, max(1, finding.count)))
         while rule.window_s and now - counts[0][0] > rule.window_s:
             counts.popleft()
@@ -127,7 +130,7 @@ class Triage:
             why = f"{taken.verdict.why}; {finding.probe or 'it'} repeats what a worker wrote: that counts if the worker fails"
             seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
             return
-        if self.cordons.wish(Wish(node, taken.verdict.verdict, finding, now, now + ruling.rule.hold_s, local)):
+        if self.cordons.wish(Wish(node, taken.verdict.verdict, seen, now, now + ruling.rule.hold_s, local)):
             taken.told = True
             if hold := ruling.rule.hold_s:
                 taken.verdict = msgspec.structs.replace(taken.verdict, why=f"{taken.verdict.why}, if it lasts for {hold:g} s")
@@ -139,9 +142,9 @@ class Triage:
         rule = self.book.ruling(finding).rule
         return verdict if rule.verdict is None else Verdict(verdict=rule.verdict, why=f"{verdict.why}; rule {rule.name}")
 
-    def explain(self, failure: Failure, now: float) -> Seen | None:
+    def explain(self, failure: Failure, worker: str, now: float) -> Seen | None:
         """What explains that this worker fails now."""
-        return self.casebook.explain(failure, now)
+        return self.casebook.explain(failure, worker, now)
 
     def failed(self, failure: Failure, now: float) -> list[tuple[Seen, Verdict]]:
         """A worker failed: what it had written before counts now."""
@@ -155,7 +158,7 @@ class Triage:
                 self._heard.remove(item)
                 wanted: VerdictName = self.book.ruling(seen.finding).verdict
                 seen.verdict = wanted
-                if self.cordons.wish(Wish(seen.node, wanted, seen.finding, now, now, local)):
+                if self.cordons.wish(Wish(seen.node, wanted, seen, now, now, local)):
                     due.append((seen, Verdict(verdict=wanted, why=f"rank {failure[1]} wrote of it, and has failed")))
         return due
 

@@ -12,9 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
+from resilient.core.machine import Probed
+from resilient.core.messages import Class, Finding, Role
+
 if TYPE_CHECKING:
     from resilient.sim.script import Script
-    from resilient.sim.world import World
+    from resilient.sim.world import Host, World
 
 KINDS: Final = (
     "kill",
@@ -32,6 +37,8 @@ KINDS: Final = (
     "cut",
     "reset",
 )
+
+SIGHTS: Final = ("lost_gpu", "bad_memory", "care", "port", "program", "wrote", "echoes", "shared")  # what probes may see
 
 
 def storm(world: World, count: int, seconds: float, kinds: Sequence[str] = KINDS) -> list[tuple[float, str]]:
@@ -146,6 +153,103 @@ def _cut(world: World, *, reset: bool = False) -> None:
         world.cut(name, world.random.uniform(0.05, 15.0), reset=reset)
 
 
+# ---------------------------------------------------------------------- what probes see; the fault itself may follow, or not
+
+
+def _saw(host: Host, *findings: Finding) -> None:
+    host.step(Probed(findings=findings))
+
+
+def _on_a_seat(world: World, act: Callable[[Script, str], None]) -> None:
+    """Of one rank: its process, and its device."""
+    _one(world, seated(world), lambda s: act(s, f"gpu:{next(p.local_rank for p in s.host.agent.crew.places.values() if p.rank == s.rank)}"))
+
+
+def _lost_gpu(world: World) -> None:
+    """The kernel says so; NCCL's words, and the process's end, come before or after, or never."""
+
+    def act(script: Script, device: str) -> None:
+        host, rank = script.host, script.rank
+        cause = Finding(seq=0, probe="kernel-log", kind="xid", code="79", layer="gpu", device=device, class_="replace", text="lost")
+        world.after(world.random.uniform(0.0, 1.0), lambda: _saw(host, cause))
+        if world.random.random() < 0.6:
+            world.after(world.random.uniform(0.0, 1.0), lambda: script.exit(-6) if script.alive and script.rank == rank else None)
+
+    _on_a_seat(world, act)
+
+
+def _bad_memory(world: World) -> None:
+    """Uncorrected errors; after a while somebody has reset the GPU."""
+
+    def act(script: Script, device: str) -> None:
+        host = script.host
+        seen = Finding(seq=0, probe="nvml-ecc", kind="ecc-uncorrected", layer="gpu", device=device, class_="gpu-reset", text="bad")
+        _saw(host, seen)
+        world.after(world.random.uniform(0.1, 20.0), lambda: _saw(host, msgspec.structs.replace(seen, clears=True)))
+
+    _on_a_seat(world, act)
+
+
+def _care(world: World) -> None:
+    """Something that needs a person some day."""
+    kind = world.random.choice(["row-remap", "fabric", "driver-mismatch"])
+    seen = Finding(seq=0, probe="nvml", kind=kind, layer="gpu", class_="cordon", text="care")
+    _on_a_seat(world, lambda s, device: _saw(s.host, msgspec.structs.replace(seen, device=device)))
+
+
+def _port(world: World) -> None:
+    """Down, and up again: before anybody was moved for it, or after."""
+    host = world.hosts[world.random.choice(sorted(world.hosts))]
+    down = Finding(seq=0, probe="infiniband", kind="ib-link", layer="nic", device="dev:mlx5_0", class_="replace", text="down")
+    _saw(host, down)
+    world.after(world.random.uniform(0.1, 10.0), lambda: _saw(host, msgspec.structs.replace(down, clears=True)))
+
+
+def _program(world: World) -> None:
+    """A bad address: the kernel names the GPU, the process ends."""
+
+    def act(script: Script, device: str) -> None:
+        seen = Finding(seq=0, probe="kernel-log", kind="xid", code="31", layer="gpu", device=device, class_="user", text="MMU fault")
+        wrote = Finding(
+            seq=0, probe="worker-log", kind="cuda-error", code="700", device=f"rank:{script.rank}", class_="user", text="illegal"
+        )
+        _saw(script.host, seen, wrote)
+        if world.random.random() < 0.5:
+            script.throw(f"error {world.random.random()}", "RuntimeError: CUDA error: an illegal memory access was encountered")
+
+    _on_a_seat(world, act)
+
+
+def _wrote(world: World) -> None:
+    """A worker writes that its port is broken; it dies of it, or goes on."""
+
+    def act(script: Script, _: str) -> None:
+        wrote = Finding(seq=0, probe="worker-log", kind="nccl-error", device=f"rank:{script.rank}", class_="replace", text="port error")
+        _saw(script.host, wrote)
+        if world.random.random() < 0.5:
+            world.after(world.random.uniform(0.0, 0.5), lambda: script.exit(-6) if script.alive else None)
+
+    _on_a_seat(world, act)
+
+
+def _echoes(world: World) -> None:
+    """A hundred lines, none of which is the cause of anything."""
+    host = world.hosts[world.random.choice(sorted(world.hosts))]
+    classes: tuple[Class, ...] = ("replace", "gpu-reset", "cordon", "app-restart")
+    roles: tuple[Role, ...] = ("symptom", "context", "cascade")
+    drawn = [(world.random.choice(classes), world.random.choice(roles)) for _ in range(100)]
+    _saw(host, *(Finding(seq=0, probe="kernel-log", kind="sxid", code=str(i), class_=c, role=r) for i, (c, r) in enumerate(drawn)))
+
+
+def _shared(world: World) -> None:
+    """A switch: all nodes see it within a second."""
+    for host in list(world.hosts.values()):
+        down = Finding(seq=0, probe="infiniband", kind="ib-link", layer="nic", device="dev:mlx5_1", class_="replace", text="down")
+        world.after(world.random.uniform(0.0, 1.0), lambda host=host, down=down: _saw(host, down))  # type: ignore[misc]
+        up = msgspec.structs.replace(down, clears=True)
+        world.after(world.random.uniform(5.0, 8.0), lambda host=host, up=up: _saw(host, up))  # type: ignore[misc]
+
+
 FAULTS: Final[dict[str, Callable[[World], None]]] = {
     "kill": _kill,
     "kill_two": _kill_two,
@@ -161,4 +265,12 @@ FAULTS: Final[dict[str, Callable[[World], None]]] = {
     "agent_restart": _agent_restart,
     "cut": _cut,
     "reset": lambda world: _cut(world, reset=True),
+    "lost_gpu": _lost_gpu,
+    "bad_memory": _bad_memory,
+    "care": _care,
+    "port": _port,
+    "program": _program,
+    "wrote": _wrote,
+    "echoes": _echoes,
+    "shared": _shared,
 }

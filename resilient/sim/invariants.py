@@ -6,13 +6,26 @@ I1 a step is committed in a round by all of its ranks or, of the last one before
 I4 rounds only grow, on the coordinator and on every agent.
 I5 no rank is held by two unfenced workers.
 I7 a step that was completed by all ranks is lost only if a plan said so, and only to the newest copy that all have.
+Of moves: a chair leaves a node that lives only where that is closed or not admitted; it comes to an admitted node, and to a closed one only
+where no other has room; only a lost node leaves the run without a place. No node is closed for what is the program's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from resilient.core.lines import EventLine, IncidentClosed, RoundStarted
+from resilient.core.lines import (
+    EventLine,
+    FindingLine,
+    IncidentClosed,
+    IncidentExplained,
+    NodeCordoned,
+    NodeOpened,
+    RoundStarted,
+    VerdictLine,
+)
+from resilient.core.rules import HARMLESS
 
 if TYPE_CHECKING:
     from resilient.core.coordinator import Coordinator
@@ -30,6 +43,11 @@ class Invariants:
         self._acted: dict[tuple[str, int], int] = {}
         self._commits: dict[tuple[int, int], set[int]] = {}  # (round, step completed) -> ranks
         self._last: dict[int, tuple[int, int]] = {}  # rank -> (round, step)
+        self._places: dict[int, str] = {}
+        self.cordoned: set[str] = set()
+        self._program = False  # the last finding was the program's
+        self.moves = 0
+        self.explained: list[IncidentExplained] = []
         self.closed: list[IncidentClosed] = []
         self.rounds: list[RoundStarted] = []
 
@@ -41,13 +59,43 @@ class Invariants:
             self._world.check(min(phases) >= 0 and abs(sum(phases) - line.downtime_s) < 1e-2, f"wrong times: {line}")
         if isinstance(line, RoundStarted):
             self.rounds.append(line)
+        if isinstance(line, IncidentExplained):
+            self.explained.append(line)
+        if isinstance(line, NodeCordoned):
+            self.cordoned.add(line.node)
+        if isinstance(line, NodeOpened):
+            self.cordoned.discard(line.node)
+        if isinstance(line, FindingLine):
+            self._program = line.class_ in ("user", "ignore") or (bool(line.probe) and line.role != "cause")
+        if isinstance(line, VerdictLine) and self._program:
+            self._world.check(line.verdict in HARMLESS or "workers met it" in line.why, f"a node is blamed for nothing: {line}")
 
     def coordinator(self, it: Coordinator) -> None:
         """After each of its steps."""
         number, fence = it.round.number, it.round.fence
         self._world.check(number >= self._round and fence >= self._fence, "I4: a round went back")
         self._world.check(fence <= number <= fence + 1, f"round {number} and fence {fence}")
+        if number > self._round:
+            self._seated(it)
         self._round, self._fence = number, fence
+
+    def _seated(self, it: Coordinator) -> None:
+        """A round is out: who moved, from where, and where to."""
+        places = {rank: place.node for rank, place in it.round.seating.places.items()}
+        counts = Counter(places.values())
+        reports = {n.name: n.report for n in it.nodes.values() if n.alive}
+        free = {n for n, r in reports.items() if n not in self.cordoned and r.admitted and counts[n] < r.slots + r.spares}
+        for rank, node in places.items():
+            self._world.check(node in reports, f"rank {rank} sits on {node}, which is lost")
+            before = self._places.get(rank, node)
+            if before == node:
+                continue
+            self.moves += 1
+            why = before not in reports or before in self.cordoned or not reports[before].admitted
+            self._world.check(why, f"rank {rank} moved from {before} to {node} for no reason")
+            self._world.check(reports[node].admitted, f"rank {rank} came to {node}, which is not admitted")
+            self._world.check(node not in self.cordoned or not free, f"rank {rank} came to {node}, which is closed, and {free} had room")
+        self._places = places
 
     def agent(self, host: Host) -> None:
         """After each of its steps."""

@@ -15,10 +15,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from resilient.core.agent import Agent
 from resilient.core.coordinator import Coordinator
 from resilient.core.machine import (
+    Admitted,
     AgentAction,
     AgentEvent,
     AgentSettings,
@@ -43,6 +45,7 @@ from resilient.core.machine import (
     Looked,
     NodeLost,
     NodeUp,
+    Probed,
     Said,
     Seals,
     SendReport,
@@ -56,7 +59,7 @@ from resilient.core.machine import (
     ZygoteDown,
     ZygoteUp,
 )
-from resilient.core.messages import NONE, Assignment, Fetch, Holding, Persisted, Recorded, Refused, Report, Segments, WorkerUp
+from resilient.core.messages import NONE, Assignment, Fetch, Finding, Holding, Persisted, Recorded, Refused, Report, Segments, WorkerUp
 from resilient.core.rules import Rules
 from resilient.sim.invariants import Invariants
 from resilient.sim.script import Script, Segment
@@ -483,6 +486,14 @@ class World:
     def committed(self, script: Script) -> None:
         """A rank completed a step."""
         self.invariants.committed(script)
+
+    def see(self, node: str, **facts: Any) -> None:
+        """A probe of this node sees something."""
+        self.hosts[node].step(Probed(findings=(Finding(seq=0, **facts),)))
+
+    def admit(self, node: str) -> None:
+        """Its pre-flight checks have passed."""
+        self.hosts[node].step(Admitted(passed=True))
 
     def check(self, holds: object, text: str) -> None:
         """Safety: raise if it does not hold."""

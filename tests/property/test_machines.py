@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from resilient.rulebook import shipped
 from resilient.sim.faults import FAULTS, heal
 from resilient.sim.world import Spec, World
 
@@ -27,7 +28,8 @@ class Fleet(RuleBasedStateMachine):
     )
     def build(self, nodes, slots, standbys, replicated, snapshots, seed):
         room = standbys if nodes == 1 else slots
-        self.world = World(Spec(nodes=nodes, slots=slots, standbys=room, steps=40, replicated=replicated, snapshots=snapshots), seed)
+        state = {"replicated": replicated, "snapshots": snapshots}
+        self.world = World(Spec(nodes=nodes, slots=slots, standbys=room, steps=40, rules=shipped(), **state), seed)
         self.faults = 0
 
     @rule(seconds=st.sampled_from([0.001, 0.02, 0.1, 0.4, 1.5]))
