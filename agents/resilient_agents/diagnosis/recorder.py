@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections import Counter
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from resilient.core.messages import Finding, Msg
 from resilient.errors import ResilientError
@@ -37,6 +38,12 @@ EQUAL_SIZES: Final = (
 DONE: Final = "completed"
 RETIRED: Final = "retired"  # gloo's are never seen to start or to complete: they are over, one way or the other
 SHOWN: Final = 8
+
+
+OPCODES: Final = (  # those that containers and plain values are made of
+    *("\x80", "\x95", ".", "(", "}", "]", ")", "t", "\x85", "\x86", "\x87", "a", "e", "s", "u", "d", "l", "q", "r", "h", "j", "\x94"),
+    *("X", "\x8c", "U", "T", "J", "K", "M", "\x8a", "G", "N", "\x88", "\x89", "c", "\x93", "R"),
+)
 
 
 class DumpError(ResilientError):
@@ -62,6 +69,8 @@ class Dump(Msg):
 
 class Unpickler(pickle._Unpickler):  # noqa: SLF001 - the one in Python, see the head of this file
     """Containers and plain values, nothing else."""
+
+    dispatch: ClassVar[dict[int, Any]] = {ord(code): pickle._Unpickler.dispatch[ord(code)] for code in OPCODES}  # noqa: SLF001
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """Torch's list makers, without torch."""
@@ -91,6 +100,7 @@ def read(data: bytes) -> Dump:
         raise
     except (
         pickle.UnpicklingError,
+        struct.error,
         ValueError,
         EOFError,
         IndexError,
