@@ -49,6 +49,20 @@ class Seen(Msg):
     text: str
 
 
+def kind_of(record: Record) -> Kind:
+    """Which part of a step a worker is in."""
+    match record.phase:
+        case "voted":
+            return "vote"
+        case "committing":
+            return "update"
+        case "running" if record.entered > record.completed:
+            return "inside"
+        case "running":
+            return "data" if record.entered == record.begun else "compute"
+    return "between"
+
+
 @dataclass(slots=True)
 class Watch:
     """The notebook page of one worker."""
@@ -61,8 +75,8 @@ class Watch:
     _first_s: float = 0.0  # and of this round's first step
     _round: int = 0
     _steps: int = 0  # done in this round while it was watched
-    _entered: int = 0  # collectives, when the step under way began
     _mark: tuple[int, int, int, str] | None = None  # what moves: step, entered, completed, phase
+    _kind: Kind = "between"  # of the pause since then
     _beat: float = 0.0  # when the page last moved
     _step_at: float | None = None  # when the last step was completed
     _stopped_at: float | None = None
@@ -112,14 +126,13 @@ class Watch:
         before, self._settled = self._settled, record.committed_s > 0 and not record.section and self._stopped_at is None
         pause = beat - self._beat if self._mark is not None else 0.0
         if before and self._settled:
-            kind = self._kind(*self._mark) if self._mark is not None else "between"
-            self.gaps[kind] = max(self.gaps.get(kind, 0.0), pause)
+            self.gaps[self._kind] = max(self.gaps.get(self._kind, 0.0), pause)
         elif record.phase != "setup" and not record.section:
             self._first_s = max(self._first_s, pause)
         self.pause_s = max(self.pause_s, pause)
         if self._mark is None or record.step != self._mark[0]:
             self._step_done(record, now, usual=before and self._settled)
-        self._mark, self._beat, self._told = mark, beat, False
+        self._mark, self._beat, self._told, self._kind = mark, beat, False, kind_of(record)
         return True
 
     def _step_done(self, record: Record, now: float, *, usual: bool) -> None:
@@ -127,20 +140,7 @@ class Watch:
             took = (now - self._step_at) / (record.step - self._mark[0])
             self.step_s = took if self.step_s == 0 else 0.8 * self.step_s + 0.2 * took
             self._steps += record.step - self._mark[0]
-        self._step_at, self._entered, self.pause_s = now, record.entered, 0.0
-
-    def _kind(self, _step: int, entered: int, completed: int, phase: str) -> Kind:
-        """Which part of a step a worker is in."""
-        match phase:
-            case "voted":
-                return "vote"
-            case "committing":
-                return "update"
-            case "running" if entered > completed:
-                return "inside"
-            case "running":
-                return "data" if entered <= self._entered else "compute"
-        return "between"
+        self._step_at, self.pause_s = now, 0.0
 
     def _stopped(self, now: float, *, neighbours_run: bool) -> Seen | None:
         if self._stopped_at is None:
@@ -153,7 +153,7 @@ class Watch:
 
     def _bound(self, record: Record, *, blocked: bool) -> float:
         """How long this worker may stand still. One that has made steps before has no excuse once a new round's state is in place."""
-        kind = self._kind(record.step, record.entered, record.completed, record.phase)
+        kind = kind_of(record)
         longest = self.gaps.get(kind, 0.0) if self._steps >= LEARN_STEPS else self.gap_s
         usual = max(STALLED_MIN_S, STALLED_GAPS * longest, self._first_s if self._steps < LEARN_STEPS else 0.0)
         if record.committed_s > 0:

@@ -77,6 +77,7 @@ class Record(Msg):
     waited_s: float = 0.0  # inside collectives, since its start
     loaded_s: float = 0.0  # between the beginning of a step and its first forward, since its start: mostly for data
     sections: int = 0  # how many it has opened, since its start
+    begun: int = 0  # `entered`, when `step` was reached
     groups: tuple[Tally, ...] = ()  # where it has not moved for a moment
 
 

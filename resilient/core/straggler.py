@@ -42,7 +42,7 @@ class Window(Msg):
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle one, or between the two; of at least one. (Python's own drags in decimals and fractions.)"""
+    """The middle one, or between the two; of at least one. Python's own drags in decimals and fractions."""
     ordered = sorted(values)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -3,11 +3,11 @@
 Think of a coach with a stop watch at the edge of the lane: he does not run, he notes the laps, and says so when three laps in a row were
 slow, or when one of the team stands at the water bottle for half of each lap.
 
-Contract: `take` is given every report, costs O(chairs of its node), and closes a **window** when all ranks have done `WINDOW_STEPS` steps
-and `WINDOW_S` have passed: only then are all ranks looked at. It answers with findings, each told once while it lasts and once when it is over:
-straggler (straggler.py); throughput-drop: three windows in a row at less than two thirds of the median speed so far; data-stall: a rank
-spends half of its steps before the first forward, three windows in a row. A window in which somebody opened a section says nothing, nor
-does the first one of a round. All figures are of one rank's own clock, or of the coordinator's.
+Contract: `take` is given every report and costs O(chairs of its node). When all ranks have done `WINDOW_STEPS` steps and `WINDOW_S` have
+passed it closes a **window**: only then are all ranks looked at. It answers with findings, each told once while it lasts and once when it
+is over: straggler (straggler.py); throughput-drop: three windows in a row at less than two thirds of the median speed so far; data-stall:
+a rank spends half of its steps before the first forward, three windows in a row. A window in which somebody opened a section says
+nothing, nor does the first one of a round. All figures are of one rank's own clock, or of the coordinator's.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ _ROUND, _STEP, _PHASE, _TORN = 17, 18, 19, 20
 _BROKEN, _REGROUPED, _RESTORED, _COMMITTED = 21, 22, 23, 24  # monotonic ns
 _STEPPED, _SEALED, _SEALED_AT, _STALL = 25, 26, 27, 28  # when `step` was reached; newest step sealed for the persistent tier, when, and ns
 _BEAT, _SECTION, _ENTERED, _COMPLETED, _PARKED = 32, 33, 34, 35, 36  # single words, no sequence number
-_SECTIONS = 39  # opened
 _WAITED, _LOADED = 37, 38  # ns inside collectives, and from a boundary to the first forward, since the start of this process
+_SECTIONS, _BEGUN = 39, 40  # sections opened since then; collectives entered when `step` was reached
 _GROUPS = 64  # then GROUP_COUNT x (name, entered, completed, ns inside), the last two are the control group's and the overflow entry
 _ROW = 4
 GROUP_COUNT: Final = 112
@@ -112,6 +112,7 @@ class Page:
             w[_SEQ] += 1
             if step != w[_STEP]:
                 w[_STEPPED] = time.monotonic_ns()
+                w[_BEGUN] = w[_ENTERED]
             w[_ROUND], w[_STEP], w[_PHASE], w[_TORN] = round, step, PHASES.index(phase), int(torn)
             w[_BROKEN], w[_REGROUPED], w[_RESTORED], w[_COMMITTED] = marks_ns
             w[_SEQ] += 1
@@ -254,6 +255,7 @@ class Page:
             waited_s=w[_WAITED] / 1e9,
             loaded_s=w[_LOADED] / 1e9,
             sections=w[_SECTIONS],
+            begun=w[_BEGUN],
             groups=self.groups() if now - w[_BEAT] > STILL_S * 1e9 else (),
         )
 

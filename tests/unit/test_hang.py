@@ -15,11 +15,11 @@ class Night:
 
     def __init__(self, step_s=0.1):
         self.watch, self.now, self.beat, self.cpu, self.step, self.step_s = Watch(600.0), 100.0, 100.0, 0.0, 0, step_s
-        self.entered = 0
+        self.entered = self.begun = 0
         self.record = {"round": 1, "phase": "running", "committed_s": 1.0}
 
     def look(self, os_state="R", **more):
-        counted = {"entered": self.entered, "completed": self.entered}
+        counted = {"entered": self.entered, "completed": self.entered, "begun": self.begun}
         record = Record(step=self.step, idle_s=self.now - self.beat, **{**counted, **self.record, **more.pop("record", {})})
         return self.watch.look(record, os_state, self.cpu, self.now, **{"neighbours_run": True, **more})
 
@@ -28,7 +28,7 @@ class Night:
         while self.now < end:
             self.now += LOOK_S
             if self.now - self.beat >= self.step_s:
-                self.beat, self.step = self.now, self.step + 1
+                self.beat, self.step, self.begun = self.now, self.step + 1, self.entered
             assert self.look() is None
 
     def meets(self):
