@@ -293,8 +293,7 @@ class Agent:
                 pass  # the host's vault has heard it
             case Marked():
                 self._out.append(m.Log(rank=worker.rank, message=message))
-                for finding in self._vitals.take(worker.rank, message.step, message.scalars):
-                    self._findings.take([finding], self.acted)
+                self._findings.take(self._vitals.take(worker.rank, message.step, message.scalars), now, self.acted)
             case Refused():
                 if message not in self._refused:
                     self._refused.append(message)
