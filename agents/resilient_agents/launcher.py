@@ -33,6 +33,8 @@ from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
 from resilient_agents import kernel, logs, preflight
+from resilient_agents.devices import present as present_gpus
+from resilient_agents.devices import seats
 from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
@@ -41,6 +43,7 @@ from resilient_agents.probing import Probing, senses
 from resilient_agents.tenancy import Tenancy
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
+from resilient_agents.workers import shown_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -342,6 +345,7 @@ class _Node:
             orphan_s=3 * options.lease_s,
             grace_s=options.grace_s if options.checkpoint else 0.0,
             hang=options.hang,
+            devices=seats(present_gpus(options.probe_root), {i: shown_devices(launch, i) for i in range(launch.slots)}),
         )
 
     def _listen_to_signals(self) -> None:

@@ -124,6 +124,14 @@ def environment(fork: Fork, launch: Launch, run: dict[str, str]) -> dict[str, st
     }
     if launch.virtual_local_rank:
         env["LOCAL_RANK"] = "0"
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        env["CUDA_VISIBLE_DEVICES"] = str(fork.local_rank) if devices is None else devices.split(",")[fork.local_rank].strip()
+        env["CUDA_VISIBLE_DEVICES"] = shown_devices(launch, fork.local_rank) or ""
     return env
+
+
+def shown_devices(launch: Launch, local_rank: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the worker on this chair; None = unset."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not launch.virtual_local_rank:
+        return devices
+    mine = [str(local_rank)] if devices is None else [entry.strip() for entry in devices.split(",")][local_rank : local_rank + 1]
+    return "".join(mine)
