@@ -72,8 +72,9 @@ def difference(left: torch.Tensor, right: torch.Tensor, found: torch.Tensor) -> 
     """What is wrong with the product, "" = nothing."""
     rounded = found.to(torch.float64)
     whole = rounded.round()
-    if not torch.equal(whole, rounded) or not bool(rounded.abs().max() < 2.0**31):
-        return "the product of integers holds something that is none"
+    strange = ((whole != rounded) | ~(rounded.abs() < 2.0**31)).any(1).nonzero().flatten().tolist()  # NaN is neither
+    if strange:
+        return f"{len(strange)} of {len(whole)} rows of a product of integers hold something that is none, row {strange[0]} first"
     x = torch.randint(1, _VECTOR_MAX, (left.shape[1],), generator=torch.Generator().manual_seed(1))
     wrong = (whole.to(torch.int64) @ x) != (left @ (right @ x))
     rows = wrong.nonzero().flatten().tolist()
