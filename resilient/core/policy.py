@@ -61,22 +61,23 @@ _INFRASTRUCTURE: Final = (
     r"timed out waiting \d+ms for (recv|send) operation|connectfullmesh failed|application timeout caused pair closure",
     r"watchdog caught collective operation timeout|timed out in blocking wait|heartbeat monitor timed out|watchdog got stuck",
     r"diststoreerror|distnetworkerror|socket timeout|recvvalue failed|sendbytes failed|rendezvous(timeout|connection|closed)error",
-    r"dataloader worker .* killed by signal",
+    r"dataloader worker .* (killed by signal|exited unexpectedly)|pytorchstreamwriter failed writing",
     # NCCL: everything but invalid argument and invalid usage
     r"nccl(unhandledcuda|system|internal|remote)error|unhandled (cuda|system) error|remote process exited|nccl communicator was aborted",
     r"async fatal event|exceeded error retry count|ibv_\w+ .*failed|got completion from peer|port error|connection closed by remote peer",
     # CUDA and the device; "cuda error" alone counts unless the program caused it, see below
     r"uncorrectable (ecc|nvlink) error|hardware stack error|device\(s\) is/are busy or unavailable|no cuda-capable device",
+    r"no cuda gpus are available|system not yet initialized",
     r"fallen off the bus|gpu is lost|\becc error|nvrm: xid|\bxid \(pci|sxid|memory page retirement|row remapp|cuda error",
     # Ascend
-    r"\be[ij]000[126]\b|\bee1002\b|507046|507048|507054|hccl .*time-?out",
+    r"\be[ij]000[126]\b|\bee1002\b|507046|507048|507054|hccl .*time-?out|error: hccl\w+, error code",
     # the host
     r"input/output error|stale file handle|remote i/o error|bus error|no space left on device: '/dev/shm",
 )
 _PATTERN: Final = re.compile("|".join(_INFRASTRUCTURE))
 _CUDA_BY_PROGRAM: Final = re.compile(
-    r"out of memory|device-side assert|illegal memory access|illegal instruction|misaligned address|invalid pc|invalid device ordinal"
-    r"|no kernel image|driver version is insufficient|invalid argument|invalid configuration"
+    r"out of memory|device-side assert triggered|illegal memory access|illegal instruction|misaligned address|invalid pc"
+    r"|invalid device ordinal|no kernel image|driver version is insufficient|invalid argument|invalid configuration"
 )
 
 
@@ -88,10 +89,9 @@ def infrastructure(text: str) -> str:
     rows = text.lower().splitlines()
     frames = [i for i, row in enumerate(rows) if row.startswith(("  file ", "    "))]
     message = "\n".join(rows[frames[-1] + 1 :] if frames else rows)
-    found = _PATTERN.search(message)
-    if found is None or (found[0] == "cuda error" and _CUDA_BY_PROGRAM.search(message)):
-        return ""
-    return found[0]
+    found = [match[0] for match in _PATTERN.finditer(message)]
+    named = next((words for words in found if words != "cuda error"), "")  # "CUDA error" alone says too little
+    return named or (found[0] if found and not _CUDA_BY_PROGRAM.search(message) else "")
 
 
 def _words(seen: Seen) -> str:

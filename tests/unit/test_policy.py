@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+
 import pytest
 
 from resilient.core.messages import Finding
 from resilient.core.policy import TABLE, Policy, infrastructure
 
+LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
 TRACEBACK = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     raise ConnectionError("CUDA error in the source line")  # quoted source must not count
@@ -22,7 +26,10 @@ TRACEBACK = """Traceback (most recent call last):
         "torch.distributed.DistBackendError: NCCL error in: ../NCCLUtils.hpp:301, unhandled cuda error",
         "torch.distributed.DistBackendError: ncclRemoteError: A call failed possibly due to a network error",
         "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported",
+        "RuntimeError: CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
         "RuntimeError: CUDA error: unspecified launch failure",
+        "RuntimeError: No CUDA GPUs are available",
+        "RuntimeError: DataLoader worker (pid(s) 3316, 3317) exited unexpectedly",
         "torch.distributed.DistStoreError: Timed out after 901 seconds waiting for clients. 1/2 clients joined.",
         "RuntimeError: DataLoader worker (pid 12) is killed by signal: Bus error.",
         "RuntimeError: NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus",
@@ -50,6 +57,15 @@ def test_infrastructure(message):
 )
 def test_the_program(message):
     assert infrastructure(TRACEBACK.format(message=message)) == ""
+
+
+@pytest.mark.parametrize("name", ["sample", "dev", "heldout"])
+def test_the_core_and_the_diagnosis_agree_on_what_is_the_programs(name):
+    """The core has words of its own, for it may not read files; no labelled line of a program may be one of them."""
+    rows = [json.loads(line) for line in (LINES / f"{name}.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stream"] == "stderr" and row["class"] == "user"]
+    assert rows
+    assert {row["id"]: infrastructure(row["text"]) for row in rows if infrastructure(row["text"])} == {}
 
 
 def exception(step, fingerprint="ValueError", rank=0, **more):
