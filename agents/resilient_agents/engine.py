@@ -24,6 +24,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
+from msgspec.structs import replace
+
 from resilient.core.messages import Finding
 from resilient.wire.frames import HEADER, Decoder, encode
 from resilient_agents import instruments
@@ -261,6 +263,6 @@ def _about(name: str, kind: str, text: str) -> Finding:
 def _hangs(post: _Post, seconds: float) -> Finding:
     meant = _guarded(lambda: _checked([post.probe.hangs(seconds)]))[0] if hasattr(post.probe, "hangs") else None
     if meant:
-        return cast("Finding", meant[0])
+        return replace(cast("Finding", meant[0]), probe=post.name)
     text = f"probe {post.name} has not answered for {seconds:.0f} s, its limit is {post.timeout_s:.0f} s"
     return _about(post.name, "probe-hangs", text)
