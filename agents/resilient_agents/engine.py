@@ -22,7 +22,10 @@ import random
 import threading
 import time
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+
+from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient.wire.frames import HEADER, Decoder, encode
@@ -59,7 +62,7 @@ class _Post:
     def __init__(self, name: str, load: Callable[[], Any], engine: Engine, wanted: Wanted, *, once: bool) -> None:
         self.name = name
         self.probe: Any = None  # not made yet
-        self.timeout_s = TIMEOUT_S
+        self.period_s, self.timeout_s = 0.0, TIMEOUT_S
         self.lasting = False
         self.since: float | None = None  # when the call that is under way began
         self.hung = False  # so far as the engine has said
@@ -74,7 +77,7 @@ class _Post:
         luck = random.Random()  # noqa: S311 - against crowds, not against spies
         if not self._make():
             return
-        pause = 0.0 if self._once else luck.uniform(0, min(FIRST_S, self.probe.period_s))
+        pause = 0.0 if self._once else luck.uniform(0, min(FIRST_S, self.period_s))
         while True:
             time.sleep(pause)
             begun = time.monotonic()
@@ -82,22 +85,16 @@ class _Post:
             self._engine.told(self, findings or (), error)
             if self._once:
                 return
-            period = max(self.probe.period_s, AFTER_ERROR_S if error else 0.0) * luck.uniform(1 - JITTER, 1 + JITTER)
+            period = max(self.period_s, AFTER_ERROR_S if error else 0.0) * luck.uniform(1 - JITTER, 1 + JITTER)
             pause = max(GAP_S, begun + period - time.monotonic())
 
     def _make(self) -> bool:
         """Import and make it; False where it is not for this prober, or there is nothing for it to do."""
-        kind, error = self._call(self._load)
-        if kind is not None and getattr(kind, "scope", "node") not in self._wanted.scopes:
-            self._engine.made(self, None)
-            return False
-        if kind is not None:
-            self.probe, error = self._call(lambda: _made(kind, self._wanted.surroundings))
-        if self.probe is not None:
-            self.timeout_s = float(getattr(self.probe, "timeout_s", TIMEOUT_S))
-            self.lasting = bool(getattr(self.probe, "lasting", False))
-        self._engine.made(self, error)
-        return self.probe is not None
+        made, error = self._call(lambda: _made(self._load(), self._wanted))
+        if made is not None:
+            self.probe, self.period_s, self.timeout_s, self.lasting = made
+        self._engine.made(self, None if made is None and not error else error)
+        return made is not None
 
     def _call(self, work: Callable[[], Any]) -> tuple[Any, str]:
         self.since = time.monotonic()
@@ -158,7 +155,7 @@ class Engine:
         return Started(
             threads={name: post.thread.ident or 0 for name, post in self._posts.items()},
             absent=dict(self._absent),
-            notes={name: str(note) for name, post in self._posts.items() if (note := getattr(post.probe, "note", ""))},
+            notes={name: note for name, post in self._posts.items() if (note := _note(post.probe))},
         )
 
     def news(self) -> list[Finding]:
@@ -192,6 +189,9 @@ class Engine:
     def made(self, post: _Post, error: str | None) -> None:
         """It is at work (""), or not: None = not for this prober."""
         with self._lock:
+            if post.hung:
+                self._news += self._sieve.take(f"{post.name} hangs", [], time.monotonic(), lasting=True)
+                post.hung = False
             if error is None:
                 del self._posts[post.name]
             elif error:
@@ -238,19 +238,28 @@ def _guarded(work: Callable[[], Any]) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"[:500]
 
 
-def _made(kind: Any, surroundings: Surroundings) -> Any:
-    probe = kind(surroundings)
-    if not isinstance(probe.name, str) or not probe.period_s > 0 or not callable(probe.check):
-        raise TypeError(f"a name, a period_s above 0 and a check expected, {probe.name!r}, {probe.period_s!r} found")
-    return probe
+def _made(kind: Any, wanted: Wanted) -> tuple[Any, float, float, bool] | None:
+    """The probe, its period, its time limit, whether what it gives lasts. None: it is not for this prober."""
+    if getattr(kind, "scope", "node") not in wanted.scopes:
+        return None
+    probe = kind(wanted.surroundings)
+    period, timeout = float(probe.period_s), float(getattr(probe, "timeout_s", TIMEOUT_S))
+    if not (period > 0 and timeout > 0 and callable(probe.check)):
+        raise TypeError(f"a period_s and a timeout_s above 0 and a check expected, {period}, {timeout} and {probe.check!r} found")
+    return probe, period, timeout, bool(getattr(probe, "lasting", False))
 
 
 def _checked(findings: Any) -> Sequence[Finding]:
     """As they will arrive: what is no finding fails here and not at the other end."""
     if not findings:
         return ()
-    whole = encode(Sighted(findings=tuple(findings)[:FINDINGS_MAX]))
+    whole = encode(Sighted(findings=tuple(islice(findings, FINDINGS_MAX))))
     return _decoder.decode(whole[HEADER.size :]).findings
+
+
+def _note(probe: Any) -> str:
+    note, _ = _guarded(lambda: str(getattr(probe, "note", ""))[:500].encode(errors="replace").decode())
+    return note or ""
 
 
 def _about(name: str, kind: str, text: str) -> Finding:
@@ -261,6 +270,6 @@ def _about(name: str, kind: str, text: str) -> Finding:
 def _hangs(post: _Post, seconds: float) -> Finding:
     meant = _guarded(lambda: _checked([post.probe.hangs(seconds)]))[0] if hasattr(post.probe, "hangs") else None
     if meant:
-        return cast("Finding", meant[0])
+        return replace(cast("Finding", meant[0]), probe=post.name)
     text = f"probe {post.name} has not answered for {seconds:.0f} s, its limit is {post.timeout_s:.0f} s"
     return _about(post.name, "probe-hangs", text)

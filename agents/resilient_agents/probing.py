@@ -151,6 +151,7 @@ class Probing:
         writer.transport.abort()
         self._note(f"{why}; this run looks at its node itself from now on", "resilient-agent")
         self._scopes = ("node", "run")
+        self._since = time.monotonic() - OVERLAP_S
         self._say(self._begin())
         self._say(self._roster)
 

@@ -15,6 +15,7 @@ import errno
 import os
 import secrets
 import socket
+import stat
 from typing import TYPE_CHECKING, Final
 
 from resilient.core.messages import Finding
@@ -81,9 +82,16 @@ class Storage:
 
 
 def _knock(directory: str, name: str) -> None:
-    os.stat(directory)
-    path = os.path.join(directory, name)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISDIR(os.stat(directory).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    path = ""
+    try:
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)  # nobody ever sees it
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:  # NFS and others do not know it
+            raise
+        path = os.path.join(directory, name)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         sent = b"knock\n"
         os.write(fd, sent)
@@ -92,5 +100,6 @@ def _knock(directory: str, name: str) -> None:
             raise OSError(errno.EIO, "what was read is not what was written")
     finally:
         os.close(fd)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        if path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
