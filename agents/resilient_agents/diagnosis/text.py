@@ -34,6 +34,11 @@ NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
+_QUIET: Final = {
+    entry.layer: Finding(seq=0, kind=entry.kind, layer=entry.layer, class_="ignore", role="context", probe="text")
+    for entry in catalogue.lines()
+    if entry.kind == "benign"
+}
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
 _FINDERS: Final = {  # where an entry's device names a piece that its own pattern does not
     "pci": re.compile(catalogue.PIECES["<pci>"], re.IGNORECASE),
@@ -55,10 +60,12 @@ def classify(text: str, stream: str) -> Finding:
     """The one finding that this text is worth."""
     if len(text) > BOUND:
         text = text[: BOUND // 2] + "\n" + text[-BOUND // 2 :]
-    low = text.lower()
-    if not catalogue.candidates(low):
-        return NOTHING
     text = plain(text)
+    found = catalogue.candidates(text.lower())
+    if not found:
+        return NOTHING
+    if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
+        return _QUIET[found[0].layer]
     return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
 
 
