@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from resilient_agents.diagnosis import catalogue, decode
+from resilient_agents.diagnosis.page import page
 from resilient_agents.diagnosis.text import NOTHING, best, classify, is_fault, pci, relevant
 
 LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
@@ -139,3 +140,18 @@ def test_nothing_is_one_object_and_best_of_none_is_nothing():
     assert best([]) is NOTHING
     assert not relevant("all is well")
     assert relevant("NVRM: Xid (PCI:0000:1a:00): 79")
+
+
+def test_the_page_is_printed_from_the_data():
+    page_file = pathlib.Path(__file__).parents[2] / "docs" / "catalogue.md"
+    assert page_file.read_text() == page(), "python -m resilient_agents.diagnosis.page > docs/catalogue.md"
+
+
+def test_a_malformed_entry_is_named():
+    for raw in (
+        {"kind": "x", "layer": "gpu", "class": "ignore"},
+        {"kind": "x", "has": "word", "layer": "gpu", "class": "burn"},
+        {"has": "word", "oops": 1},
+    ):
+        with pytest.raises(ValueError, match="x:1"):
+            list(catalogue._read("x.toml", {"line": [raw]}))

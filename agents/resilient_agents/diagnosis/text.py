@@ -51,6 +51,8 @@ _FINDERS: Final = {  # where an entry's device names a piece that its own patter
     "dev": re.compile(r"\((?:device )?(?P<dev>[a-z][\w-]{1,40})(?:: state \w+)?\)|\b(?P<name>(?:sd[a-z]{1,2}|nvme\d+n\d+|ata\d+)\b)"),
     "hca": re.compile(r"\b(?P<hca>mlx\d_(?:bond_)?\d{1,3}(?::\d{1,2})?)\b"),
 }
+# source code and commands are shown, not said
+_SOURCE: Final = re.compile(r"""\s*(?:raise |assert |print\(|log(?:ger|ging)?\.\w+\(|File "|grep |[$#] |>>> |def |return |if |except )""")
 _NCCL: Final = re.compile(r"\S{1,64}:\d+:\d+ \[(\d{1,3})\] ")
 _GLUED: Final = re.compile(r"\[rank(\d{1,7})\]|\bRank (\d{1,7})\]")
 _PIECE: Final = re.compile(r"\{(\w+)\}")
@@ -116,6 +118,8 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
     """The first entry that fits and whose place this is."""
     if peeled.tag not in {"", "kernel"}:  # the program's name is one of the words
         peeled = peeled._replace(text=f"{peeled.tag}: {peeled.text}")
+    if stream != "kmsg" and not block and _SOURCE.match(peeled.text):
+        return None
     low = peeled.text.lower()
     kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
@@ -209,7 +213,8 @@ def best(found: list[Finding]) -> Finding:
     ]
     faults = [it for it in cleared if is_fault(it) and it.role == "cause"]
     speaking = [it for it in cleared if it.class_ != "ignore"]
-    for group in (faults, speaking, [it for it in cleared if it.clears], [it for it in cleared if it.kind != "quoted"], cleared):
+    reasons = [it for it in speaking if it.kind != "exit"]  # that something ended is the least that can be said
+    for group in (faults, reasons, speaking, [it for it in cleared if it.clears], [it for it in cleared if it.kind != "quoted"], cleared):
         if group:
             return group[0]
     return NOTHING
