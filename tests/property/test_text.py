@@ -8,7 +8,6 @@ import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from resilient_agents.diagnosis import catalogue, recorder
 from resilient_agents.diagnosis.jsonl import Answer, Refusal, answered
 from resilient_agents.diagnosis.peel import peel, plain

@@ -11,9 +11,9 @@ import tempfile
 import threading
 
 import pytest
+from resilient_agents.diagnosis import jsonl, readings
 
 from resilient import cli
-from resilient_agents.diagnosis import jsonl, readings
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 DMESG = """[733100.000001] usb 1-1: new high-speed USB device number 2 using xhci_hcd

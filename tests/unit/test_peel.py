@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from resilient_agents.diagnosis.peel import peel, plain
 
 TEXT = "NVRM: Xid (PCI:0000:1a:00): 79"

@@ -8,7 +8,6 @@ import pickle
 import pickletools
 
 import pytest
-
 from resilient_agents.diagnosis import readings, recorder
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "recorder"

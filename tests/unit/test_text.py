@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import pytest
-
 from resilient_agents.diagnosis import catalogue, decode
 from resilient_agents.diagnosis.page import page
 from resilient_agents.diagnosis.text import NOTHING, best, classify, is_fault, pci, relevant
@@ -122,16 +121,7 @@ def test_the_nvlink_table_names_the_peer_where_it_is_the_peer():
 
 
 def test_pci_addresses_have_one_spelling():
-    assert [pci(it) for it in ("00000000:86:00", "1A:00", "0000:1A:00", "1a:00")] == [
-        "0000:86:00",
-        "0000:1a:00",
-        "0000:1a:00",
-        "0000:1a:00",
-    ][:1] + [
-        "1a:00" if len("1A:00") != 5 else "0000:1a:00",
-        "0000:1a:00",
-        "0000:1a:00",
-    ]
+    assert {pci(it) for it in ("00000000:1A:00", "1A:00", "0000:1A:00", "1a:00", "0000:1a:00.0")} == {"0000:1a:00"}
 
 
 def test_nothing_is_one_object_and_best_of_none_is_nothing():
