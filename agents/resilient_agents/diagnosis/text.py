@@ -53,6 +53,7 @@ _FINDERS: Final = {  # where an entry's device names a piece that its own patter
 }
 # source code and commands are shown, not said
 _SOURCE: Final = re.compile(r"""\s*(?:raise |assert |print\(|log(?:ger|ging)?\.\w+\(|File "|grep |[$#] |>>> |def |return |if |except )""")
+_RAISED: Final = re.compile(r"(?:[a-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception): ")
 _NCCL: Final = re.compile(r"\S{1,64}:\d+:\d+ \[(\d{1,3})\] ")
 _GLUED: Final = re.compile(r"\[rank(\d{1,7})\]|\bRank (\d{1,7})\]")
 _PIECE: Final = re.compile(r"\{(\w+)\}")
@@ -65,7 +66,7 @@ def classify(text: str, stream: str) -> Finding:
     text = plain(text)
     found = catalogue.candidates(text.lower())
     if not found:
-        return NOTHING
+        return NOTHING if "Error: " not in text and "Exception: " not in text or stream == "kmsg" else _single(text, stream)
     if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
         return _QUIET[found[0].layer]
     return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
@@ -141,6 +142,7 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
             break  # a node is not to blame for what somebody says the kernel said
     if first is not None and quoted is None:
         return first
+    message = message or (stream != "kmsg" and not block and first is None and bool(_RAISED.match(peeled.text)))
     if message and (named := traces.NAMED.match(peeled.text)):
         name = named["code"]
         rank = f"rank:{peeled.rank}" if peeled.rank else ""
