@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 from resilient_agents.diagnosis import catalogue, decode
+from resilient_agents.diagnosis.page import page
 from resilient_agents.diagnosis.text import NOTHING, best, classify, is_fault, pci, relevant
 
 LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
@@ -120,7 +121,7 @@ def test_the_nvlink_table_names_the_peer_where_it_is_the_peer():
 
 
 def test_pci_addresses_have_one_spelling():
-    assert {pci(it) for it in ("00000000:1a:00", "1A:00", "0000:1A:00", "1a:00")} == {"0000:1a:00"}
+    assert {pci(it) for it in ("00000000:1A:00", "1A:00", "0000:1A:00", "1a:00", "0000:1a:00.0")} == {"0000:1a:00"}
 
 
 def test_nothing_is_one_object_and_best_of_none_is_nothing():
@@ -129,3 +130,18 @@ def test_nothing_is_one_object_and_best_of_none_is_nothing():
     assert best([]) is NOTHING
     assert not relevant("all is well")
     assert relevant("NVRM: Xid (PCI:0000:1a:00): 79")
+
+
+def test_the_page_is_printed_from_the_data():
+    page_file = pathlib.Path(__file__).parents[2] / "docs" / "catalogue.md"
+    assert page_file.read_text() == page(), "python -m resilient_agents.diagnosis.page > docs/catalogue.md"
+
+
+def test_a_malformed_entry_is_named():
+    for raw in (
+        {"kind": "x", "layer": "gpu", "class": "ignore"},
+        {"kind": "x", "has": "word", "layer": "gpu", "class": "burn"},
+        {"has": "word", "oops": 1},
+    ):
+        with pytest.raises(ValueError, match="x:1"):
+            list(catalogue._read("x.toml", {"line": [raw]}))

@@ -5,7 +5,7 @@ and an index of the words by which one finds the page.
 
 Contract: `lines()` are the entries of every facts/*.toml in order of file name and place: the first that fits wins. `table(name)` are the
 rows of facts/NAME.csv by their first column. An entry that is not well formed is an error when it is loaded, with its file and number.
-`candidates(low)` gives the entries that may fit a lower-case text: those of which one word stands in it. Read once; never changed.
+`candidates(low)` gives the entries whose words stand in a lower-case text; `fits` says of one whether it does. Read once; never changed.
 Numbers: some 400 entries; loading takes about 0.1 s, once. A line of 100 letters costs about 5 us where no word of it is in the index.
 Rejected: one large alternation (10 times slower in `re`); a regular expression per entry tried in turn (100 times); entries in Python
 (nobody could review them against their sources, or print them as a table).
@@ -224,23 +224,30 @@ def _keys() -> frozenset[str]:
 
 
 def candidates(low: str) -> list[Entry]:
-    """Entries that may fit this lower-case text, in order; mostly none."""
+    """Entries whose words stand in this lower-case text, in order; mostly none."""
     hit = _keys().intersection(WORD.findall(low))
     if not hit:
         return []
     index = _index()
-    if len(hit) == 1:
-        return [entry for _, entry in index[next(iter(hit))]]
-    return [entry for _, entry in sorted({place: entry for word in hit for place, entry in index[word]}.items())]
+    found: dict[int, Entry] = {}
+    for word in hit:
+        for place, entry in index[word]:
+            for has in entry.has:
+                if has not in low:
+                    break
+            else:
+                if not entry.any or any(map(low.__contains__, entry.any)):
+                    found[place] = entry
+    return [found[place] for place in sorted(found)] if len(found) > 1 else list(found.values())
+
+
+def quiet(entry: Entry) -> bool:
+    """Whether an entry says no more than that a line is nothing: then nobody needs to look closer."""
+    return entry.kind == "benign" and not (entry.re or entry.no or entry.device or entry.code or entry.by or entry.block or entry.clears)
 
 
 def fits(entry: Entry, low: str, text: str) -> dict[str, str] | None:
-    """The pieces that its pattern names (dev2 is another place of dev), if the entry fits; None if it does not."""
-    for word in entry.has:
-        if word not in low:
-            return None
-    if entry.any and not any(word in low for word in entry.any):
-        return None
+    """For a candidate: the pieces that its pattern names (dev2 is another place of dev), if the entry fits; None if it does not."""
     if entry.no and any(word in low for word in entry.no):
         return None
     if not entry.re:

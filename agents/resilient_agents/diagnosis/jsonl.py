@@ -4,8 +4,8 @@ Think of a turnstile: each ticket is looked at for a moment, in order; a torn on
 queue moves on; when nobody is waiting, whoever has passed is let out at once.
 
 Contract: reads lines {"id", "text", "stream"}; writes {"id", "is_fault", "class", "layer", "kind", "code", "device"} for each, in order,
-and flushes whenever the input pauses. A line that is no such object becomes {"id": null, "line": N, "error": ...} in its place and makes
-the exit code 2. Bytes that are no UTF-8 are replaced. A line longer than LONGEST is not kept: it is an error, too.
+and flushes when input pauses. A line that is no such object becomes {"id": null, "line": N, "error": ...} in its place and makes the exit
+code 2. Bytes that are no UTF-8 are replaced. A line longer than LONGEST is not kept: it is an error, too.
 Numbers: 50,000 lines a second on one core, mostly unremarkable ones (tests/bench/test_diagnose.py says what this machine does).
 """
 

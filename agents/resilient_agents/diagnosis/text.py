@@ -34,6 +34,11 @@ NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
+_QUIET: Final = {
+    entry.layer: Finding(seq=0, kind=entry.kind, layer=entry.layer, class_="ignore", role="context", probe="text")
+    for entry in catalogue.lines()
+    if entry.kind == "benign"
+}
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
 _FINDERS: Final = {  # where an entry's device names a piece that its own pattern does not
     "pci": re.compile(catalogue.PIECES["<pci>"], re.IGNORECASE),
@@ -46,6 +51,9 @@ _FINDERS: Final = {  # where an entry's device names a piece that its own patter
     "dev": re.compile(r"\((?:device )?(?P<dev>[a-z][\w-]{1,40})(?:: state \w+)?\)|\b(?P<name>(?:sd[a-z]{1,2}|nvme\d+n\d+|ata\d+)\b)"),
     "hca": re.compile(r"\b(?P<hca>mlx\d_(?:bond_)?\d{1,3}(?::\d{1,2})?)\b"),
 }
+# source code and commands are shown, not said
+_SOURCE: Final = re.compile(r"""\s*(?:raise |assert |print\(|log(?:ger|ging)?\.\w+\(|File "|grep |[$#] |>>> |def |return |if |except )""")
+_RAISED: Final = re.compile(r"(?:[a-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception): ")
 _NCCL: Final = re.compile(r"\S{1,64}:\d+:\d+ \[(\d{1,3})\] ")
 _GLUED: Final = re.compile(r"\[rank(\d{1,7})\]|\bRank (\d{1,7})\]")
 _PIECE: Final = re.compile(r"\{(\w+)\}")
@@ -55,10 +63,12 @@ def classify(text: str, stream: str) -> Finding:
     """The one finding that this text is worth."""
     if len(text) > BOUND:
         text = text[: BOUND // 2] + "\n" + text[-BOUND // 2 :]
-    low = text.lower()
-    if not catalogue.candidates(low):
-        return NOTHING
     text = plain(text)
+    found = catalogue.candidates(text.lower())
+    if not found:
+        return NOTHING if "Error: " not in text and "Exception: " not in text or stream == "kmsg" else _single(text, stream)
+    if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
+        return _QUIET[found[0].layer]
     return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
 
 
@@ -109,6 +119,8 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
     """The first entry that fits and whose place this is."""
     if peeled.tag not in {"", "kernel"}:  # the program's name is one of the words
         peeled = peeled._replace(text=f"{peeled.tag}: {peeled.text}")
+    if stream != "kmsg" and not block and _SOURCE.match(peeled.text):
+        return None
     low = peeled.text.lower()
     kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
@@ -130,6 +142,7 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
             break  # a node is not to blame for what somebody says the kernel said
     if first is not None and quoted is None:
         return first
+    message = message or (stream != "kmsg" and not block and first is None and bool(_RAISED.match(peeled.text)))
     if message and (named := traces.NAMED.match(peeled.text)):
         name = named["code"]
         rank = f"rank:{peeled.rank}" if peeled.rank else ""
@@ -202,7 +215,8 @@ def best(found: list[Finding]) -> Finding:
     ]
     faults = [it for it in cleared if is_fault(it) and it.role == "cause"]
     speaking = [it for it in cleared if it.class_ != "ignore"]
-    for group in (faults, speaking, [it for it in cleared if it.clears], [it for it in cleared if it.kind != "quoted"], cleared):
+    reasons = [it for it in speaking if it.kind != "exit"]  # that something ended is the least that can be said
+    for group in (faults, reasons, speaking, [it for it in cleared if it.clears], [it for it in cleared if it.kind != "quoted"], cleared):
         if group:
             return group[0]
     return NOTHING
