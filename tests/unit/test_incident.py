@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from resilient.core.cause import Seen
 from resilient.core.incident import Incident, phases
 from resilient.core.messages import Chair, Finding, Plan, Record, Report
 from resilient.core.policy import Verdict
@@ -43,3 +44,45 @@ def test_a_consequence_is_not_the_cause():
     incident.take(Finding(seq=1, kind="exception", rank=0, consequence=True), replace, "n0")
     incident.take(Finding(seq=1, kind="exit", rank=1), replace, "n1")
     assert incident.cause == "exit"
+
+
+def seen(kind, class_, at, node="n1", ranks=(1,), **facts):
+    finding = Finding(seq=1, kind=kind, class_=class_, ranks=ranks, text="text", **facts)
+    return Seen(at, node, finding, class_, "evict" if class_ == "replace" else "watch", f"class {class_}", proof=True)
+
+
+def test_the_cause_may_come_last_and_its_consequences_are_counted():
+    incident, watch, replace = Incident(1, opened=50.0), Verdict(verdict="watch", why=""), Verdict(verdict="replace", why="")
+    incident.take(Finding(seq=1, kind="suspect", rank=0), watch, "n0")
+    incident.explain([seen("nccl-error", "app-restart", 49.0, node="n0", ranks=(0,), count=200)])
+    assert (incident.cause, incident.symptom) == ("nccl-error", "suspect")
+    incident.take(Finding(seq=2, kind="exit", rank=1, pid=7), replace, "n1")
+    assert incident.cause == "exit", "what explains the complaint does not explain the death"
+    cause = seen("xid", "replace", 49.5, code="79", device="gpu:0", rank=1)
+    assert incident.explain([cause])
+    line = incident.close([], 2, 60.0)
+    assert (line.cause, line.node, line.rank, line.device, line.class_, line.verdict) == ("xid", "n1", 1, "gpu:0", "replace", "evict")
+    assert line.evidence[0] == "n1: xid 79 on gpu:0: text"
+    assert line.consequences == 202
+    assert cause.spent
+
+
+def test_after_its_end_only_what_was_before_it_or_is_broken_explains_it():
+    incident = Incident(1, opened=50.0)
+    incident.take(Finding(seq=1, kind="exit", rank=1), Verdict(verdict="replace", why=""), "n1")
+    incident.close([], 2, 60.0)
+    before, after = seen("oom-host", "app-restart", 49.0), seen("oom-host", "app-restart", 61.0)
+    broken = seen("xid", "replace", 61.0)
+    assert incident.late([before, after, broken], 62.0, 30.0) == [before, broken]
+    assert incident.late([before], 91.0, 30.0) == []
+    assert incident.explain([before])
+    assert incident.explained().cause == "oom-host"
+    assert not after.spent
+
+
+def test_evidence_is_bounded():
+    incident = Incident(1, opened=50.0)
+    incident.take(Finding(seq=1, kind="exit", rank=1), Verdict(verdict="replace", why=""), "n1")
+    incident.explain([seen(f"kind-{i}", "cordon", 49.0, ranks=None) for i in range(500)])
+    line = incident.close([], 2, 60.0)
+    assert (len(line.evidence), line.consequences) == (16, 500)

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from resilient.core.cause import Seen
 from resilient.core.messages import Finding
 from resilient.core.policy import TABLE, Policy, infrastructure
 
@@ -119,3 +120,40 @@ def test_a_foreign_group_is_judged_as_torchrun_does_but_signals_are_free():
 def test_every_kind_has_a_line():
     assert Policy(0).judge(Finding(seq=1, kind="something new"), managed=True, first=True).verdict == "watch"
     assert all(v.why for v in TABLE.values())
+
+
+def explained(class_, kind="xid", code="79", proof=True, device="gpu:0"):
+    finding = Finding(seq=0, kind=kind, code=code, device=device, class_=class_, ranks=(0,))
+    return Seen(0.0, "n0", finding, class_, "watch", "", proof)
+
+
+def test_broken_hardware_is_nobodys_fault_however_often():
+    policy, seen = Policy(0), explained("replace")
+    verdicts = [policy.judge(exception(7), managed=True, first=True, explained=seen) for _ in range(3)]
+    assert {v.verdict for v in verdicts} == {"replace"}
+    assert "xid 79 on gpu:0 (replace) explains it" in verdicts[0].why
+
+
+def test_a_programs_fault_makes_a_signal_the_programs():
+    policy, seen = Policy(0), explained("user", code="31")
+    killed = Finding(seq=1, kind="exit", exit_code=-6, step=5)
+    assert policy.judge(killed, managed=True, first=True, explained=seen).verdict == "replace"
+    assert policy.judge(killed, managed=True, first=True, explained=seen).verdict == "halt"
+    consequence = Finding(seq=1, kind="exception", step=5, consequence=True)
+    assert policy.judge(consequence, managed=True, first=True, explained=seen).verdict == "replace"
+
+
+def test_what_a_worker_only_wrote_does_not_save_it_twice():
+    policy, seen = Policy(0), explained("gpu-reset", kind="cuda-error", proof=False)
+    assert policy.judge(exception(7), managed=True, first=True, explained=seen).verdict == "replace"
+    assert policy.judge(exception(7), managed=True, first=True, explained=seen).verdict == "halt"
+    killed = Finding(seq=1, kind="exit", exit_code=-6, step=7)
+    assert {policy.judge(killed, managed=True, first=True, explained=seen).verdict for _ in range(3)} == {"replace"}
+
+
+def test_of_a_foreign_group_too():
+    failed = Finding(seq=1, kind="exit", exit_code=1, text="ValueError: x")
+    killed = Finding(seq=1, kind="exit", exit_code=-6)
+    assert Policy(0).judge(failed, managed=False, first=True, explained=explained("replace")).verdict == "restart"
+    assert Policy(0).judge(killed, managed=False, first=True).verdict == "restart"
+    assert Policy(0).judge(killed, managed=False, first=True, explained=explained("user")).verdict == "halt"

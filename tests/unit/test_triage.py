@@ -1,0 +1,159 @@
+"""From a finding to a wish: who is believed, and what is nobody's fault."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from resilient.core.fleet import Node
+from resilient.core.messages import Finding, Report
+from resilient.core.placement import Place
+from resilient.core.policy import TABLE
+from resilient.core.triage import Triage, about
+from resilient.rulebook import lay, shipped
+
+PLACES = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n1", local_rank=0, why=""), 2: Place(node="n1", local_rank=1, why="")}
+
+
+def fleet(count=6):
+    return {f"n{i}": Node(f"n{i}", i, Report(run="r", node=f"n{i}", boot=1, seq=1, host=f"10.0.0.{i}"), 0.0) for i in range(count)}
+
+
+class Door:
+    def __init__(self):
+        self.triage, self.now, self.nodes = Triage(shipped(), "run"), 100.0, fleet()
+
+    def __call__(self, kind, class_="", node="n1", probe="kernel-log", ranks=(1,), after=0.0, **facts):
+        self.now += after
+        finding = Finding(seq=1, kind=kind, class_=class_, probe=probe, ranks=ranks, **facts)
+        return self.triage.take(finding, node, self.now, self.nodes, PLACES)
+
+    @property
+    def wishes(self):
+        return {(w.node, w.verdict, w.local_ranks) for w in self.triage.cordons.wishes.values()}
+
+
+@pytest.fixture
+def door():
+    return Door()
+
+
+@pytest.mark.parametrize(
+    ("class_", "verdict"),
+    [("ignore", "ignore"), ("user", "watch"), ("app-restart", "watch"), ("gpu-reset", "evict"), ("replace", "evict"), ("cordon", "cordon")],
+)
+def test_a_class_has_its_verdict(door, class_, verdict):
+    assert door("gsp", class_).verdict.verdict == verdict
+    wished = {("n1", verdict, frozenset({0}))} if verdict in ("evict", "cordon") else set()
+    assert door.wishes == wished
+
+
+@pytest.mark.parametrize("role", ["symptom", "context", "cascade"])
+@pytest.mark.parametrize("class_", ["gpu-reset", "replace", "cordon", "app-restart", "user", "ignore"])
+def test_only_a_cause_moves_anybody(door, role, class_):
+    assert door("gsp", class_, role=role).verdict.verdict in ("watch", "ignore")
+    assert door.wishes == set()
+
+
+def test_a_whole_node_and_nobody(door):
+    door("edac", "replace", ranks=None, device="cpu:0")
+    assert door.wishes == {("n1", "evict", None)}
+    door("xid", "replace", ranks=(), device="gpu:7", code="79", node="n2")
+    assert ("n2", "evict", frozenset()) in door.wishes
+
+
+def test_hearsay_counts_together_with_a_failure(door):
+    taken = door("nccl-error", "replace", probe="worker-log")
+    assert taken.verdict.verdict == "watch"
+    assert "if the worker fails" in taken.verdict.why
+    assert door.triage.failed(("n0", 0), door.now) == []
+    assert door.wishes == set()
+    ((seen, verdict),) = door.triage.failed(("n1", 1), door.now)
+    assert (seen.finding.kind, verdict.verdict) == ("nccl-error", "evict")
+    assert door.wishes == {("n1", "evict", frozenset({0}))}
+
+
+def test_or_the_failure_comes_first(door):
+    door.triage.failed(("n1", 1), door.now)
+    assert door("nccl-error", "replace", probe="worker-log", after=5.0).verdict.verdict == "evict"
+    assert door("nccl-error", "replace", probe="worker-log", ranks=(2,), device="rank:2", after=1.0).verdict.verdict == "watch"
+
+
+def test_hearsay_grows_old(door):
+    door("nccl-error", "replace", probe="worker-log")
+    assert door.triage.failed(("n1", 1), door.now + 31.0) == []
+    assert door.wishes == set()
+
+
+def test_an_unknown_probe_is_not_believed(door):
+    assert door("gsp", "replace", probe="somebodys").verdict.verdict == "watch"
+    assert door("gsp", "replace", probe="", device="gpu:0").verdict.verdict == "watch"
+
+
+def test_a_threshold_counts_what_it_is_told(door):
+    verdicts = [door("ib-flap", device="dev:mlx5_0", probe="infiniband", ranks=None, after=1.0).verdict.verdict for _ in range(3)]
+    assert verdicts == ["watch", "watch", "cordon"]
+    other = [door("ib-flap", node="n2", device="dev:mlx5_0", probe="infiniband", ranks=None, after=400.0).verdict.verdict for _ in range(3)]
+    assert other == ["watch"] * 3, "ten minutes are over"
+    assert door("ib-flap", node="n3", probe="infiniband", ranks=None, count=3).verdict.verdict == "cordon"
+
+
+def test_shared_is_nobodys_fault(door):
+    verdicts = [door("ib-link", "replace", node=f"n{i}", probe="infiniband", ranks=None) for i in range(4)]
+    assert [v.verdict.verdict for v in verdicts] == ["evict", "evict", "watch", "watch"]
+    assert [bool(v.shared) for v in verdicts] == [False, False, True, False]
+    assert "no node is to blame" in verdicts[-1].verdict.why
+    assert door.wishes == set()
+    assert door("ib-link", "replace", node="n5", probe="infiniband", ranks=None, after=59.0).verdict.verdict == "watch"
+    assert door("ib-link", "replace", node="n5", probe="infiniband", ranks=None, device="dev:x", after=200.0).verdict.verdict == "evict"
+
+
+def test_other_codes_are_other_faults(door):
+    for i, code in enumerate(["48", "79", "95", "119"]):
+        assert door("xid", "replace", node=f"n{i}", code=code).verdict.verdict == "evict"
+
+
+def test_a_recovery_ends_it(door):
+    door("ib-link", "replace", probe="infiniband", ranks=None, device="dev:mlx5_0")
+    assert len(door.wishes) == 1
+    taken = door("ib-link", "replace", probe="infiniband", ranks=None, device="dev:mlx5_0", clears=True)
+    assert (taken.verdict.verdict, taken.seen, door.wishes) == ("ignore", None, set())
+
+
+def test_a_users_fault_is_the_users_until_one_device_repeats_it(door):
+    def crash(node, ranks, worker):
+        return door("xid", "user", code="31", node=node, ranks=ranks, device="gpu:0", worker=worker, after=60.0).verdict
+
+    assert [crash("n1", (1,), w).verdict for w in ("a", "b", "b")] == ["watch"] * 3
+    assert crash("n1", (1,), "c").verdict == "cordon"
+    assert crash("n0", (0,), "d").verdict == "watch"
+    assert crash("n1", (1,), "e").verdict == "watch", "another device has it too: it is the program's"
+
+
+@pytest.mark.parametrize(
+    ("device", "node", "ranks"),
+    [
+        ("peer:10.0.0.2", "n2", None),
+        ("peer:10.0.0.2<45678>", "n2", None),
+        ("peer:10.0.0.2:45678", "n2", None),
+        ("peer:n3", "n3", None),
+        ("peer:2", "n1", (2,)),
+        ("peer:99", "n0", (0,)),
+        ("peer:10.9.9.9", "n0", (0,)),
+        ("gpu:0", "n0", (0,)),
+        ("peer:", "n0", (0,)),
+        ("", "n0", (0,)),
+    ],
+)
+def test_the_peer_that_is_named(device, node, ranks):
+    found, finding = about(Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0), "n0", fleet(), PLACES)
+    assert (found, finding.ranks) == (node, ranks)
+
+
+def test_a_rule_may_halt_what_the_runtime_finds():
+    rules = lay(shipped(), tomllib.loads("[rule.sdc]\nkind = 'replicas_differ'\nverdict = 'halt'"), "mine.toml")
+    differ, gone = Finding(seq=0, kind="replicas_differ"), Finding(seq=0, kind="exit")
+    assert Triage(rules, "run").heed(differ, TABLE["replicas_differ"]).verdict == "halt"
+    assert Triage(rules, "run").heed(gone, TABLE["exit"]) == TABLE["exit"]
+    assert Triage(shipped(), "run").heed(differ, TABLE["replicas_differ"]) == TABLE["replicas_differ"]
