@@ -61,7 +61,7 @@ async def _run(found: str, pid: int) -> tuple[str, str]:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        output, errors = await asyncio.gather(process.stdout.read(OUTPUT_MAX), process.stderr.read(4096))
+        output, errors = await asyncio.gather(_all(process.stdout), _all(process.stderr))
         if b"Thread" in output:
             return output.decode(errors="replace"), ""
         said = errors.decode(errors="replace").strip().splitlines()
@@ -69,3 +69,11 @@ async def _run(found: str, pid: int) -> tuple[str, str]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+
+
+async def _all(stream: asyncio.StreamReader) -> bytes:
+    """To its end, or so much of it as is kept."""
+    found = b""
+    while len(found) < OUTPUT_MAX and (piece := await stream.read(OUTPUT_MAX - len(found))):
+        found += piece
+    return found

@@ -49,9 +49,14 @@ model(torch.ones(1, 64)).sum().backward(); opt.step()
 own = cpu(tracked.own, 1000)
 versions = cpu(tracked.versions, 1000)
 write = cpu(lambda: page.write(round=1, step=1, phase="running", torn=False, marks_ns=(0, 0, 0, 0)))
-step = 2 * own + versions + 3 * write + 16 * ours
+def counted():
+    page.enter(0)
+    page.leave(0, time.monotonic_ns())
+counters = cpu(counted)
+step = 2 * own + versions + 3 * write + 16 * (ours + counters)
 print(json.dumps([
     {"what": "a collective", "us": round(ours, 1), "times": 16, "gloo group of one, us": round(gloo, 1)},
+    {"what": "its counters and how long it was waited for", "us": round(counters, 2), "times": 16},
     {"what": "own state", "us": round(own, 1), "times": 2},
     {"what": "versions of tracked tensors", "us": round(versions, 1), "times": 1},
     {"what": "record in the page", "us": round(write, 1), "times": 3},
