@@ -30,6 +30,7 @@ from msgspec.structs import replace
 from resilient.core.messages import Finding
 from resilient.wire.frames import HEADER, Decoder, encode
 from resilient_agents import instruments
+from resilient_agents.instruments import Choice
 from resilient_agents.probe import TIMEOUT_S, Absent, Roster, Surroundings
 from resilient_agents.sieve import LAYER, Sieve
 from resilient_agents.sightings import Sighted, Started
@@ -122,7 +123,7 @@ class Engine:
         surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read)
         context = Wanted(tuple(wanted.scopes), surroundings)
         with self._lock:
-            found = instruments.find(wanted.only, wanted.without)
+            found = instruments.find(Choice(only=wanted.only, without=wanted.without))
             posts = [_Post(name, load, self, context, once=once) for name, load in found.items() if name not in self._posts]
             self._posts |= {post.name: post for post in posts}
             self._changed = True
