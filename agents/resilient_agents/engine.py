@@ -9,7 +9,7 @@ probe's `timeout_s` is a finding "probe-hangs", or what the probe's `hangs(secon
 are over with the next check that returns well. What a probe gives that is no list of findings is a failure of the same sort. A probe is
 imported and made on its thread, too, under the same rules. `fd` becomes readable when there is something for `news` or `started`.
 
-Numbers: a thread that waits costs nothing; 16 probes wake up 4 times a second together. Cost of all: tests/bench/test_probe_cost.py.
+Numbers: a thread that waits costs nothing; 15 probes wake up 7 times a second together. Cost of all: tests/bench/test_probe_cost.py.
 Rejected: one process per probe (10 MB each); asyncio (a blocking read of /proc or of NVML stops all of them, and it is the ones that block
 that matter); killing a thread that hangs (there is no such thing: it stands in the kernel).
 """
