@@ -27,6 +27,13 @@ class Choice(NamedTuple):
     only: tuple[str, ...] = ()  # () = all
     without: tuple[str, ...] = ()
 
+    def wants(self, name: str) -> bool:
+        """Whether this one is among them."""
+        return self.on and (not self.only or name in self.only) and name not in self.without
+
+
+ALL: Final = Choice()
+
 
 def choice(text: str) -> Choice:
     """What `--probes` says: "auto" (all), "off", names (only these), or names with "no-" before them (all but these)."""
@@ -46,7 +53,7 @@ def choice(text: str) -> Choice:
     return Choice(only=() if without else names, without=without)
 
 
-def find(only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> dict[str, Callable[[], Any]]:
+def find(chosen: Choice = ALL) -> dict[str, Callable[[], Any]]:
     """Name -> what imports it, in the order of the names."""
     points = {point.name: point.load for point in metadata.entry_points(group=GROUP)}
-    return {name: points[name] for name in sorted(points) if (not only or name in only) and name not in without}
+    return {name: points[name] for name in sorted(points) if chosen.wants(name)}

@@ -227,8 +227,8 @@ class Probing:
                 return f"{who} has ended"
             except ProtocolError as error:
                 return f"{who} talks nonsense ({error})"
-            if isinstance(message, Sighted):
-                self._tell(message.findings)
+            if isinstance(message, Sighted):  # a daemon has its own choice of probes, and this run another
+                self._tell(tuple(f for f in message.findings if who == "prober" or f.layer == LAYER or self._senses.choice.wants(f.probe)))
             elif isinstance(message, Started):
                 if not message.threads and not message.absent:
                     log.warning("%s: no probe is installed (entry points %s); is the package's installation older than it?", who, GROUP)

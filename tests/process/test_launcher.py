@@ -165,10 +165,10 @@ def test_a_dead_zygote_and_a_dead_store_are_replaced(start: Start, script: Calla
     run.said("up", 2)
     ranks = run.pids(2)
     others = run.look() - set(ranks)
-    assert len(others) == 2  # zygote and store
+    assert len(others) == 3  # zygote, store and prober
     for pid in others:
         os.kill(pid, signal.SIGKILL)
-    wait_for("two new ones", lambda: len(run.look() - set(ranks) - others) >= 2)
+    wait_for("three new ones", lambda: len(run.look() - set(ranks) - others) >= 3)
     assert run.process.poll() is None
     run.process.terminate()
     run.wait(30.0)

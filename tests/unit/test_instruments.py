@@ -42,9 +42,14 @@ def test_what_may_not(doors, text, why):
 
 def test_strangers_stand_beside_ours_and_nothing_is_imported_to_find_them(doors):
     assert set(find()) >= {*ours(), "strange"}
-    assert set(find(only=("strange", "disk"))) == {"strange", "disk"}
-    assert "strange" not in find(without=("strange",))
+    assert set(find(Choice(only=("strange", "disk")))) == {"strange", "disk"}
+    assert "strange" not in find(Choice(without=("strange",)))
     assert "nowhere" not in sys.modules
+
+
+def test_what_is_wanted():
+    assert Choice().wants("x") and not Choice(on=False).wants("x")
+    assert Choice(only=("x",)).wants("x") and not Choice(only=("y",)).wants("x") and not Choice(without=("x",)).wants("x")
 
 
 @pytest.mark.parametrize("name", ours())

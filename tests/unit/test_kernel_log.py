@@ -70,3 +70,51 @@ def test_a_fifo_may_be_written_by_one_after_another(root):
 def test_a_tree_without_a_log_has_none(tmp_path):
     with pytest.raises(Absent):
         KernelLog(Surroundings(root=str(tmp_path)))
+
+
+class Closed(Surroundings):
+    """This machine, with a kernel log that is closed to us."""
+
+    def path(self, absolute: str) -> str:
+        return "/nowhere" + absolute
+
+
+@pytest.fixture
+def journalctl(tmp_path, monkeypatch):
+    """A journal that says one line, each time that it is asked, and then stays or ends."""
+
+    def write(then: str) -> None:
+        program = tmp_path / "journalctl"
+        program.write_text(f"#!/bin/sh\necho '{LOST.replace(chr(39), '')}'\n{then}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return write
+
+
+def test_where_the_log_is_closed_the_journal_is_the_source_and_ends_with_us(journalctl):
+    journalctl("exec sleep 60")
+    probe = KernelLog(Closed())
+    assert probe.note.startswith("journalctl (/nowhere/dev/kmsg: ")
+    (found,) = probe.check(time.monotonic())
+    assert (found.kind, found.device) == ("xid", "pci:0000:3b:00")
+    probe._child.kill()
+    probe._child.wait()
+    probe._child.stdout.close()
+
+
+def test_a_journal_that_ends_is_asked_again(journalctl):
+    journalctl("exit 3")
+    probe = KernelLog(Closed())
+    for _ in range(2):
+        assert len(probe.check(time.monotonic())) == 1
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            probe.check(time.monotonic())
+    probe._child.wait()
+    probe._child.stdout.close()
+
+
+def test_where_there_is_no_journal_either_there_is_nothing(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Absent, match="no journalctl"):
+        KernelLog(Closed())
