@@ -66,7 +66,7 @@ def classify(text: str, stream: str) -> Finding:
     text = plain(text)
     found = catalogue.candidates(text.lower())
     if not found:
-        return NOTHING if "Error: " not in text and "Exception: " not in text or stream == "kmsg" else _single(text, stream)
+        return NOTHING if ("Error: " not in text and "Exception: " not in text) or stream == "kmsg" else _single(text, stream)
     if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
         return _QUIET[found[0].layer]
     return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
