@@ -145,3 +145,34 @@ def test_a_malformed_entry_is_named():
     ):
         with pytest.raises(ValueError, match="x:1"):
             list(catalogue._read("x.toml", {"line": [raw]}))
+
+
+KERNEL_COATS = [
+    "[733102.551930] {}",
+    "[Fri Jul  4 10:29:37 2025] {}",
+    "<3>[ 1234.567890][ T4711] {}",
+    "6,1234,98765432,-;{}",
+    "kern  :err   : 2025-01-21T04:41:44,285060+00:00 {}",
+]
+SYSLOG_COATS = ["Mar 11 02:41:50 n7 kernel: [733102.551930] {}", "2025-03-11T02:41:50.123456+00:00 n7 kernel: {}", "kernel: {}"]
+WORKER_COATS = ["[rank3]: {}", "[default0]:[rank3]:{}", "2025-03-11T02:41:50.123456789Z stderr F {}", "\x1b[31m{}\x1b[0m", "(RayTrainWorker pid=123, ip=10.0.0.1) {}", "[1,3]<stderr>:{}", "2025-03-11 02:41:50,123 {}", "{}\r"]  # fmt: skip
+
+
+def test_what_logging_puts_around_a_text_does_not_change_what_it_means():
+    wrong = []
+    for stream, _, raw in FORMS:
+        text = raw.replace("\\n", "\n")
+        plain = classify(text, stream).class_
+        coats = (
+            [("kmsg", KERNEL_COATS), ("syslog", SYSLOG_COATS)]
+            if stream == "kmsg"
+            else [(stream, WORKER_COATS)]
+            if stream != "syslog"
+            else []
+        )
+        for as_stream, some in coats:
+            for coat in some:
+                wrapped = "\n".join(coat.replace("{}", line) for line in text.split("\n"))
+                if classify(wrapped, as_stream).class_ != plain:
+                    wrong.append((coat, plain, raw[:80]))
+    assert not wrong

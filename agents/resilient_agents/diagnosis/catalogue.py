@@ -213,7 +213,8 @@ def _index() -> dict[str, tuple[tuple[int, Entry], ...]]:
             usable = WORD.findall(words)
             if not usable:
                 raise ValueError(f"catalogue entry {entry.number}: no word of three letters in {words!r}")
-            key = max(usable, key=lambda word: (word not in COMMON, len(word)))
+            # rare words first; the last one of a literal may go on in a line ("uncorrect")
+            key = max(usable, key=lambda word, of=words: (word not in COMMON, not of.endswith(word), len(word)))
             found.setdefault(key, []).append((place, entry))
     return {key: tuple(entries) for key, entries in found.items()}
 

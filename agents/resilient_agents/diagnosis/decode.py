@@ -205,11 +205,12 @@ def dataloader(found: dict[str, str], _text: str) -> dict[str, Any]:
     return {"code": {"killed": "SIGKILL", "aborted": "SIGABRT", "segmentation fault": "SIGSEGV", "terminated": "SIGTERM"}.get(word, "")}
 
 
-def cudalib(found: dict[str, str], _text: str) -> dict[str, Any]:
+def cudalib(found: dict[str, str], text: str) -> dict[str, Any]:
     """A library's status: what the arguments caused is the user's."""
-    code = found["code"].upper().replace(" ", "_")
+    status = re.search(r"[A-Z]+_STATUS_(?!SUCCESS)\w+", text)
+    code = status[0] if status else found["code"]
     mine = code.endswith(("_ALLOC_FAILED", "_NOT_SUPPORTED", "_BAD_PARAM", "_INVALID_VALUE", "_ARCH_MISMATCH", "_INVALID_SIZE"))
-    return {"code": found["code"], "class_": "user" if mine else "app-restart", "role": "cause" if mine else "symptom"}
+    return {"code": code, "class_": "user" if mine else "app-restart", "role": "cause" if mine else "symptom"}
 
 
 def srun(found: dict[str, str], text: str) -> dict[str, Any]:

@@ -40,7 +40,9 @@ _COATS: Final = tuple(
         r"(?P<srun>\d{1,5}): {1,2}(?=\S)",  # srun --label
     )
 )
+_TAGGED: Final = re.compile(_TAG)
 _HOST_TAG: Final = re.compile(rf"(?P<host>[A-Za-z][\w.-]{{0,63}}) {_TAG}")
+_RSYSLOG: Final = re.compile(r"\d{4}-\d\d-\d\dT[^,]*$")
 _ONLY_TAG: Final = re.compile(r"(?P<tag>[a-z][\w.@()-]{1,60})\[\d{1,10}\]: ?(?! ?(?:segfault|general protection|trap |unhandled))")
 _DOCKER: Final = re.compile(r'\{"log":"((?:[^"\\]|\\.){0,60000})')
 
@@ -83,15 +85,21 @@ def peel(line: str) -> Peeled:
             tag = "kernel"
         if t is None or not wall:
             t, wall = _time(found, t, wall=wall)
-        if found.get("bsd") or (found.get("iso") and not found.get("cri")):
-            host = _HOST_TAG.match(line) if found.get("iso") else None
-            named = host or _HOST_TAG.match("h " + line)
-            if named and (host or found.get("bsd")):
-                tag = named["tag"]
-                line = line[named.end() - (0 if host else 2) :]
+        if named := _program(line, match[0], found, kernel=tag == "kernel"):
+            tag, line = named["tag"], line[named.end() :]
     if (own := _ONLY_TAG.match(line)) and tag in {"", "kernel"}:
         tag, line = own["tag"], line[own.end() :]
     return Peeled(line, tag.lower(), rank, t, wall)
+
+
+def _program(line: str, coat: str, found: dict[str, str | None], *, kernel: bool) -> re.Match[str] | None:
+    """The program that syslog names after the date; dmesg and programs write a date, too, but no host after it."""
+    if found.get("bsd"):
+        return _TAGGED.match(line)  # the host is off already
+    if not found.get("iso") or found.get("cri") or kernel:
+        return None
+    named = _HOST_TAG.match(line)
+    return named if named and (_RSYSLOG.match(coat) or named["tag"] == "kernel") else None
 
 
 def _time(found: dict[str, str | None], t: float | None, *, wall: bool) -> tuple[float | None, bool]:

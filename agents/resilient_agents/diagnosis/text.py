@@ -106,13 +106,24 @@ def _findings(lines: list[str], stream: str) -> Iterator[Finding]:
                 yield finding
         return
     by_rank: dict[str, list[Peeled]] = {}
+    before = ""
     for line in lines:
         peeled = peel(line)
+        before = before or _before(peeled.text)
+        if before and peeled.text.startswith(before):
+            peeled = peeled._replace(text=peeled.text[len(before) :])
         by_rank.setdefault(peeled.rank, []).append(peeled)
     for rank, peeled_lines in by_rank.items():
         for line, message in traces.told([it.text for it in peeled_lines]):
             if line.strip() and (finding := _judge(line, Peeled(line, rank=rank), stream, message=message)):
                 yield finding
+
+
+def _before(text: str) -> str:
+    """What a logger of its own kind puts before a traceback, and then before each of its lines."""
+    place = text.lower().find(traces.START)
+    before = text[:place] if 0 < place < 120 else ""
+    return "" if before.strip().lower() == "original" else before
 
 
 def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool = False) -> Finding | None:
