@@ -27,7 +27,7 @@ class Door:
     def __call__(self, kind, class_="", node="n1", probe="kernel-log", ranks=(1,), after=0.0, **facts):
         self.now += after
         finding = Finding(seq=1, kind=kind, class_=class_, probe=probe, ranks=ranks, **facts)
-        return self.triage.take(finding, node, self.now, self.nodes, PLACES)
+        return self.triage.take(finding, node, self.now, self.nodes, PLACES, len(self.nodes))
 
     @property
     def wishes(self):
