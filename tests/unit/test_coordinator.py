@@ -595,9 +595,11 @@ def test_a_rule_may_have_a_worker_renewed():
 def test_a_run_that_waits_for_admission_says_who_failed_what():
     h = House(nodes_min=2, nodes_max=2, join_timeout_s=60.0)
     h.report()
-    h.report("n1", admitted=False, admission="disk: 3 MB/s, 200 expected")
-    assert h.coordinator.stage == "gathering"
-    h(Tick(), after=61.0)
+    for _ in range(12):
+        assert h.coordinator.stage == "gathering"
+        h.report("n1", after=5.0, admitted=False, admission="disk: 3 MB/s, 200 expected")
+        h.report()
+    h(Tick(), after=1.0)
     assert "1 of 2 nodes came; n1 is not admitted: disk: 3 MB/s, 200 expected" in h.coordinator.message
 
 
