@@ -137,7 +137,9 @@ class Casebook:
     def shared(self, finding: Finding, node: str, now: float, alive: int) -> int:
         """On how many nodes it is, if these are so many that it is nobody's own; else 0."""
         key, limits = (finding.kind, finding.code), self.limits
-        nodes = {n: at for n, at in self._nodes.get(key, {}).items() if now - at <= limits.shared_window_s}
+        nodes = self._nodes.get(key, {})
+        if now > self._shared.get(key, -math.inf):  # else it is known, and of thousands of nodes each need not look at all
+            nodes = {n: at for n, at in nodes.items() if now - at <= limits.shared_window_s}
         nodes[node] = now
         self._nodes[key] = nodes
         if len(self._nodes) > KINDS_MAX:

@@ -325,7 +325,7 @@ class Coordinator:
 
     def _triage_one(self, finding: Finding, node: Node, now: float) -> Seen | None:
         """What a probe saw; returned if it may be the cause of something, and is new."""
-        taken = self._triage.take(finding, node.name, now, self.nodes, self.round.seating.places)
+        taken = self._triage.take(finding, node.name, now, self.nodes, self.round.seating.places, len(self.nodes) - self._lost)
         told = taken.told and (self.incident is None or finding.role == "cause")
         if told:
             self._tell_finding(taken.finding, taken.verdict, taken.node)
@@ -358,7 +358,8 @@ class Coordinator:
             if not self.incident.heard:
                 self.incident.heard = True
                 seen = self._triage.casebook.lately(now, self.incident.failures)
-            self.incident.explain(seen)
+            if seen:
+                self.incident.explain(seen)
         elif seen and (past := self._past) is not None:
             late = past.late(seen, now, self._triage.book.limits.after_s)
             if late and past.explain(late):

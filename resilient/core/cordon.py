@@ -14,6 +14,7 @@ on the word of one broken probe).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -83,7 +84,7 @@ class Cordons:
         if key in self.done or (key in self.wishes and self.wishes[key].verdict == wish.verdict) or len(self.wishes) >= WISHES_MAX:
             return False
         self.wishes[key] = wish
-        self._due = -NEVER
+        self._due = min(self._due, wish.not_before)
         return True
 
     def act(self, now: float, domains: Mapping[str, str]) -> list[Closed]:
@@ -91,37 +92,38 @@ class Cordons:
         if now < self._due:
             return []
         closed: list[Closed] = []
+        sizes = Counter(domains.values())
+        sick = Counter(domains[n] for n in (self.nodes | {w.node for w in self.wishes.values()}) & domains.keys())
+        rates = {domain: self._rate(domain, sizes, sick) for domain in sizes}
         for wish in sorted(self.wishes.values(), key=lambda w: (w.verdict != "evict", w.not_before, w.key)):
             if now < wish.not_before or wish.node not in domains:
                 continue
             if wish.node not in self.nodes:
-                if now < self._may(wish.node, now, domains):
+                domain = domains[wish.node]
+                if now < self._may(domain, rates[domain]):
                     continue
+                self._next[domain] = now + 1.0 / rates[domain]
                 closed.append(Closed(wish.node, wish))
                 self.nodes |= {wish.node}
             del self.wishes[wish.key]
             self.done[wish.key] = wish
-        times = [max(w.not_before, self._may(w.node, now, domains, take=False)) for w in self.wishes.values() if w.node in domains]
+        here = [(w, domains[w.node]) for w in self.wishes.values() if w.node in domains]
+        times = [max(w.not_before, self._may(domain, rates[domain])) for w, domain in here]
         self._due = min(times, default=NEVER)
         return closed
 
-    def _may(self, node: str, now: float, domains: Mapping[str, str], *, take: bool = True) -> float:
-        """When this node may be closed; takes the domain's turn if that is now."""
-        s, domain = self._limits, domains[node]
-        sick = (self.nodes | {w.node for w in self.wishes.values()}) & domains.keys()
-        size = sum(d == domain for d in domains.values())
-        here = sum(domains[n] == domain for n in sick)
-        rate = s.cordons_per_s
-        if len(sick) == len(domains):
-            rate = 0.0
-        elif here < size and here >= s.unhealthy_nodes and here >= s.unhealthy_share * size:
-            rate = s.reduced_per_s if size > s.large_nodes else 0.0
-        if rate <= 0:
-            return NEVER
-        at = self._next.get(domain, -NEVER)
-        if take and now >= at:
-            self._next[domain] = now + 1.0 / rate
-        return at
+    def _rate(self, domain: str, sizes: Mapping[str, int], sick: Mapping[str, int]) -> float:
+        """How many nodes of this domain may be closed in a second. sick: those that are closed, or should be."""
+        s, size, here = self._limits, sizes[domain], sick[domain]
+        if sum(sick.values()) == sum(sizes.values()):
+            return 0.0
+        if here < size and here >= s.unhealthy_nodes and here >= s.unhealthy_share * size:
+            return s.reduced_per_s if size > s.large_nodes else 0.0
+        return s.cordons_per_s
+
+    def _may(self, domain: str, rate: float) -> float:
+        """When the next node of this domain may be closed."""
+        return self._next.get(domain, -NEVER) if rate > 0 else NEVER
 
     def changed(self) -> None:
         """The fleet has: what could not be done may be possible now."""

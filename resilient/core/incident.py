@@ -23,7 +23,7 @@ from resilient.core.policy import Verdict
 
 _WEIGHT = {"ignore": 0, "watch": 1, "cordon": 2, "restart": 3, "replace": 4, "evict": 5, "halt": 6}  # which of several is the cause
 COMPLAINTS = ("suspect", "stalled")  # of those that wait for somebody else, as like as not
-EVIDENCE_MAX, SEEN_MAX = 16, 256
+EVIDENCE_MAX, SEEN_MAX, FAILURES_MAX = 16, 64, 32  # a storm is looked through with every fault that it brings
 TEXT_MAX = 160
 
 
@@ -57,7 +57,7 @@ class Incident:
         """A finding that belongs to it; the first one of the greatest weight is the cause."""
         self.consequences += finding.count
         failures = self._complaints if finding.consequence or finding.kind in COMPLAINTS else self.failures
-        if len(failures) < SEEN_MAX:
+        if len(failures) < FAILURES_MAX:
             failures.append((node, NONE if finding.kind == "node_lost" else finding.rank))
         weight = 0 if finding.consequence else _WEIGHT[verdict.verdict]
         if weight > self._weight:

@@ -58,8 +58,8 @@ class Triage:
         self._strikes: deque[Strike] = deque(maxlen=STRIKES_MAX)
         self._heard: deque[tuple[Seen, frozenset[int] | None]] = deque(maxlen=64)  # hearsay that waits for a failure
 
-    def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> Taken:
-        """What a probe of `node` saw."""
+    def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place], alive: int) -> Taken:
+        """What a probe of `node` saw. alive: how many nodes live."""
         node, finding = about(finding, node, nodes, places)
         told = self.casebook.news(finding, node, now)
         if finding.clears:
@@ -73,7 +73,7 @@ class Triage:
             at = now - max(0.0, finding.age_s)
             taken.seen = seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
             if verdict.verdict in MOVES:
-                self._wish(taken, ruling, now, nodes, places)
+                self._wish(taken, ruling, now, alive, places)
             taken.seen = seen if self.casebook.note(seen) else None
         return taken
 
@@ -106,11 +106,10 @@ class Triage:
             counts.popleft()
         return sum(n for _, n in counts)
 
-    def _wish(self, taken: Taken, ruling: Ruling, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> None:
+    def _wish(self, taken: Taken, ruling: Ruling, now: float, alive: int, places: Mapping[int, Place]) -> None:
         """Ask for the node to be closed, unless that has to wait or it is not the node's fault."""
         finding, node, seen = taken.finding, taken.node, taken.seen
         assert seen is not None
-        alive = sum(n.alive for n in nodes.values())
         if ruling.proof and (many := self.casebook.shared(finding, node, now, alive)):
             seen.shared, seen.verdict = True, "watch"
             text = f"{seen.name.split(' on ')[0]} on {many} of {alive} nodes within {self.book.limits.shared_window_s:.0f} s"

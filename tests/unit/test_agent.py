@@ -11,6 +11,7 @@ from resilient.core.messages import (
     Assignment,
     Fenced,
     Fetch,
+    Finding,
     Join,
     Layout,
     Leave,
@@ -465,3 +466,76 @@ def test_logs_and_strangers(stage):
 def test_a_link_that_comes_back_gets_a_report(stage):
     assert of(stage(m.LinkUp()), m.SendReport)
     assert not of(stage(m.LinkDown()), m.SendReport)
+
+
+def see(stage, *findings):
+    stage(m.Probed(findings=tuple(Finding(seq=0, probe="kernel-log", **facts) for facts in findings)))
+    return {f.device: f for f in stage.report.findings if f.probe}
+
+
+def test_a_findings_device_is_somebodys(stage):
+    stage(m.Devices(local_ranks={"pci:0000:1a:00": 1}))
+    pid = stage.report.chairs[0].pid
+    forms = [
+        "rank:1",
+        "rank:9",
+        "local_rank:0",
+        f"pid:{pid}",
+        "pid:1",
+        "gpu:1",
+        "gpu:7",
+        "pci:0000:1a:00",
+        "pci:0000:ff:00",
+        "cpu:0",
+        "",
+        "dev:a,gpu:0",
+    ]
+    found = see(stage, *({"kind": "xid", "device": device} for device in forms))
+    assert {device: f.ranks for device, f in found.items()} == {
+        "rank:1": (1,),
+        "rank:9": (),
+        "local_rank:0": (0,),
+        f"pid:{pid}": (0,),
+        "pid:1": (),
+        "gpu:1": (1,),
+        "gpu:7": (),
+        "pci:0000:1a:00": (1,),
+        "pci:0000:ff:00": None,
+        "cpu:0": None,
+        "": None,
+        "dev:a,gpu:0": (0,),
+    }
+    assert found["gpu:1"].worker == stage.report.chairs[1].worker
+
+
+def test_a_dead_process_is_remembered_by_its_number(stage):
+    chair = stage.report.chairs[1]
+    stage(m.Exited(worker=chair.worker, exit_code=-9))
+    stage.assign(2, fence=1, round=2, put_down=(chair.worker,), fresh=False)
+    stage.running(round=2)
+    assert chair.worker not in stage.agent.crew.workers
+    assert see(stage, {"kind": "oom-host", "device": f"pid:{chair.pid}"})[f"pid:{chair.pid}"].ranks == (1,)
+
+
+def test_what_is_the_same_counts_as_one_and_a_storm_pushes_no_death_out(stage):
+    chair = stage.report.chairs[1]
+    stage(m.Exited(worker=chair.worker, exit_code=-9))
+    stage(m.Probed(findings=tuple(Finding(seq=0, kind="sxid", code=str(i % 400), probe="k", role="symptom") for i in range(800))))
+    stage(m.Probed(findings=(Finding(seq=0, kind="xid", code="79", probe="k"),)))
+    found = stage.report.findings
+    assert len(found) == 256
+    assert {f.kind for f in found} == {"exit", "sxid", "xid"}
+    assert {f.count for f in found if f.kind == "sxid"} == {2}
+    assert [f.seq for f in found] == sorted(f.seq for f in found)
+
+
+def test_a_gated_node_says_why_until_it_is_admitted():
+    stage = Stage(gated=True)
+    assert (stage.report.admitted, stage.report.admission) == (False, "its checks have not passed yet")
+    stage(m.Admitted(passed=False, why="disk: 3 MB/s"))
+    assert stage.report.admission == "its checks have not passed yet", "a better reason comes with the next report"
+    stage(m.Tick(), after=2.0)
+    assert stage.report.admission == "disk: 3 MB/s"
+    stage(m.Admitted(passed=True))
+    assert (stage.report.admitted, stage.report.admission) == (True, "")
+    assert Stage().report.admitted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import msgspec
 import pytest
 
@@ -26,6 +28,7 @@ from resilient.core.messages import (
 from resilient.core.placement import Place
 from resilient.core.round import Round
 from resilient.core.seating import Seating
+from resilient.rulebook import lay, shipped
 
 
 class House:
@@ -519,3 +522,109 @@ def test_replicas_that_differ_are_looked_into_by_the_leader_and_told():
     assert house.at("n0").compare is None
     assert house.coordinator.stage == "seated", "the run goes on"
     assert house.coordinator.status().replicas.differ == (0, 1)
+
+
+def saw(seq=1, kind="xid", class_="replace", **facts):
+    return Finding(seq=seq, kind=kind, class_=class_, probe=facts.pop("probe", "kernel-log"), **facts)
+
+
+@pytest.fixture
+def sick():
+    """Two nodes with two ranks each, and a third with room; one GPU of n1 is lost."""
+    h = House(nodes_min=2, nodes_max=2, rules=shipped())
+    h.report()
+    h.report("n1")
+    h.report(chairs=chairs())
+    h.report("n1", chairs=chairs(ranks=(2, 3)))
+    assert h.coordinator.state == "running"
+    return h
+
+
+def test_a_lost_gpu_breaks_the_round_only_where_there_is_room(sick):
+    sick.report("n1", chairs=chairs(ranks=(2, 3)), findings=(saw(code="79", device="gpu:0", ranks=(2,), rank=2),))
+    assert [line.node for line in sick.told(lines.NodeCordoned)] == ["n1"]
+    assert sick.coordinator.stage == "seated"
+    assert sick.coordinator.status().cordoned == ("n1",)
+    sick.report("n2", round=0)
+    assert sick.coordinator.stage == "broken"
+    for node, ranks in (("n0", (0, 1)), ("n1", (2, 3))):
+        sick.report(node, chairs=chairs(ranks=ranks), fenced=1)
+    sick(Tick(), after=1.0)
+    assert [s.rank for s in sick.at("n2").seats] == [2, 3]
+    assert [s.rank for s in sick.at("n1").seats] == []
+    assert set(sick.at("n1").put_down) == {"w2", "w3"}
+    assert sick.told(lines.RoundStarted)[-1].reason == "xid of rank 2"
+
+
+def test_moved_ranks_fetch_what_their_old_node_holds(sick):
+    sharded = tuple(msgspec.structs.replace(c, replicated=False, snapshots=(4, 5)) for c in chairs(ranks=(2, 3)))
+    others = tuple(msgspec.structs.replace(c, replicated=False, snapshots=(4, 5)) for c in chairs())
+    sick.report("n2", round=0)
+    sick.report("n1", chairs=sharded, findings=(saw(code="79", device="gpu:0", ranks=(2,), rank=2),))
+    sick.report("n0", chairs=others, fenced=1)
+    sick.report("n1", chairs=sharded, fenced=1)
+    sick(Tick(), after=1.0)
+    assert [(f.rank, f.step, f.tier, f.source) for f in sick.at("n2").fetch] == [(2, 5, "peer", "n1:7"), (3, 5, "peer", "n1:7")]
+    assert (sick.at("n2").plan.step, sick.at("n2").plan.tier) == (5, "peer")
+
+
+def test_who_holds_the_only_copy_stays(sick):
+    bare = [msgspec.structs.replace(c, replicated=False, own_steps=(), own_step=NONE) for c in (*chairs(), *chairs(ranks=(2, 3)))]
+    sick.report("n2", round=0)
+    sick.report("n1", chairs=tuple(bare[2:]), findings=(saw(code="79", device="gpu:0", ranks=(2,), rank=2),))
+    sick.report("n0", chairs=tuple(bare[:2]), fenced=1)
+    sick.report("n1", chairs=tuple(bare[2:]), fenced=1)
+    sick(Tick(), after=1.0)
+    assert [s.rank for s in sick.at("n1").seats] == [2, 3]
+    assert sick.at("n1").put_down == ()
+    assert sick.at("n1").plan.step == 5
+
+
+def test_a_rule_may_have_a_worker_renewed():
+    rules = lay(shipped(), tomllib.loads("[rule.xid-94]\nverdict = 'replace'"), "mine.toml")
+    h = House(rules=rules)
+    h.report()
+    h.report(chairs=chairs())
+    h.report(chairs=chairs(), findings=(saw(code="94", class_="app-restart", device="gpu:1", ranks=(1,), rank=1),))
+    assert h.coordinator.stage == "broken"
+    h.report(chairs=chairs(), fenced=1)
+    h(Tick(), after=1.0)
+    assert h.at().put_down == ("w1",)
+
+
+def test_a_run_that_waits_for_admission_says_who_failed_what():
+    h = House(nodes_min=2, nodes_max=2, join_timeout_s=60.0)
+    h.report()
+    for _ in range(12):
+        assert h.coordinator.stage == "gathering"
+        h.report("n1", after=5.0, admitted=False, admission="disk: 3 MB/s, 200 expected")
+        h.report()
+    h(Tick(), after=1.0)
+    assert "1 of 2 nodes came; n1 is not admitted: disk: 3 MB/s, 200 expected" in h.coordinator.message
+
+
+def test_an_admitted_node_is_counted_at_once():
+    h = House(nodes_min=2, nodes_max=2)
+    h.report()
+    h.report("n1", admitted=False)
+    h.report("n1", admitted=True)
+    assert h.coordinator.stage == "seated"
+
+
+def test_findings_of_probes_cost_no_incident_number_and_are_told_with_their_fields(sick):
+    sick.report(
+        "n1",
+        chairs=chairs(ranks=(2, 3)),
+        findings=(saw(kind="nvlink-replay", class_="app-restart", device="gpu:0", layer="nvlink", code="3", count=7),),
+    )
+    line = sick.told(lines.FindingLine)[-1]
+    assert (line.probe, line.class_, line.layer, line.code, line.device, line.count) == (
+        "kernel-log",
+        "app-restart",
+        "nvlink",
+        "3",
+        "gpu:0",
+        7,
+    )
+    assert sick.told(lines.VerdictLine)[-1].verdict == "watch"
+    assert sick.coordinator.incident is None

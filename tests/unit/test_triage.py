@@ -27,7 +27,7 @@ class Door:
     def __call__(self, kind, class_="", node="n1", probe="kernel-log", ranks=(1,), after=0.0, **facts):
         self.now += after
         finding = Finding(seq=1, kind=kind, class_=class_, probe=probe, ranks=ranks, **facts)
-        return self.triage.take(finding, node, self.now, self.nodes, PLACES)
+        return self.triage.take(finding, node, self.now, self.nodes, PLACES, len(self.nodes))
 
     @property
     def wishes(self):
@@ -92,11 +92,15 @@ def test_an_unknown_probe_is_not_believed(door):
 
 
 def test_a_threshold_counts_what_it_is_told(door):
-    verdicts = [door("ib-flap", device="dev:mlx5_0", probe="infiniband", ranks=None, after=1.0).verdict.verdict for _ in range(3)]
-    assert verdicts == ["watch", "watch", "cordon"]
-    other = [door("ib-flap", node="n2", device="dev:mlx5_0", probe="infiniband", ranks=None, after=400.0).verdict.verdict for _ in range(3)]
-    assert other == ["watch"] * 3, "ten minutes are over"
-    assert door("ib-flap", node="n3", probe="infiniband", ranks=None, count=3).verdict.verdict == "cordon"
+    text = "[rule.a]\nkind = 'ib-errors'\nclass = 'cordon'\nthreshold = 3\nwindow_s = 600"
+    door.triage = Triage(lay(shipped(), tomllib.loads(text), "mine.toml"), "run")
+
+    def verdicts(times, **facts):
+        return [door("ib-errors", probe="infiniband", ranks=None, **facts).verdict.verdict for _ in range(times)]
+
+    assert verdicts(3, device="dev:mlx5_0", after=1.0) == ["watch", "watch", "cordon"]
+    assert verdicts(3, node="n2", device="dev:mlx5_0", after=400.0) == ["watch"] * 3, "ten minutes are over"
+    assert verdicts(1, node="n3", count=3) == ["cordon"]
 
 
 def test_shared_is_nobodys_fault(door):
@@ -107,6 +111,11 @@ def test_shared_is_nobodys_fault(door):
     assert door.wishes == set()
     assert door("ib-link", "replace", node="n5", probe="infiniband", ranks=None, after=59.0).verdict.verdict == "watch"
     assert door("ib-link", "replace", node="n5", probe="infiniband", ranks=None, device="dev:x", after=200.0).verdict.verdict == "evict"
+
+
+def test_a_port_that_never_was_up_moves_nobody(door):
+    assert door("ib-link", "ignore", probe="infiniband", ranks=None).verdict.verdict == "ignore"
+    assert door.wishes == set()
 
 
 def test_other_codes_are_other_faults(door):
