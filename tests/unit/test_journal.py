@@ -46,7 +46,7 @@ def test_status_has_the_fixed_fields_and_is_replaced_whole(journal):
         journal.status(status(ranks=(lines.RankStatus(rank=0, node="n0", local_rank=0, pid=7, step=step),)))
         found = json.loads((journal.directory / "status.json").read_text())
         assert set(found) == {"run_id", "state", "round", "world_size", "ranks", "standbys", "checkpoint", "replicas", "updated_at"}
-        assert found["ranks"] == [{"rank": 0, "node": "n0", "local_rank": 0, "pid": 7, "step": step}]
+        assert found["ranks"] == [{"rank": 0, "node": "n0", "local_rank": 0, "pid": 7, "step": step, "waits": None, "slower": None}]
         assert found["standbys"] == [{"node": "n0", "pid": 8, "shadow": 0, "ready": True}]
     assert sorted(path.name for path in journal.directory.iterdir()) == ["events.jsonl", "status.json"]
 
