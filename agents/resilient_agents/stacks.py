@@ -21,6 +21,7 @@ import sys
 from typing import Final
 
 PEEP_S: Final = 2.0  # fifty times what it takes on an idle machine
+BURIAL_S: Final = 0.2  # from a kill to the end
 AT_ONCE: Final = 4
 OUTPUT_MAX: Final = 1 << 20
 
@@ -69,6 +70,8 @@ async def _run(found: str, pid: int) -> tuple[str, str]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+        with contextlib.suppress(TimeoutError):  # somebody else (orphans.py) may have collected it
+            await asyncio.wait_for(process.wait(), BURIAL_S)
 
 
 async def _all(stream: asyncio.StreamReader) -> bytes:

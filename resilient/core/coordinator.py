@@ -63,6 +63,7 @@ LATE_REPORTS = 2  # in whose time the last words of an agent that is gone have c
 HEARTBEAT_S = 3.0  # and to a node that has it, this often, so that agents can tell a dead coordinator from a quiet one
 MARKER_S = 60.0  # storage that has taken the files takes a line of JSON sooner than this, or not at all
 STATUS_S = 1.0
+CULPRIT_S = 0.01  # for each thousand ranks, between two looks at all of them
 QUIET_FROM, QUIET_STEP_S, QUIET_MAX_S = 3, 1.0, 30.0  # after so many fruitless rounds, wait longer before each next one
 FOREIGN_S = 60.0  # a group that does not use this library has come somewhere when it has run this long
 FAILURES = ("exit", "exception", "stopped", "fork_failed")  # of a worker; what was seen around one explains it
@@ -108,7 +109,7 @@ class Coordinator:
         self._enough: float | None = None  # gathering: since when there are `nodes_min`
         self._finish_by = NEVER  # seated, all ranks have finished: until when the last marker may take
         self._lack, self._patience = "", NEVER  # broken: what is missing for the next round, and until when it may be
-        self._status_at = 0.0
+        self._status_at = self._culprit_at = 0.0
         self._out: list[CoordinatorAction] = []
 
     # ------------------------------------------------------------------ the contract
@@ -379,7 +380,8 @@ class Coordinator:
         """Whatever is due."""
         if self.stage == "gathering":
             self._gather(now)
-        if self.stage == "seated" and self._court.standstill.found:
+        if self.stage == "seated" and self._court.standstill.found and now >= self._culprit_at:
+            self._culprit_at = now + CULPRIT_S * (len(self.round.seating.places) // 1000)
             self._find_culprit(now)
         if self.stage in ("seated", "broken"):
             self._close_nodes(now)

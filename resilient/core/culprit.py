@@ -34,6 +34,7 @@ from resilient.core.messages import Chair, Finding, Msg, Record, VerdictName, pa
 
 PATIENCE: Final = 3.0  # as in hang.py: a pause three times as long as one that was seen
 
+LATE_MAX: Final = 64  # of those who are missing in one operation, looked at at a time: of the others the next round tells
 WAITED_S: Final = 3.0  # inside an operation, until it counts as waiting in vain: a waiter's own bound may be that of a compile
 MOVING_S: Final = 1.0  # whose page has moved since then
 Edges = dict[int, dict[int, str]]  # rank -> rank it waits for -> in what
@@ -74,17 +75,23 @@ def _edges(active: Mapping[int, Record], stalled: Collection[int]) -> Edges:
             if name > 0:
                 members.setdefault(name, []).append(rank)
     edges: Edges = {}
+    late: dict[tuple[int, int], list[int]] = {}  # (group, operation) -> who has not begun it
     known = [rank for rank, record in active.items() if rank in stalled or _waits(record)]
+    met = set(known)
     for rank in known:  # grows while it is walked
         for name, tally in counters[rank].items():
             if tally.entered <= tally.completed:
                 continue
             wanted = tally.completed + 1
             others = members[name] if name > 0 else [other for other in pair_of(name) if other in active and counters[other]]
-            late = [o for o in others if o != rank and (name not in counters[o] or counters[o][name].entered < wanted)]
-            for other in late:
-                edges.setdefault(rank, {})[other] = f"operation {wanted} of {_named(name, others)}"
-            known += [other for other in late if other not in known]
+            if (missing := late.get((name, wanted))) is None:
+                missing = [o for o in others if name not in counters[o] or counters[o][name].entered < wanted][:LATE_MAX]
+                late[name, wanted] = missing
+            if missing:
+                where = f"operation {wanted} of {_named(name, others)}"
+                edges.setdefault(rank, {}).update(dict.fromkeys(missing, where))
+                known += [other for other in missing if other not in met]
+                met.update(missing)
     return edges
 
 
@@ -95,7 +102,7 @@ def _waits(record: Record) -> bool:
 def _named(name: int, members: Collection[int]) -> str:
     if name < 0:
         return "what ranks {} and {} send to each other".format(*pair_of(name))
-    return f"the group of ranks {listed(sorted(members))}"
+    return f"the group of ranks {listed(members)}"
 
 
 def _follow(edges: Edges, active: Mapping[int, Record], stalled: Collection[int], pauses: Mapping[int, float]) -> Blame:
@@ -107,9 +114,11 @@ def _follow(edges: Edges, active: Mapping[int, Record], stalled: Collection[int]
     ends = sorted(waited_for.keys() - edges.keys())
     if not ends:
         return _ring(edges, active, stalled)
-    if moving := [rank for rank in ends if rank not in stalled]:
+    guilty = [rank for rank in ends if rank in stalled]
+    moving = [rank for rank in ends if rank not in stalled and not (guilty and active[rank].section)]
+    if moving:
         return Blame(wait=True, why=f"rank {moving[0]} has not arrived yet, and there is a reason or time for that")
-    arrived = list(edges)
+    ends, arrived = guilty, list(edges)
     if any(_inside(active[rank]) and not _alone_inside(rank, active) for rank in ends):
         return Blame(why=f"ranks {listed(ends)} and all that they wait for are in one operation that does not end: a link, or a library")
     if _early(ends, arrived, active, pauses):

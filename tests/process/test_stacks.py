@@ -43,7 +43,7 @@ def test_a_process_that_holds_the_gil_and_one_that_is_stopped(number: int) -> No
             child.kill()
     if "ermission" in why:
         pytest.skip(why)
-    assert "stuck (<string>:5)" in found, why
+    assert "stuck (<string>:" in found, why
 
 
 def test_why_there_is_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
@@ -53,7 +53,7 @@ def test_why_there_is_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib
     assert not found
     assert why
     slow = tmp_path / "py-spy"
-    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr(stacks, "program", lambda: str(slow))
     monkeypatch.setattr(stacks, "PEEP_S", 0.2)

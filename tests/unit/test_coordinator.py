@@ -24,6 +24,7 @@ from resilient.core.messages import (
     Report,
     Standby,
     Sum,
+    Tally,
 )
 from resilient.core.placement import Place
 from resilient.core.round import Round
@@ -495,6 +496,39 @@ def test_when_all_wait_inside_the_round_is_formed_again(house):
     assert house.at().fence == 1
     house.report(chairs=inside, fenced=1, after=0.3)
     assert (house.coordinator.round.number, house.at().put_down) == (2, ())
+
+
+def test_in_shadow_mode_a_hang_is_told_and_nobody_is_touched():
+    house = House(hang="report")
+    house.report()
+    inside = {"entered": 6, "completed": 5}
+    both = chairs()
+    both = (msgspec.structs.replace(both[0], record=msgspec.structs.replace(both[0].record, **inside)), both[1])
+    house.report(chairs=both, findings=(stalled(0, 1), stalled(1, 2)))
+    stopped = Finding(seq=3, kind="stopped", rank=1, worker="w1", round=1)
+    house.report(chairs=both, findings=(stalled(0, 1), stalled(1, 2), stopped))
+    assert {line.verdict for line in house.told(lines.VerdictLine)} == {"watch"}
+    assert [line.rank for line in house.told(lines.VerdictLine) if "--hang report" in line.why] == [1, 1]
+    assert (house.coordinator.stage, house.at().fence, house.at().evidence) == ("seated", 0, 1)
+    assert not house.coordinator._court.condemned
+
+
+def test_ranks_that_wait_for_each_other_are_given_one_more_try(house):
+    crossed = []
+    for chair in chairs():
+        groups = tuple(Tally(name, 2 + (name == 7 + chair.rank), 2) for name in (7, 8))
+        crossed.append(msgspec.structs.replace(chair, record=msgspec.structs.replace(chair.record, entered=5, completed=4, groups=groups)))
+    house.report(chairs=crossed, findings=(stalled(0, 1), stalled(1, 2)))
+    told = [line for line in house.told(lines.FindingLine) if line.kind == "collective-order"]
+    assert [line.rank for line in told] == [0, 1]
+    house.report(chairs=crossed, fenced=1)
+    house(Tick(), 0.3)
+    assert (house.coordinator.round.number, house.at().put_down) == (2, ())
+    again = [msgspec.structs.replace(c, record=msgspec.structs.replace(c.record, round=2)) for c in crossed]
+    house.report(chairs=again, round=2, findings=(stalled(0, 3), stalled(1, 4)))
+    house(Tick(), 6.0)
+    assert house.at().state == "failed"
+    assert "different order" in house.at().message
 
 
 def test_replicas_that_differ_are_looked_into_by_the_leader_and_told():

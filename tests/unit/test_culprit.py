@@ -153,6 +153,17 @@ def test_who_is_missed_but_moves_or_has_a_reason_is_waited_for():
     assert blame([*waiting, moves], {0, 1}).wait
 
 
+def test_a_section_elsewhere_excuses_nobody():
+    chairs = [counted(0, (WORLD, 5, 4)), counted(1, (WORLD, 4, 4)), counted(2, (WORLD, 4, 4), section=True)]
+    assert blame(chairs, {0, 1}).ranks == (1,)
+
+
+def test_a_hundred_thousand_ranks_of_which_half_are_missing():
+    """The work is bounded: not every one of those who wait is compared with every one of those who are missing."""
+    many = [counted(rank, (WORLD, 5, 4)) if rank % 2 else counted(rank, (WORLD, 4, 4)) for rank in range(20_000)]
+    assert len(blame(many, set(range(20_000))).ranks) == 64
+
+
 def test_crossed_orders_are_the_programs_mistake():
     chairs = [counted(0, (LEFT, 3, 2), (RIGHT, 2, 2)), counted(1, (LEFT, 2, 2), (RIGHT, 3, 2))]
     found = blame(chairs, {0, 1})
