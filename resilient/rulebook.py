@@ -95,7 +95,7 @@ def _rule(before: Rule | None, name: str, given: Any, kinds: Iterable[str], file
     rule: Rule = _convert(fields, Rule, where)
     if not any(fields.get(key) for key in FIT):
         raise ConfigError(f"{where}: it fits every finding; one of {', '.join(FIT)} expected")
-    if rule.threshold < 1 or min(rule.window_s, rule.hold_s, rule.repeats, rule.repeats_s) < 0:
+    if rule.threshold < 1 or min(rule.window_s, rule.hold_s, rule.repeats, rule.repeats_s, rule.jobs, rule.jobs_s) < 0:
         raise ConfigError(f"{where}: threshold has to be 1 or more, and no number may be negative")
     _harmless(rule.class_ or rule.given, rule.verdict or "watch", f"rule {name!r}", file)
     if rule.kind in OPEN and rule.verdict not in (None, *HARMLESS):

@@ -180,6 +180,14 @@ class Engine:
         with self._lock:
             return self._sieve.matters(time.monotonic())
 
+    def add(self, name: str, findings: Sequence[Finding]) -> None:
+        """What somebody else in this process knows to be the matter now, as if a probe `name` had given it."""
+        with self._lock:
+            told = self._sieve.take(name, findings, time.monotonic(), lasting=True)
+            self._news += told
+            if told:
+                os.eventfd_write(self.fd, 1)
+
     def counts(self) -> dict[tuple[str, str, str], int]:
         """(probe, kind, class) -> how many were seen."""
         with self._lock:

@@ -34,11 +34,12 @@ from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
 from resilient_agents.instruments import Choice, choice
 from resilient_agents.probe import GROUP, Roster, Watched
 from resilient_agents.sieve import LAYER
-from resilient_agents.sightings import Begin, Sighted, Started, Up
+from resilient_agents.sightings import Begin, Hello, Sighted, Started, Up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+NOBODY: Final = Hello()
 DEATHS_MAX: Final = 5
 DEATHS_S: Final = 600.0
 CULPRIT_TIMES: Final = 2
@@ -61,13 +62,14 @@ class Senses:
     root: str = "/"
     daemon: str = ""  # its socket; "" = do not look for one
     places: Roster = field(default_factory=Roster)  # its directories; nobody is in it
+    hello: Hello = NOBODY  # what the daemon is told
 
 
-def senses(probes: str, root: str, daemon: str, run_dir: str, checkpoint: str, memory_dir: str) -> Senses:
+def senses(probes: str, root: str, daemon: str, run_dir: str, checkpoint: str, memory_dir: str, *, hello: Hello = NOBODY) -> Senses:
     """From the options of the same names. Raises ConfigError."""
     path = checkpoint.removeprefix("file://")
     directory = os.path.abspath(path) if path and "://" not in path else ""
-    return Senses(choice(probes), root, daemon, Roster(run_dir=run_dir, checkpoint=directory, memory_dir=memory_dir))
+    return Senses(choice(probes), root, daemon, Roster(run_dir=run_dir, checkpoint=directory, memory_dir=memory_dir), hello)
 
 
 class Probing:
@@ -144,6 +146,7 @@ class Probing:
             log.warning("%s: a daemon of root or of user %d expected, one of user %d found; it is not used", path, os.geteuid(), uid)
             writer.transport.abort()
             return None
+        writer.write(encode(self._senses.hello))
         return reader, writer
 
     async def _follow_daemon(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,8 +1,9 @@
 """Sightings: what a prober and whoever listens to it tell each other.
 
 Contract: frames (wire/frames.py) over a socketpair (the agent's own prober) or over the Unix socket of a `resilient-agent`. An agent says
-`Begin` and `Roster` to its own prober; to a daemon nobody says anything, so that it can be open to every user of the node. A prober says
-`Started` first, then `Sighted` when there is something to tell, and `Alive` when there has been nothing for a while.
+`Begin` and `Roster` to its own prober; to a daemon it says `Hello`, once, of at most `HELLO_BYTES_MAX`, and need not: a daemon is open to
+every user of the node, so nothing of weight hangs on what it is told. A prober says `Started` first, then `Sighted` when there is
+something to tell, and `Alive` when there has been nothing for a while.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ class Begin(Msg):
     without: tuple[str, ...] = ()
     since: float = 0.0  # as in probe.Surroundings, these two
     read: dict[str, int] = {}
+
+
+class Hello(Msg):
+    """agent -> daemon: who is at work here."""
+
+    program: str = ""
+    devices: tuple[str, ...] = ()  # of this run's workers, as findings name them; () = not known
 
 
 class Started(Msg):
