@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from resilient import rulebook
 from resilient.errors import ConfigError, ProtocolError
@@ -35,6 +36,7 @@ from resilient.wire.frames import HELLO_BYTES_MAX, Decoder, encode
 from resilient_agents import instruments, kernel, strikes
 from resilient_agents.engine import Engine
 from resilient_agents.prober import ALIVE_S, FRAME_FINDINGS_MAX, TICK_S
+from resilient_agents.probes.limits import LOOKBACK_S
 from resilient_agents.sieve import NODE
 from resilient_agents.sightings import Alive, Begin, Hello, Sighted
 from resilient_agents.strikes import Strikes
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     book = Strikes(args.state, rules)
     _warn(book.open())
     if args.once:
-        return _once(begin, book)
+        return _once(replace(begin, lookback_s=LOOKBACK_S.value), book)
     try:
         listener = _listen(args.socket, int(args.mode, 8))
     except OSError as error:

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-dir", default=Options().memory_dir, metavar="DIR", help="of the shared-memory segments (default: %(default)s)"
     )
+    parser.add_argument("--root", default="/", metavar="DIR", help="where this node's /proc, /sys and /dev are (default: %(default)s)")
     parser.add_argument("--devices", metavar="N,N", help="these CUDA devices only, and not the processor ('' = none)")
 
 
@@ -132,6 +133,7 @@ def _patient(args: argparse.Namespace) -> Patient:
     places = [("run", args.run_dir), ("checkpoint", args.checkpoint.removeprefix("file://")), ("tmp", os.environ.get("TMPDIR", "/tmp"))]  # noqa: S108
     return Patient(
         quick=args.quick,
+        root=args.root,
         places=tuple((name, path) for name, path in places if path),
         memory_dir=args.memory_dir,
         devices=_devices(args.devices),

@@ -120,7 +120,7 @@ class Engine:
 
     def start(self, wanted: Begin, *, once: bool = False) -> list[_Post]:
         """Put those to work that are installed and wanted, and not at work yet. once: for one check each."""
-        surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read)
+        surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read, wanted.lookback_s)
         context = Wanted(tuple(wanted.scopes), surroundings)
         with self._lock:
             found = instruments.find(Choice(only=wanted.only, without=wanted.without))

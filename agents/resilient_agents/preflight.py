@@ -56,7 +56,7 @@ async def admit(options: Options) -> None:
     """This node, before it is reported to anybody. Raises Unfit. `--preflight off` lets it through unseen."""
     if options.preflight == "off":
         return
-    arguments = ["--run-dir", options.run_dir or "runs", "--memory-dir", options.memory_dir]
+    arguments = ["--run-dir", options.run_dir or "runs", "--memory-dir", options.memory_dir, "--root", options.probe_root]
     if options.checkpoint and "://" not in options.checkpoint:
         arguments += ["--checkpoint", options.checkpoint]
     if options.preflight == "quick":

@@ -19,8 +19,9 @@ class Begin(Msg):
     scopes: tuple[str, ...] = ()  # "node", "run"
     only: tuple[str, ...] = ()  # names; () = all that are installed
     without: tuple[str, ...] = ()
-    since: float = 0.0  # as in probe.Surroundings, these two
+    since: float = 0.0  # as in probe.Surroundings, these three
     read: dict[str, int] = {}
+    lookback_s: float = 0.0
 
 
 class Hello(Msg):

@@ -19,6 +19,7 @@ class Limit(NamedTuple):
     source: str
 
 
+LOOKBACK_S: Final = Limit(7200, "Azure's node health checks: at a job's start, the kernel's log of two hours")
 MEMORY_FREE_BYTES: Final = Limit(100 << 20, "gpud: less than 100 MiB available")
 DISK_LOW_SHARE: Final = Limit(0.10, "gpud: less than 10 % free")
 DISK_LOW_BYTES: Final = Limit(500 << 20, "gpud: or less than 500 MB")
