@@ -25,7 +25,7 @@ from resilient.errors import ConfigError
 SHIPPED: Final = Path(__file__).with_name("policy.toml")
 CLASSES: Final = tuple(c for c in get_args(Class) if c)
 VERDICTS: Final = get_args(VerdictName)
-TOP: Final = ("classes", "limits", "rule", "kinds", "proof", "hearsay")
+TOP: Final = ("classes", "limits", "rule", "kinds", "proof", "hearsay", "probe")
 FIT: Final = ("kind", "layer", "codes", "probe", "given")
 KEYS: Final = tuple(f.encode_name for f in msgspec.structs.fields(Rule) if f.name != "name")
 
@@ -38,6 +38,11 @@ def shipped() -> Rules:
 def load(file: str) -> Rules:
     """Those, and a user's file over them ("" = none)."""
     return lay(shipped(), _read(Path(file)), file) if file else shipped()
+
+
+def probe_table(file: str) -> Mapping[str, Any]:
+    """What a user's file says of probes' own numbers; resilient_agents/marks.py knows what there is."""
+    return _table(_read(Path(file)), "probe", file) if file else {}
 
 
 def _read(file: Path) -> Mapping[str, Any]:

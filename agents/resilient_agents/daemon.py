@@ -33,10 +33,10 @@ from msgspec.structs import replace
 from resilient import rulebook
 from resilient.errors import ConfigError, ProtocolError
 from resilient.wire.frames import HELLO_BYTES_MAX, Decoder, encode
-from resilient_agents import instruments, kernel, strikes
+from resilient_agents import instruments, kernel, marks, strikes
 from resilient_agents.engine import Engine
 from resilient_agents.prober import ALIVE_S, FRAME_FINDINGS_MAX, TICK_S
-from resilient_agents.probes.limits import LOOKBACK_S
+from resilient_agents.probes import limits
 from resilient_agents.sieve import NODE
 from resilient_agents.sightings import Alive, Begin, Hello, Sighted
 from resilient_agents.strikes import Strikes
@@ -62,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         wanted = instruments.choice(args.probes)
         rules = rulebook.load(args.policy)
+        changed = marks.read(args.policy)
     except ConfigError as error:
         sys.stderr.write(f"resilient-agent: error: {error}\n")
         return USAGE_EXIT
-    begin = Begin(root=args.root, scopes=("node",) if wanted.on else (), only=wanted.only, without=wanted.without)
+    begin = Begin(root=args.root, scopes=("node",) if wanted.on else (), only=wanted.only, without=wanted.without, marks=changed)
     book = Strikes(args.state, rules)
     _warn(book.open())
     if args.once:
-        return _once(replace(begin, lookback_s=LOOKBACK_S.value), book)
+        marks.lay(begin.marks)
+        return _once(replace(begin, lookback_s=limits.LOOKBACK_S.value), book)
     try:
         listener = _listen(args.socket, int(args.mode, 8))
     except OSError as error:

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient.wire.frames import HEADER, Decoder, encode
-from resilient_agents import instruments
+from resilient_agents import instruments, marks
 from resilient_agents.instruments import Choice
 from resilient_agents.probe import TIMEOUT_S, Absent, Roster, Surroundings
 from resilient_agents.sieve import LAYER, Sieve
@@ -120,6 +120,7 @@ class Engine:
 
     def start(self, wanted: Begin, *, once: bool = False) -> list[_Post]:
         """Put those to work that are installed and wanted, and not at work yet. once: for one check each."""
+        marks.lay(wanted.marks)
         surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read, wanted.lookback_s)
         context = Wanted(tuple(wanted.scopes), surroundings)
         with self._lock:

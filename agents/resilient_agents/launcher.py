@@ -32,7 +32,7 @@ from resilient.errors import ConfigError, ResilientError, TierUnavailable
 from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
-from resilient_agents import kernel, logs, preflight
+from resilient_agents import kernel, logs, marks, preflight
 from resilient_agents.devices import NOBODY, seats
 from resilient_agents.devices import present as present_gpus
 from resilient_agents.interface import address_on, present
@@ -101,6 +101,7 @@ async def _run(nursery: Nursery) -> int:
         _check_memory(launch, options)
         _check_rate(options)
         rulebook.load(options.policy)  # what is wrong with it is said on every node, before anything is started
+        marks.read(options.policy)
         await preflight.admit(options)  # before there is a port, a run directory or a report of this node
         return await _Node(nursery, launch, options, meeting_of(launch, options)).run()
     finally:
@@ -169,7 +170,7 @@ class _Node:
         self._devices = seats(present_gpus(options.probe_root), {i: shown_devices(launch, i) for i in range(launch.slots)})
         ours = tuple(name for name, rank in self._devices.items() if rank != NOBODY)
         hello = Hello(program=launch.program.target[-PROGRAM_MAX:], devices=ours[:DEVICES_MAX])
-        self._senses = senses(options.probes, options.probe_root, options.probe_socket, *places, hello=hello)
+        self._senses = senses(options.probes, options.probe_root, options.probe_socket, *places, policy=options.policy, hello=hello)
 
     async def run(self) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting

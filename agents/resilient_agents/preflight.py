@@ -57,6 +57,7 @@ async def admit(options: Options) -> None:
     if options.preflight == "off":
         return
     arguments = ["--run-dir", options.run_dir or "runs", "--memory-dir", options.memory_dir, "--root", options.probe_root]
+    arguments += ["--policy", options.policy] if options.policy else []
     if options.checkpoint and "://" not in options.checkpoint:
         arguments += ["--checkpoint", options.checkpoint]
     if options.preflight == "quick":

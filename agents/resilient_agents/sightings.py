@@ -10,6 +10,14 @@ from __future__ import annotations
 
 from resilient.core.messages import Finding, Msg
 from resilient_agents.probe import Roster
+from resilient_agents.probes.rules import Mark
+
+
+class Marks(Msg):
+    """What a policy file changes of the numbers by which probes judge (marks.py)."""
+
+    numbers: dict[str, float] = {}  # by the name in probes/limits.py
+    marks: dict[str, Mark] = {}  # by the name of the rule
 
 
 class Begin(Msg):
@@ -22,6 +30,7 @@ class Begin(Msg):
     since: float = 0.0  # as in probe.Surroundings, these three
     read: dict[str, int] = {}
     lookback_s: float = 0.0
+    marks: Marks = Marks()
 
 
 class Hello(Msg):

@@ -166,6 +166,17 @@ def test_once_tells_by_its_exit_code(daemon, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout.splitlines()[0])["threads"]) == {"ethernet", "clock"}
+    (daemon.root / "dev/kmsg").write_text(f"4,1,1000000,-;{LOST.format(bus='3b')}\n6,2,3600000000,-;a line\n")
+    policy = tmp_path / "mine.toml"
+    policy.write_text("[probe]\nlookback_s = 60")
+    look = [*daemon.command, "--once", "--probes", "kernel-log"]
+    codes = [
+        subprocess.run([*look, *more], env=daemon.env, capture_output=True, check=False).returncode for more in ([], ["--policy", policy])
+    ]
+    assert codes == [1, 0], "it looks back two hours, or as far as it is told"
+    policy.write_text("[probe]\nflips = 60")
+    wrong = subprocess.run([*look, "--policy", policy], env=daemon.env, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "'flips'" in wrong.stderr
     wrong = subprocess.run([*daemon.command, "--probes", "a,no-b"], env=daemon.env, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "'a,no-b' found" in wrong.stderr
 

@@ -77,6 +77,12 @@ def test_what_the_kernel_said_in_the_last_two_hours_counts(tmp_path: Path) -> No
     (row,) = by_name(done)["kernel-log"]
     assert (done.returncode, row["state"], row["device"]) == (1, "fail", "pci:0000:3b:00")
     assert row["text"].endswith("(60 min ago)") and row["seconds"] < 5
+    policy = tmp_path / "mine.toml"
+    policy.write_text("[probe]\nlookback_s = 600")
+    assert doctor("--json", "--only", "kernel-log", "--root", tmp_path, "--policy", policy).returncode == 0
+    policy.write_text("[probe]\nlookback = 600")
+    wrong = doctor("--only", "kernel-log", "--policy", policy)
+    assert wrong.returncode == 2 and "'lookback_s'" in wrong.stderr
     with (tmp_path / "dev/kmsg").open("a") as log:
         log.write("6,3,7300000000,-;two hours later\n")
     assert doctor("--json", "--only", "kernel-log", "--root", tmp_path).returncode == 0
