@@ -32,7 +32,7 @@ from resilient.errors import ConfigError, ResilientError, TierUnavailable
 from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
-from resilient_agents import kernel, logs, marks, preflight
+from resilient_agents import kernel, logs, marks, preflight, readmission
 from resilient_agents.devices import NOBODY, seats
 from resilient_agents.devices import present as present_gpus
 from resilient_agents.interface import address_on, present
@@ -213,6 +213,7 @@ class _Node:
             token=meeting.token,
             nursery=self._nursery,
             probing=Probing(self._senses),
+            readmission=readmission.wanted(options, self._devices),
             vault=vault,
             uplink=Uplink(meeting.host, meeting.port, token=meeting.token, run=meeting.run_id, node=node),
             journal=journal,
