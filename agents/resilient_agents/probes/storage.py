@@ -42,12 +42,13 @@ class Storage:
 
     name = "storage"
     period_s = 30.0
+    timeout_s = limits.STORAGE_SLOW_S.value
     scope = "run"
     lasting = True
 
     def __init__(self, surroundings: Surroundings) -> None:
         """Which directory it is, the roster says."""
-        self.timeout_s = limits.STORAGE_SLOW_S.value
+        self.timeout_s = limits.STORAGE_SLOW_S.value  # as it is by now: a policy file may have changed it
         self._roster = surroundings.roster
         self._file = f"{NAME}{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
 
