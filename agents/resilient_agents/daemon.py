@@ -36,7 +36,6 @@ from resilient.wire.frames import HELLO_BYTES_MAX, Decoder, encode
 from resilient_agents import instruments, kernel, marks, strikes
 from resilient_agents.engine import Engine
 from resilient_agents.prober import ALIVE_S, FRAME_FINDINGS_MAX, TICK_S
-from resilient_agents.probes import limits
 from resilient_agents.sieve import NODE
 from resilient_agents.sightings import Alive, Begin, Hello, Sighted
 from resilient_agents.strikes import Strikes
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _warn(book.open())
     if args.once:
         marks.lay(begin.marks)
-        return _once(replace(begin, lookback_s=limits.LOOKBACK_S.value), book)
+        return _once(replace(begin, lookback_s=marks.lookback_s()), book)
     try:
         listener = _listen(args.socket, int(args.mode, 8))
     except OSError as error:

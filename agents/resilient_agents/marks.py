@@ -54,6 +54,11 @@ def lay(marks: Marks) -> None:
     rules.MARKS.update({name: mark for name, mark in marks.marks.items() if name not in of_ports})
 
 
+def lookback_s() -> float:
+    """How far who looks once looks back."""
+    return limits.LOOKBACK_S.value
+
+
 def names() -> set[str]:
     """Of all marks that there are."""
     files = [file.name for file in resources.files("resilient_agents.probes").iterdir() if file.name.endswith(".toml")]

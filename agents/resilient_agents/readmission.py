@@ -24,7 +24,6 @@ from resilient.core import machine as m
 from resilient.core.messages import NONE, Finding
 from resilient.core.rules import Book
 from resilient_agents import preflight
-from resilient_agents.chart import KIND
 from resilient_agents.devices import NOBODY
 from resilient_agents.sieve import NODE
 
@@ -118,7 +117,9 @@ class Readmission:
         if not verdict.sound:
             bad = tuple(it for it in verdict.findings if it.class_ in NODE)
             text = f"{device or 'the node'}: examined after its recovery: {verdict.text}"[:TEXT_MAX]
-            self._failed[device] = bad or (Finding(seq=0, kind=KIND, probe=KIND, layer="node", device=device, class_="cordon", text=text),)
+            self._failed[device] = bad or (
+                Finding(seq=0, kind="doctor", probe="doctor", layer="node", device=device, class_="cordon", text=text),
+            )
             told += self._failed[device]
         if told:
             now = time.monotonic()
