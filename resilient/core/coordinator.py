@@ -411,7 +411,8 @@ class Coordinator:
         if not closed.leaving:
             return
         reports = {n.name: n.report for n in self._alive()}
-        moves = find(self.round.seating.places, reports, closed, {})
+        over = {chair.rank for report in reports.values() for chair in report.chairs if chair.state == "finished"}
+        moves = find(self.round.seating.places, reports, closed, {}, over=over)
         movers = sorted(moves.moved & closed.leaving.keys())
         if not movers:
             return
