@@ -6,7 +6,7 @@ Think of a ward that is visited through its head nurse: she has a list with one 
 Contract: `parse_*` take any text whatever, give what they recognise of it and never raise; `Npus` and `Links` are probes. What a code
 means is data (ascend_codes.csv), as are limits (ascend.toml). An NPU that has left the list is lost; a list that cannot be had says
 nothing. npu:N is the physical id where the table has it, otherwise the number in the list's order.
-Unknown, for lack of hardware: docs/probes.md, "Vendors".
+Unknown, for lack of hardware: docs/probes/vendors.md.
 """
 
 from __future__ import annotations
