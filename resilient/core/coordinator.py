@@ -10,6 +10,9 @@ The life of a run has five stages:
 - parting: a node was told to stop; every assignment says failed, and what is sealed in memory is brought to safety (rescue.py).
 - ending: every assignment says finished or failed; when all have heard it, Finish.
 
+What probes see goes through triage.py. A round that nothing has broken is broken here for one reason only: somebody sits on a device that
+is broken, and another node has room.
+
 I1 a round is seated only when every living node has fenced the one before. I4 rounds only grow. I6 every wait has a deadline.
 A report costs O(chairs of its node); only seating a round looks at all ranks.
 Rejected: repairing the round in force (one more protocol, and the one that is used least often).
@@ -425,7 +428,8 @@ class Coordinator:
         if not closed.leaving:
             return
         reports = {n.name: n.report for n in self._alive()}
-        moves = find(self.round.seating.places, reports, closed, {})
+        over = {chair.rank for report in reports.values() for chair in report.chairs if chair.state == "finished"}
+        moves = find(self.round.seating.places, reports, closed, {}, over=over)
         movers = sorted(moves.moved & closed.leaving.keys())
         if not movers:
             return

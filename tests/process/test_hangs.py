@@ -142,6 +142,7 @@ def test_a_slow_rank_is_named_and_the_status_says_who_waits(tmp_path: pathlib.Pa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_even_ranks_are_no_stragglers_however_loaded_the_machine_is(tmp_path: pathlib.Path) -> None:
     for attempt in range(int(os.environ.get("HANGS_ATTEMPTS", "20"))):
         where = tmp_path / str(attempt)

@@ -5,16 +5,19 @@ swerved and who merely stopped stands in the appendix.
 
 Contract: `incidents(sightings)` is pure and gives incidents in order of time. Sightings of one clock less than `window_s` apart belong
 together; those without a time go by their order. What cleared itself is not an incident. The cause is a finding of role "cause"; of
-several, the one nearest to the hardware (NEAREST), then the first. Another cause on another device stays in the incident as `also`. The
+several, the one nearest to the hardware (NEAREST), the graver, the first. Another on another device stays in the incident as `also`. The
 same cause on SHARED nodes or more is shared infrastructure: nobody's node is to blame.
 Rejected: a dependency graph of kinds (nobody could say where its edges come from; time and layer do as well on what there is to test).
 """
 
 from __future__ import annotations
 
+import datetime as dt
 from collections import Counter
 from collections.abc import Iterable
 from typing import Final
+
+import msgspec
 
 from resilient.core.messages import Finding, Msg
 from resilient_agents.diagnosis.text import is_fault
@@ -22,12 +25,15 @@ from resilient_agents.diagnosis.text import is_fault
 WINDOW_S: Final = 120.0  # a watchdog may tell of a hang half a minute late; a new incident rarely comes sooner
 SHARED: Final = 3
 NEAREST: Final = (  # what lies below breaks what lies above
-    ("gpu", "nvswitch", "nvlink", "pcie", "npu", "driver", "host-mem", "host-cpu", "node"),
+    ("gpu", "npu", "driver", "host-mem", "host-cpu", "node"),
+    ("pcie", "nvlink", "nvswitch"),  # a road complains of what has fallen off its end
     ("nic", "storage", "fs", "nfs"),
     ("cuda", "process", "training"),
     ("nccl", "torch"),
 )
 DEPTH: Final = {layer: depth for depth, layers in enumerate(NEAREST) for layer in layers}
+GRAVITY: Final = ("replace", "gpu-reset", "cordon", "app-restart")  # a port that is down tells more than its cable that was pulled
+YEAR_S: Final = 366 * 86400.0
 EVIDENCE: Final = 8
 
 
@@ -60,12 +66,30 @@ class Incident(Msg):
 
 def incidents(sightings: Iterable[Sighting], window_s: float = WINDOW_S) -> list[Incident]:
     """Everything that was seen, as incidents."""
-    told = [it for it in _uncleared(list(sightings)) if is_fault(it.finding) or it.finding.class_ == "user" or _echo(it)]
+    told = [it for it in _uncleared(_dated(list(sightings))) if is_fault(it.finding) or it.finding.class_ == "user" or _echo(it)]
     clusters: list[list[Sighting]] = []
     for clock in sorted({_clock(it) for it in told}):
         clusters += _clusters([it for it in told if _clock(it) == clock], window_s)
     found = [incident for cluster in _joined(clusters) if (incident := _incident(cluster)) is not None]
     return sorted(found, key=lambda it: (it.clock, it.begin or 0.0, it.cause.place))
+
+
+def _dated(sightings: list[Sighting]) -> list[Sighting]:
+    """Syslog does not say the year (peel.py: 1970): it is the one that is nearest to the dates that others say in full."""
+    full = sorted(it.t for it in sightings if it.clock == "wall" and it.t is not None and it.t >= YEAR_S)
+    if not full:
+        return sightings
+    usual, out = full[len(full) // 2], []
+    for it in sightings:
+        if it.clock == "wall" and it.t is not None and it.t < YEAR_S:
+            clock = dt.datetime.fromtimestamp(it.t, dt.UTC)
+            year = dt.datetime.fromtimestamp(usual, dt.UTC).year
+            when = [
+                clock.replace(year=y).timestamp() for y in (year - 1, year, year + 1) if (clock.month, clock.day) != (2, 29) or not y % 4
+            ]
+            it = msgspec.structs.replace(it, t=min(when, key=lambda t: abs(t - usual), default=it.t))  # noqa: PLW2901
+        out.append(it)
+    return out
 
 
 def _echo(it: Sighting) -> bool:
@@ -151,8 +175,8 @@ def _kind(it: Sighting) -> str:
     return f"{it.finding.kind} {it.finding.code}".strip()
 
 
-def _rank(it: Sighting) -> tuple[int, int, float, int]:
-    """The smallest is the cause: machines before users before echoes, low layers before high ones, then the first."""
+def _rank(it: Sighting) -> tuple[int, int, int, float, int]:
+    """The smallest is the cause: machines before users before echoes, low layers before high ones, the graver, then the first."""
     finding = it.finding
     if is_fault(finding) and finding.role == "cause":
         kind = 0
@@ -160,7 +184,9 @@ def _rank(it: Sighting) -> tuple[int, int, float, int]:
         kind = 1
     else:
         kind = {"symptom": 2, "context": 3, "cascade": 4}.get(finding.role, 2)
-    return kind, DEPTH.get(finding.layer, len(NEAREST)) if kind == 0 else 0, it.t if it.t is not None else 0.0, it.place
+    depth = DEPTH.get(finding.layer, len(NEAREST)) if kind == 0 else 0
+    grave = GRAVITY.index(finding.class_) if kind == 0 and finding.class_ in GRAVITY else len(GRAVITY)
+    return kind, depth, grave, it.t if it.t is not None else 0.0, it.place
 
 
 def _culprit(cause: Sighting) -> str:
