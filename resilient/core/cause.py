@@ -124,7 +124,7 @@ class Casebook:
     def news(self, finding: Finding, node: str, now: float) -> bool:
         """Whether it has to be told: not if the same was, a moment ago."""
         key: tuple[str, ...] = (node, finding.kind, finding.role)  # what follows from something comes in a hundred forms
-        if finding.role == "cause" or finding.clears:
+        if finding.role in ("cause", "context") or finding.clears:
             key = (*key, finding.code, finding.device, finding.class_, finding.probe, str(finding.clears))
         if now - self._told.get(key, -math.inf) <= self.limits.before_s:
             return False

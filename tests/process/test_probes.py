@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
 
@@ -51,6 +52,10 @@ def host(where: pathlib.Path) -> pathlib.Path:
     return where
 
 
+def fails(run: Launched, name: str, text: str) -> bool:
+    return any(name in str(row["text"]) and text in str(row["text"]) for row in found(run, "probe-fails"))
+
+
 def found(run: Launched, kind: str, **more: object) -> list[dict[str, object]]:
     return [row for row in run.events("finding") if row["kind"] == kind and all(row.get(k) == v for k, v in more.items())]
 
@@ -86,8 +91,7 @@ def test_what_probes_see_is_told_and_what_they_suffer_is_theirs_alone(tmp_path):
             "lies": "a known message expected",
             "missing": "no_such_module",
         }.items():
-            said = lambda name=name, text=text: [r for r in found(run, "probe-fails") if name in str(r["text"]) and text in str(r["text"])]
-            run.until(said, f"{name} fails")
+            run.until(functools.partial(fails, run, name, text), f"{name} fails")
         assert run.text().count("prober has ended") == 2
         (tmp_path / "enough").touch()
         assert run.wait() == 0, run.text()
