@@ -11,6 +11,8 @@ import sys
 import time
 
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from told import bound, told
 
 pytestmark = pytest.mark.bench

@@ -12,6 +12,7 @@ Numbers: at most BOUND letters and LINES lines are looked at, from both ends. An
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,11 +35,6 @@ NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
-_QUIET: Final = {
-    entry.layer: Finding(seq=0, kind=entry.kind, layer=entry.layer, class_="ignore", role="context", probe="text")
-    for entry in catalogue.lines()
-    if entry.kind == "benign"
-}
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
 _FINDERS: Final = {  # where an entry's device names a piece that its own pattern does not
     "pci": re.compile(catalogue.PIECES["<pci>"], re.IGNORECASE),
@@ -68,8 +64,13 @@ def classify(text: str, stream: str) -> Finding:
     if not found:
         return NOTHING if ("Error: " not in text and "Exception: " not in text) or stream == "kmsg" else _single(text, stream)
     if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
-        return _QUIET[found[0].layer]
+        return _quiet(found[0].layer)
     return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
+
+
+@functools.cache
+def _quiet(layer: str) -> Finding:
+    return Finding(seq=0, kind="benign", layer=layer, class_="ignore", role="context", probe="text")
 
 
 def relevant(line: str) -> bool:
