@@ -33,6 +33,7 @@ LINES: Final = 400
 SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
+PROOFS: Final = frozenset({"kernel", "daemon"})  # whose words prove something only from their own mouth
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
@@ -136,6 +137,7 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
     low = peeled.text.lower()
     kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
+    speaks = {"any": True, "kernel": kernel, "user": user, "daemon": stream == "syslog" and peeled.tag != "kernel"}
     first: Finding | None = None
     quoted: Finding | None = None
     for entry in catalogue.candidates(low):
@@ -144,11 +146,11 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
         found = catalogue.fits(entry, low, peeled.text)
         if found is None:
             continue
-        if first is None and (entry.where == "any" or (kernel if entry.where == "kernel" else user)):
+        if first is None and speaks[entry.where]:
             first = _finding(entry, found, line, peeled)
-            if kernel or first.class_ not in NODES:
+            if kernel or entry.where == "daemon" or first.class_ not in NODES:
                 return first
-        elif entry.where == "kernel" and not kernel and entry.class_ != "ignore":
+        elif not speaks[entry.where] and entry.where in PROOFS and entry.class_ != "ignore":
             seen = _finding(entry, found, line, peeled)
             quoted = msgspec.structs.replace(seen, kind="quoted", class_="ignore", role="context", clears=False)
             break  # a node is not to blame for what somebody says the kernel said
