@@ -63,10 +63,10 @@ def classify(text: str, stream: str) -> Finding:
     text = plain(text)
     found = catalogue.candidates(text.lower())
     if not found:
-        return NOTHING if ("Error: " not in text and "Exception: " not in text) or stream == "kmsg" else _single(text, stream)
+        return NOTHING if stream == "kmsg" or not _raises(text) else _single(text, stream, found)
     if catalogue.quiet(found[0]) and (len(found) == 1 or all(map(catalogue.quiet, found))):
         return _quiet(found[0].layer)
-    return _single(text, stream) if "\n" not in text.strip("\n") else _block(text, stream)
+    return _single(text, stream, found) if "\n" not in text.strip("\n") else _block(text, stream, found)
 
 
 @functools.cache
@@ -84,27 +84,35 @@ def is_fault(finding: Finding) -> bool:
     return finding.class_ not in NOT_FAULTS
 
 
-def _single(text: str, stream: str) -> Finding:
+def _raises(text: str) -> bool:
+    return "Error: " in text or "Exception: " in text
+
+
+def _single(text: str, stream: str, known: list[Entry]) -> Finding:
     line = _cut(text.strip("\n"))
-    return _judge(line, peel(line), stream, message=False) or NOTHING
+    return _judge(line, peel(line), stream, known, message=False) or NOTHING
 
 
-def _block(text: str, stream: str) -> Finding:
+def _block(text: str, stream: str, known: list[Entry]) -> Finding:
     lines = [_cut(line) for line in text.split("\n")]
     if len(lines) > LINES:
         lines = lines[: LINES // 4] + lines[-LINES * 3 // 4 :]
-    found = list(_findings(lines, stream))
+    found = list(_findings(lines, stream, known))
     whole = "\n".join(lines)
-    if over := _judge(whole, Peeled(whole, peel(lines[0]).tag), stream, message=False, block=True):
+    if any(entry.block for entry in known) and (
+        over := _judge(whole, Peeled(whole, peel(lines[0]).tag), stream, known, message=False, block=True)
+    ):
         found.insert(0, over)
     return best(found)
 
 
-def _findings(lines: list[str], stream: str) -> Iterator[Finding]:
+def _findings(lines: list[str], stream: str, known: list[Entry]) -> Iterator[Finding]:
     """Of a block, line by line; of tracebacks, each rank's own, what they end with."""
     if stream == "kmsg" or not any(traces.START in line.lower() for line in lines):
         for line in lines:
-            if line.strip() and (finding := _judge(line, peel(line), stream, message=False)):
+            if (catalogue.still(known, line.lower()) or _raises(line)) and (
+                finding := _judge(line, peel(line), stream, known, message=False)
+            ):
                 yield finding
         return
     by_rank: dict[str, list[Peeled]] = {}
@@ -117,7 +125,7 @@ def _findings(lines: list[str], stream: str) -> Iterator[Finding]:
         by_rank.setdefault(peeled.rank, []).append(peeled)
     for rank, peeled_lines in by_rank.items():
         for line, message in traces.told([it.text for it in peeled_lines]):
-            if line.strip() and (finding := _judge(line, Peeled(line, rank=rank), stream, message=message)):
+            if line.strip() and (finding := _judge(line, Peeled(line, rank=rank), stream, known, message=message)):
                 yield finding
 
 
@@ -128,8 +136,8 @@ def _before(text: str) -> str:
     return "" if before.strip().lower() == "original" else before
 
 
-def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool = False) -> Finding | None:
-    """The first entry that fits and whose place this is."""
+def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, message: bool, block: bool = False) -> Finding | None:
+    """The first entry, of those known to have their words in the text, that fits and whose place this is."""
     if peeled.tag not in {"", "kernel"}:  # the program's name is one of the words
         peeled = peeled._replace(text=f"{peeled.tag}: {peeled.text}")
     if stream != "kmsg" and not block and _SOURCE.match(peeled.text):
@@ -140,7 +148,7 @@ def _judge(line: str, peeled: Peeled, stream: str, *, message: bool, block: bool
     speaks = {"any": True, "kernel": kernel, "user": user, "daemon": stream == "syslog" and peeled.tag != "kernel"}
     first: Finding | None = None
     quoted: Finding | None = None
-    for entry in catalogue.candidates(low):
+    for entry in catalogue.still(known, low):
         if entry.block != block or (first is not None and entry.where != "kernel"):
             continue
         found = catalogue.fits(entry, low, peeled.text)
