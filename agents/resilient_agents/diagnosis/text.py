@@ -34,6 +34,7 @@ SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 PROOFS: Final = frozenset({"kernel", "daemon"})  # whose words prove something only from their own mouth
+GENERAL: Final = "device-fault"  # words that anybody may use: they do not make a quotation
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
 _NORMAL_PCI: Final = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})", re.IGNORECASE)
@@ -158,7 +159,7 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
             first = _finding(entry, found, line, peeled)
             if kernel or entry.where == "daemon" or first.class_ not in NODES:
                 return first
-        elif not speaks[entry.where] and entry.where in PROOFS and entry.class_ != "ignore":
+        elif not speaks[entry.where] and entry.where in PROOFS and entry.class_ != "ignore" and (first is None or entry.kind != GENERAL):
             seen = _finding(entry, found, line, peeled)
             quoted = msgspec.structs.replace(seen, kind="quoted", class_="ignore", role="context", clears=False)
             break  # a node is not to blame for what somebody says the kernel said
@@ -166,11 +167,9 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
         return first
     message = message or (stream != "kmsg" and not block and first is None and bool(_RAISED.match(peeled.text)))
     if message and (named := traces.NAMED.match(peeled.text)):
-        name = named["code"]
+        fields: dict[str, Any] = {"kind": "user-exc", "class_": "user", "role": "cause"} | decode.exception(named.groupdict())
         rank = f"rank:{peeled.rank}" if peeled.rank else ""
-        return Finding(
-            seq=0, kind="user-exc", layer="process", code=name, class_="user", role="cause", device=rank, text=_shown(line), probe="text"
-        )
+        return Finding(seq=0, layer="process", device=rank, text=_shown(line), probe="text", **fields)
     return quoted
 
 
