@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 HOME: Final = "resilient_agents.diagnosis"
 WORD: Final = re.compile(r"[a-z]{3,}|e[a-z\d]\d{4}|50[57]\d{3}|[12]07\d{3}")  # words, and the codes of Ascend
-WHERE: Final = ("kernel", "daemon", "user", "any")  # whose lines: the kernel's, syslog's programs', all but the kernel's, anybody's
+# whose lines: the kernel's alone, those of programs in syslog, either, everybody's but the kernel's, anybody's
+WHERE: Final = ("kernel", "daemon", "system", "user", "any")
 PIECES: Final = {  # what a pattern may name with <...>, so that each is spelled once
     "<pci>": r"(?P<pci>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2})(?:\.[0-9a-f])?",
     "<dev>": r"(?P<dev>[\w./#:+@-]{1,80}?)",

@@ -33,7 +33,7 @@ LINES: Final = 400
 SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
-PROOFS: Final = frozenset({"kernel", "daemon"})  # whose words prove something only from their own mouth
+PROOFS: Final = frozenset({"kernel", "daemon", "system"})  # whose words prove something only from their own mouth
 GENERAL: Final = "device-fault"  # words that anybody may use: they do not make a quotation
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
@@ -146,7 +146,8 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
     low = peeled.text.lower()
     kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
-    speaks = {"any": True, "kernel": kernel, "user": user, "daemon": stream == "syslog" and peeled.tag != "kernel"}
+    daemon = stream == "syslog" and peeled.tag != "kernel"
+    speaks = {"any": True, "kernel": kernel, "daemon": daemon, "system": kernel or daemon, "user": user}
     first: Finding | None = None
     quoted: Finding | None = None
     for entry in catalogue.still(known, low):
@@ -157,12 +158,18 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
             continue
         if first is None and speaks[entry.where]:
             first = _finding(entry, found, line, peeled)
-            if kernel or entry.where == "daemon" or first.class_ not in NODES:
+            if kernel or entry.where in PROOFS or first.class_ not in NODES:
                 return first
-        elif not speaks[entry.where] and entry.where in PROOFS and entry.class_ != "ignore" and (first is None or entry.kind != GENERAL):
+        elif (
+            not (kernel or speaks[entry.where])
+            and entry.where in PROOFS
+            and entry.class_ != "ignore"
+            and not (first and entry.kind == GENERAL)
+        ):
             seen = _finding(entry, found, line, peeled)
             quoted = msgspec.structs.replace(seen, kind="quoted", class_="ignore", role="context", clears=False)
-            break  # a node is not to blame for what somebody says the kernel said
+            if first is not None or entry.where == "kernel":
+                break  # a node is not to blame for what somebody says the kernel said
     if first is not None and quoted is None:
         return first
     message = message or (stream != "kmsg" and not block and first is None and bool(_RAISED.match(peeled.text)))
