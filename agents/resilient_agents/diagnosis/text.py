@@ -51,7 +51,7 @@ _FINDERS: Final = {  # where an entry's device names a piece that its own patter
 }
 # source code and commands are shown, not said
 _SOURCE: Final = re.compile(r"""\s*(?:raise |assert |print\(|log(?:ger|ging)?\.\w+\(|File "|grep |[$#] |>>> |def |return |if |except )""")
-_RAISED: Final = re.compile(r"(?:[a-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception): ")
+_RAISED: Final = re.compile(r"(?:[a-z_]\w{0,60}\.){0,8}(?:_?[A-Z]\w{0,60}(?:Error|Exception)|Exception): ")
 _NCCL: Final = re.compile(r"\S{1,64}:\d+:\d+ \[(\d{1,3})\] ")
 _GLUED: Final = re.compile(r"\[rank(\d{1,7})\]|\bRank (\d{1,7})\]")
 _PIECE: Final = re.compile(r"\{(\w+)\}")
