@@ -6,7 +6,7 @@ and an index of the words by which one finds the page.
 Contract: `lines()` are the entries of every facts/*.toml in order of file name and place: the first that fits wins. `table(name)` are the
 rows of facts/NAME.csv by their first column. An entry that is not well formed is an error when it is loaded, with its file and number.
 `candidates(low)` gives the entries whose words stand in a lower-case text; `fits` says of one whether it does. Read once; never changed.
-Numbers: some 400 entries; loading takes about 0.1 s, once. A line of 100 letters costs about 5 us where no word of it is in the index.
+Numbers: some 350 entries; loading takes about 0.1 s, once. A line of 100 letters costs about 5 us where no word of it is in the index.
 Rejected: one large alternation (10 times slower in `re`); a regular expression per entry tried in turn (100 times); entries in Python
 (nobody could review them against their sources, or print them as a table).
 """
