@@ -160,12 +160,7 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
             first = _finding(entry, found, line, peeled)
             if kernel or entry.where in PROOFS or first.class_ not in NODES:
                 return first
-        elif (
-            not (kernel or speaks[entry.where])
-            and entry.where in PROOFS
-            and entry.class_ != "ignore"
-            and not (first and entry.kind == GENERAL)
-        ):
+        elif not (kernel or speaks[entry.where]) and entry.where in PROOFS and entry.class_ != "ignore" and entry.kind != GENERAL:
             seen = _finding(entry, found, line, peeled)
             quoted = msgspec.structs.replace(seen, kind="quoted", class_="ignore", role="context", clears=False)
             if first is not None or entry.where == "kernel":
