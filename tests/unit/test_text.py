@@ -54,6 +54,22 @@ def test_what_the_kernel_is_quoted_to_have_said_proves_nothing():
         assert (found.kind, found.class_, found.code) == ("quoted", "ignore", "79")
 
 
+def test_what_a_daemon_is_quoted_to_have_said_proves_nothing():
+    line = "rasdaemon[2011]: mc_event: 1 Uncorrected error: memory read error on DIMM_A1 (mc: 5 location: 0:0)"
+    assert classify(line, "syslog").class_ == "cordon"
+    assert classify("systemd-networkd[811]: ens3f0np0: Lost carrier", "syslog").class_ == "replace"
+    for stream in ("stdout", "stderr"):
+        assert classify(line, stream).class_ == "ignore"
+        assert classify("ixgbe 0000:04:00.0 eth0: NIC Link is Down", stream).class_ == "ignore"
+
+
+def test_an_unknown_exception_is_the_users_unless_somebody_was_not_there():
+    assert classify("mypkg.errors.BadShapeError: 3 != 4", "stderr").class_ == "user"
+    assert classify("TimeoutError: the query took too long", "stderr").class_ == "user"
+    found = classify("somelib.errors.StorageDisconnectedError: gone", "stderr")
+    assert (found.class_, found.kind, found.code) == ("app-restart", "conn", "StorageDisconnectedError")
+
+
 def test_no_kernel_line_of_the_set_makes_a_node_fault_on_a_workers_output():
     for stream, classes, raw in FORMS:
         if stream == "kmsg" and set(classes.split(",")) <= NODE_FAULTS:

@@ -6,7 +6,7 @@ and an index of the words by which one finds the page.
 Contract: `lines()` are the entries of every facts/*.toml in order of file name and place: the first that fits wins. `table(name)` are the
 rows of facts/NAME.csv by their first column. An entry that is not well formed is an error when it is loaded, with its file and number.
 `candidates(low)` gives the entries whose words stand in a lower-case text; `fits` says of one whether it does. Read once; never changed.
-Numbers: some 400 entries; loading takes about 0.1 s, once. A line of 100 letters costs about 5 us where no word of it is in the index.
+Numbers: some 350 entries; loading takes about 0.1 s, once. A line of 100 letters costs about 5 us where no word of it is in the index.
 Rejected: one large alternation (10 times slower in `re`); a regular expression per entry tried in turn (100 times); entries in Python
 (nobody could review them against their sources, or print them as a table).
 """
@@ -17,8 +17,9 @@ import csv
 import functools
 import re
 import tomllib
+from collections import Counter
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from resilient.core.messages import Class, Msg, Role
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 HOME: Final = "resilient_agents.diagnosis"
 WORD: Final = re.compile(r"[a-z]{3,}|e[a-z\d]\d{4}|50[57]\d{3}|[12]07\d{3}")  # words, and the codes of Ascend
-WHERE: Final = ("kernel", "user", "any")  # whose lines: the kernel's alone, everybody's but the kernel's, anybody's
+# whose lines: the kernel's alone, those of programs in syslog, either, everybody's but the kernel's, anybody's
+WHERE: Final = ("kernel", "daemon", "system", "user", "any")
 PIECES: Final = {  # what a pattern may name with <...>, so that each is spelled once
     "<pci>": r"(?P<pci>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2})(?:\.[0-9a-f])?",
     "<dev>": r"(?P<dev>[\w./#:+@-]{1,80}?)",
@@ -146,6 +148,7 @@ class Entry(Msg):
     note: str = ""
 
 
+@functools.cache
 def table(name: str) -> dict[str, dict[str, str]]:
     """The rows of a table by their first column; of several with the same, the first."""
     found: dict[str, dict[str, str]] = {}
@@ -203,20 +206,40 @@ def pattern(source: str) -> re.Pattern[str]:
     return re.compile(_NAMED.sub(piece, source), re.IGNORECASE | re.MULTILINE)
 
 
+class _Clue(NamedTuple):
+    """Where an entry stands in the index."""
+
+    place: int
+    entry: Entry
+    literal: str  # this must stand in the text
+    more: tuple[str, ...]  # and all of these
+    either: tuple[str, ...]  # and, if there are any, one of these
+
+
 @functools.cache
-def _index() -> dict[str, tuple[tuple[int, Entry], ...]]:
+def _index() -> dict[str, tuple[_Clue, ...]]:
     """Word -> entries that one finds by it. Each entry stands under its rarest word, or under one of each of its alternatives."""
-    found: dict[str, list[tuple[int, Entry]]] = {}
-    for place, entry in enumerate(lines()):
-        rare = entry.key or any(word not in COMMON for words in entry.has for word in WORD.findall(words))
-        for words in [entry.key or " ".join(entry.has)] if rare or not entry.any else entry.any:
-            usable = WORD.findall(words)
-            if not usable:
-                raise ValueError(f"catalogue entry {entry.number}: no word of three letters in {words!r}")
-            # rare words first; the last one of a literal may go on in a line ("uncorrect")
-            key = max(usable, key=lambda word, of=words: (word not in COMMON, not of.endswith(word), len(word)))
-            found.setdefault(key, []).append((place, entry))
-    return {key: tuple(entries) for key, entries in found.items()}
+    entries = lines()
+    often = Counter(word for entry in entries for literal in (*entry.has, *entry.any) for word in set(WORD.findall(literal)))
+
+    def key(literal: str, number: str) -> tuple[bool, bool, int, int, str]:
+        usable = WORD.findall(literal)
+        if not usable:
+            raise ValueError(f"catalogue entry {number}: no word of three letters in {literal!r}")
+        # the last word of a literal may go on in a line ("uncorrect"); of the others the one that fewest entries have
+        return max((word not in COMMON, not literal.endswith(word), -often[word], len(word), word) for word in usable)
+
+    found: dict[str, list[_Clue]] = {}
+    for place, entry in enumerate(entries):
+        has = [key(literal, entry.number) for literal in entry.has if WORD.search(literal)]
+        if entry.key or not entry.any or any(rare for rare, *_ in has):
+            literal = entry.has[0] if entry.has else entry.key
+            word = entry.key or max(has)[-1]
+            found.setdefault(word, []).append(_Clue(place, entry, literal, entry.has[1:], entry.any))
+        else:
+            for literal in entry.any:
+                found.setdefault(key(literal, entry.number)[-1], []).append(_Clue(place, entry, literal, entry.has, ()))
+    return {word: tuple(clues) for word, clues in found.items()}
 
 
 @functools.cache
@@ -232,14 +255,28 @@ def candidates(low: str) -> list[Entry]:
     index = _index()
     found: dict[int, Entry] = {}
     for word in hit:
-        for place, entry in index[word]:
-            for has in entry.has:
-                if has not in low:
+        for place, entry, literal, more, either in index[word]:
+            if literal not in low or place in found:
+                continue
+            for other in more:
+                if other not in low:
                     break
             else:
-                if not entry.any or any(map(low.__contains__, entry.any)):
+                if not either or _one(either, low):
                     found[place] = entry
     return [found[place] for place in sorted(found)] if len(found) > 1 else list(found.values())
+
+
+def _one(words: tuple[str, ...], low: str) -> bool:
+    for word in words:  # noqa: SIM110 - any() with a generator takes three times as long
+        if word in low:
+            return True
+    return False
+
+
+def still(found: list[Entry], low: str) -> list[Entry]:
+    """Of candidates for a text, those for a part of it."""
+    return [entry for entry in found if all(map(low.__contains__, entry.has)) and (not entry.any or _one(entry.any, low))]
 
 
 def quiet(entry: Entry) -> bool:

@@ -27,6 +27,9 @@ RECOVERY: Final = {  # Xid 154 names what the driver now asks for
 }
 RECOVERY_CODES: Final = {"0": "none", "1": "gpu reset", "2": "node reboot", "3": "drain p2p", "4": "drain and reset"}
 _HEX: Final = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_REMOTE: Final = re.compile(
+    r"Connect(?:ion|or|Err|Time|Fail)|Disconnect|\wTime(?:out|dOut)|(?:Comm|Stream|Channel|Socket)Closed|Unavailable|Unreachable|Died"
+)
 _TO: Final = re.compile(r"\bto\s+(?:0x)?(\d{0,3})\s*(?:\(([\w ]{1,40})\))?", re.IGNORECASE)
 
 
@@ -222,9 +225,12 @@ def srun(found: dict[str, str], text: str) -> dict[str, Any]:
     return {"code": names.get(word, "")}
 
 
-def exception(found: dict[str, str], _text: str) -> dict[str, Any]:
-    """A Python exception that nobody else knows."""
-    return {"code": found["code"]}
+def exception(found: dict[str, str], _text: str = "") -> dict[str, Any]:
+    """A Python exception that nobody else knows: the user's, unless its name says that somebody else was not there."""
+    code = found["code"]
+    if _REMOTE.search(code):
+        return {"code": code, "kind": "conn", "class_": "app-restart", "role": "symptom"}
+    return {"code": code}
 
 
 def hccl(found: dict[str, str], _text: str) -> dict[str, Any]:

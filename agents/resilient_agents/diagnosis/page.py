@@ -32,7 +32,8 @@ What is known of lines and numbers. Printed from the data files in `agents/resil
 Classes: `ignore` nothing, `user` the program is at fault, `app-restart` restart the process on the same device, `gpu-reset` reset the
 GPU or reboot the node, `replace` take a standby node now, `cordon` no new work until somebody has looked. "by ..." means that a table
 below, or a word of the line, decides.
-Whose lines count: `kernel` the kernel's alone, `user` everybody's but the kernel's, `any`.
+Whose lines count: `kernel` the kernel's alone, `daemon` those of programs in syslog, `system` either, `user` everybody's but the
+kernel's, `any`.
 """
 
 

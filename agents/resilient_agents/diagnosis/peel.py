@@ -18,28 +18,29 @@ LAYERS: Final = 12
 MONTHS: Final = {name: i for i, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)}
 
 _ISO: Final = r"(?P<iso>\d{4}[-/]\d\d[-/]\d\d[T -]\d\d:\d\d:\d\d(?:[.,:]\d{1,9}(?:\.\d{1,3})?)?)(?P<zone>Z|[+-]\d\d:?\d\d)?(?: UTC| GMT)?"
+_WEEKDAY: Final = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
+_CLOCK: Final = r"\d\d:\d\d:\d\d"
 _BSD: Final = r"(?P<bsd>(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) {1,2}\d{1,2} \d\d:\d\d:\d\d(?:\.\d{1,9})?)"
 _TAG: Final = r"(?P<tag>[A-Za-z][\w./@()-]{0,60}?)(?:\[\d{1,10}\])?: ?"
-_COATS: Final = tuple(
-    re.compile(it)
-    for it in (
-        r"<\d{1,3}>(?:\d )?",  # syslog priority
-        r"(?P<kmsg>\d{1,3}),\d{1,20},(?P<us>\d{1,20}),[^;\n]{0,40};",  # /dev/kmsg itself
-        r"(?P<level>kern|user|daemon|auth|syslog|local\d) {0,3}:(?:emerg|alert|crit|err|warn|notice|info|debug) {0,3}: ",  # dmesg -x
-        r"\[ {0,12}(?P<up>\d{1,12}\.\d{3,9})\](?: {0,2}\[ {0,6}[TC]\d{1,8}\])? ?",  # the kernel's clock, and its caller
-        r"\[ {0,12}[+]?\d{1,10}\.\d{3,9}\] ?",
-        r"\[ {0,6}[TC]\d{1,8}\] ?",
-        r"\[(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) )?(?P<dmesg>[A-Z][a-z]{2} {1,2}\d{1,2} (?:\d\d:\d\d:\d\d(?:\.\d+)? \d{4}|\d{4} \d\d:\d\d:\d\d|\d\d:\d\d))\] ?",  # noqa: E501
-        rf"\[?{_ISO}\]?(?: (?P<cri>stdout|stderr) [FP](?= ))?[:,]? ?",
-        rf"{_BSD} (?:[\w.-]{{1,64}} (?={_TAG.replace('?P<tag>', '')}))?",  # syslog: host only where a program follows
-        r"(?P<kern>kernel): ?",
-        r"\[(?:default|rank|worker_?|trainer|node)_?(?P<rank>\d{1,7})\]:? ?",  # torchrun's and torch's own
-        r"\[\d{1,5},(?P<mpi>\d{1,6})\]<(?:stdout|stderr)>: ?",
-        r"\((?P<ray>[\w:.]{1,60}) pid=\d{1,10}(?:, ip=[\d.]{7,15})?\) ",
-        r"\[(?:pod|container)/[^\]\n]{1,150}\] ",
-        r"(?P<srun>\d{1,5}): {1,2}(?=\S)",  # srun --label
-    )
+_DIGITS: Final = "0123456789"
+_KINDS: Final = (  # the letters with which each can begin, and what it looks like
+    ("<", r"<\d{1,3}>(?:\d )?"),  # syslog priority
+    (_DIGITS, r"(?P<kmsg>\d{1,3}),\d{1,20},(?P<us>\d{1,20}),[^;\n]{0,40};"),  # /dev/kmsg itself
+    ("kudasl", r"(?P<level>kern|user|daemon|auth|syslog|local\d) {0,3}:(?:emerg|alert|crit|err|warn|notice|info|debug) {0,3}: "),
+    ("[", r"\[ {0,12}(?P<up>\d{1,12}\.\d{3,9})\](?: {0,2}\[ {0,6}[TC]\d{1,8}\])? ?"),  # the kernel's clock, and its caller
+    ("[", r"\[ {0,12}[+]?\d{1,10}\.\d{3,9}\] ?"),
+    ("[", r"\[ {0,6}[TC]\d{1,8}\] ?"),
+    ("[", rf"\[(?:{_WEEKDAY} )?(?P<dmesg>[A-Z][a-z]{{2}} {{1,2}}\d{{1,2}} (?:{_CLOCK}(?:\.\d+)? \d{{4}}|\d{{4}} {_CLOCK}|\d\d:\d\d))\] ?"),
+    ("[" + _DIGITS, rf"\[?{_ISO}\]?(?: (?P<cri>stdout|stderr) [FP](?= ))?[:,]? ?"),
+    ("JFMASOND", rf"{_BSD} (?:[\w.-]{{1,64}} (?={_TAG.replace('?P<tag>', '')}))?"),  # syslog: host only where a program follows
+    ("k", r"(?P<kern>kernel): ?"),
+    ("[", r"\[(?:default|rank|worker_?|trainer|node)_?(?P<rank>\d{1,7})\]:? ?"),  # torchrun's and torch's own
+    ("[", r"\[\d{1,5},(?P<mpi>\d{1,6})\]<(?:stdout|stderr)>: ?"),
+    ("(", r"\((?P<ray>[\w:.]{1,60}) pid=\d{1,10}(?:, ip=[\d.]{7,15})?\) "),
+    ("[", r"\[(?:pod|container)/[^\]\n]{1,150}\] "),
+    (_DIGITS, r"(?P<srun>\d{1,5}): {1,2}(?=\S)"),  # srun --label
 )
+_COATS: Final = {first: tuple(re.compile(it) for firsts, it in _KINDS if first in firsts) for first in {*"".join(it for it, _ in _KINDS)}}
 _TAGGED: Final = re.compile(_TAG)
 _HOST_TAG: Final = re.compile(rf"(?P<host>[A-Za-z][\w.-]{{0,63}}) {_TAG}")
 _RSYSLOG: Final = re.compile(r"\d{4}-\d\d-\d\dT[^,]*$")
@@ -73,7 +74,7 @@ def peel(line: str) -> Peeled:
         line = inner[1].replace("\\n", "").replace('\\"', '"').replace("\\t", "\t").replace("\\u001b", "\x1b")
         line = ANSI.sub("", line)
     for _ in range(LAYERS):
-        for coat in _COATS:
+        for coat in _COATS.get(line[:1], ()):
             if match := coat.match(line):
                 break
         else:
