@@ -4,9 +4,9 @@ Think of somebody who sits beside the ticker with a hand on the paper: sleeps wh
 
 Contract: begins at now, or where its predecessor was lost: what was said before is not news. Blocks in `poll` for at most `WAIT_S`, so
 that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
-`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are judged as lines of the
-syslog are: by the name before them. What a line means is diagnosis/text.py's business. The time of a
-finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
+`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg prove nothing that only the kernel
+can see: they are judged as any program's output is (the kernel marks them: none of them has its facility, 0), and journalctl leaves them
+out. What a line means is diagnosis/text.py's business. The time of a finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
 with or without records' heads.
 """
 
@@ -39,7 +39,7 @@ RECORDS_MAX: Final = 2000  # of one check; the ring holds about ten thousand
 BACKLOG_MAX: Final = 100_000
 PIECE_BYTES: Final = 1 << 18
 LINE_BYTES_MAX: Final = 1 << 16
-JOURNAL: Final = ("journalctl", "--dmesg", "--follow", "--lines=0", "--output=cat", "--no-hostname")
+JOURNAL: Final = ("journalctl", "--dmesg", "--follow", "--lines=0", "--output=cat", "--no-hostname", "SYSLOG_FACILITY=0")
 _HEAD: Final = re.compile(rb"(\d{1,10}),(\d{1,20}),(\d{1,20}),[^;\n]{0,200};")
 _KERNEL_FACILITY: Final = 0
 _AGE_MAX_S: Final = 60.0  # an older stamp is of a machine that slept, or of a recorded one
@@ -49,7 +49,7 @@ class Line(NamedTuple):
     """One line of the log."""
 
     text: str
-    stream: str  # "kmsg", or "syslog" where a program wrote it
+    stream: str  # "kmsg", or "stderr" where a program wrote it: syslog's would believe one that calls itself the kernel
     t: float = 0.0  # CLOCK_MONOTONIC seconds, 0 = not said
 
 
@@ -62,7 +62,7 @@ def parse(record: bytes) -> Line | None:
         return None
     if head is None:
         return Line(text, "kmsg")
-    return Line(text, "kmsg" if int(head[1]) >> 3 == _KERNEL_FACILITY else "syslog", int(head[3]) / 1e6)
+    return Line(text, "kmsg" if int(head[1]) >> 3 == _KERNEL_FACILITY else "stderr", int(head[3]) / 1e6)
 
 
 def found(lines: Iterable[Line], now: float) -> list[Finding]:
