@@ -6,8 +6,8 @@ Contract: begins at now, or where its predecessor was lost: what was said before
 that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
 `journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg prove nothing that only the kernel
 can see: they are judged as any program's output is (the kernel marks them: none of them has its facility, 0), and journalctl leaves them
-out. What a line means is diagnosis/text.py's business. The time of a finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
-with or without records' heads.
+out. What a line means is diagnosis/text.py's business. The time of a finding is that of its record. Where <root>/dev/kmsg is a growing
+file or a FIFO (tests, recorded machines) it is read in the same way, with or without records' heads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient_agents.probe import Absent, Surroundings
+from resilient_agents.sieve import folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,7 +75,7 @@ def found(lines: Iterable[Line], now: float) -> list[Finding]:
         finding = classify(line.text, line.stream)
         if finding.kind:
             findings.append(replace(finding, probe=KernelLog.name, t=line.t if now - _AGE_MAX_S < line.t <= now else now))
-    return findings
+    return folded(findings)
 
 
 class KernelLog:
