@@ -5,7 +5,8 @@ down as missing, and all others go on; nobody else is sent into that room until 
 
 Contract: one daemon thread per probe. A check begins `period_s` after the one before began, a tenth earlier or later by chance so that
 neither a node's probes nor a fleet's nodes look all at once, and never before the last one has returned, nor before its thread has rested
-for `REST` times the CPU time that it took: a flood of lines costs nobody a core. One that takes longer than the probe's `timeout_s` is a finding "probe-hangs", or what the probe's `hangs(seconds)` says it means, and one that raises "probe-fails"; both
+for `REST` times the CPU time that it took: a flood of lines costs nobody a core. One that takes longer than the probe's `timeout_s` is
+a finding "probe-hangs", or what the probe's `hangs(seconds)` says it means, and one that raises "probe-fails"; both
 are over with the next check that returns well. What a probe gives that is no list of findings is a failure of the same sort. A probe is
 imported and made on its thread, too, under the same rules. `fd` becomes readable when there is something for `news` or `started`.
 
@@ -236,7 +237,7 @@ def _guarded(work: Callable[[], Any]) -> tuple[Any, str]:
         return work(), ""
     except Absent as error:
         return None, f"{_ABSENT}{error}"
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the one place around a probe; by SystemExit its thread would end without a word
+    except BaseException as error:  # noqa: BLE001 - the one place around a probe: by SystemExit its thread would end without a word
         return None, f"{type(error).__name__}: {error}"[:500]
 
 

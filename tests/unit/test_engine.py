@@ -163,6 +163,14 @@ def test_once_does_not_wait_for_one_that_hangs(monkeypatch):
     assert [f.kind for f in Engine().once(Begin(scopes=("node",)))] == ["probe-hangs"]
 
 
+def test_nothing_that_a_probe_raises_ends_its_thread(played):
+    engine, probe = played()
+    probe.gives = KeyboardInterrupt()
+    told: list = []
+    until(lambda: of(told, "probe-fails"), engine, told)
+    assert engine._posts["played"].thread.is_alive()
+
+
 def test_what_has_much_to_do_rests(played):
     spent: list[tuple[float, float]] = []
 
