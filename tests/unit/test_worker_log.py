@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,6 +135,21 @@ def test_who_writes_without_end_keeps_nobody_else_from_being_heard(stage, monkey
         stage.write("w", NCCL + "\n")
         found += probe.check(0.0)
     assert [f.rank for f in found if f.kind == "nccl-error" or f.class_ != "ignore"] == [1]
+
+
+def test_a_log_that_cannot_be_read_keeps_nobody_else_from_being_heard(stage):
+    probe = stage.probe()
+    stage.worker("broken", 0)
+    path = pathlib.Path(stage.roster.workers[0].stderr)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    stage.worker("w", 1)
+    stage.write("w", NCCL + "\n")
+    found = [*probe.check(0.0), *probe.check(1.0)]
+    assert sorted((f.kind == "log-skipped", f.rank) for f in found if f.class_ != "ignore" or f.kind == "log-skipped") == [
+        (False, 1),
+        (True, 0),
+    ]
 
 
 @settings(deadline=None)

@@ -180,12 +180,15 @@ class WorkerLog:
                 self._tails[key] = Tail(path, self._begin.get(path, 0))
         if (tail := self._tails.get(key)) is None:
             return []
-        blocks, ended = tail.look(ending=not worker.alive)
+        try:
+            blocks, ended = tail.look(ending=not worker.alive)
+        except OSError as error:  # a directory, a stale handle: the others are read on
+            tail.close()
+            self._tails[key] = None
+            return [_skipped(worker, f"{worker.worker}: its {stream} cannot be read any more ({error.strerror})", now)]
         findings = [found for block in blocks if (found := self._found(worker, block, stream, now)) is not None]
         if tail.skipped:
-            text = f"{worker.worker}: {tail.skipped} bytes of its {stream} came too fast to be read"
-            about = {"layer": "probe", "device": "probe:worker-log", "class_": "ignore", "role": "context"}
-            findings.append(Finding(seq=0, kind="log-skipped", rank=worker.rank, worker=worker.worker, text=text, t=now, **about))  # type: ignore[arg-type]
+            findings.append(_skipped(worker, f"{worker.worker}: {tail.skipped} bytes of its {stream} came too fast to be read", now))
             tail.skipped = 0
         if ended and not worker.alive:
             tail.close()
@@ -200,3 +203,8 @@ class WorkerLog:
             return None
         rank = worker.rank if worker.rank != NONE else found.rank
         return replace(found, probe=self.name, rank=rank, worker=worker.worker, pid=worker.pid, t=now)
+
+
+def _skipped(worker: Watched, text: str, now: float) -> Finding:
+    about = {"layer": "probe", "device": "probe:worker-log", "class_": "ignore", "role": "context"}
+    return Finding(seq=0, kind="log-skipped", rank=worker.rank, worker=worker.worker, text=text, t=now, **about)  # type: ignore[arg-type]
