@@ -21,6 +21,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         marks.lay(begin.marks)
         return _once(replace(begin, lookback_s=marks.lookback_s()), book)
     try:
-        listener = _listen(args.socket, int(args.mode, 8))
+        listener = _listen(args.socket, args.mode)
     except OSError as error:
         sys.stderr.write(f"resilient-agent: --socket {args.socket}: cannot be opened ({error.strerror or error})\n")
         return USAGE_EXIT
@@ -81,14 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(args.socket)
-    sys.stdout.flush()
     os._exit(0)  # probes that hang are left where they hang
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="resilient-agent", description="Watch this node, before and while runs use it.")
     parser.add_argument("--socket", default=SOCKET, help="where runs on this node listen (default: %(default)s)")
-    parser.add_argument("--mode", default="666", help="who may listen, as chmod has it (default: %(default)s)")
+    parser.add_argument("--mode", type=_mode, default="666", help="who may listen, as chmod has it (default: %(default)s)")
     parser.add_argument("--root", default="/", help="where this node's /proc, /sys and /dev are (default: %(default)s)")
     parser.add_argument("--probes", default="auto", help="'auto', names, or names with 'no-' before each (default: %(default)s)")
     parser.add_argument("--policy", default="", metavar="FILE", help="TOML file over the rules and limits of findings, as of resilient-run")
@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="look once, print what is the matter, and exit")
     return parser
+
+
+def _mode(text: str) -> int:
+    if (mode := int(text, 8)) & ~0o777:
+        raise ValueError(text)
+    return mode
+
+
+_mode.__name__ = "chmod's octal"  # argparse: "invalid ... value"
 
 
 def _once(begin: Begin, book: Strikes) -> int:
@@ -108,19 +117,22 @@ def _once(begin: Begin, book: Strikes) -> int:
         _print("finding", finding)
     _print("started", engine.who())
     _print_counts(engine)
-    sys.stdout.flush()
     os._exit(UNHEALTHY_EXIT if any(finding.class_ in NODE and not finding.clears for finding in found) else 0)
 
 
 def _listen(path: str, mode: int) -> socket.socket:
-    """Raises OSError, also where another daemon is there."""
+    """Raises OSError, also where another daemon is there, or a file that is none of ours."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX) as other:
+    with socket.socket(socket.AF_UNIX) as other, contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError("a socket, or nothing, expected there, a file found")
+        other.setblocking(False)  # noqa: FBT003 - it has no name
         try:
             other.connect(path)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # of one that was killed
+        except BlockingIOError:
+            raise OSError("another resilient-agent has it, and does not answer") from None
+        except ConnectionRefusedError:
+            os.unlink(path)  # of one that was killed
         else:
             raise OSError(f"another resilient-agent (pid {_peer(other)}) serves it")
     listener = socket.socket(socket.AF_UNIX)
@@ -287,9 +299,7 @@ def _warn(text: str) -> None:
 
 def _print(event: str, message: Any) -> None:
     row = {"event": event, "t": round(time.time(), 3), **{k: v for k, v in msgspec.to_builtins(message).items() if k != "type"}}
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
-        sys.stdout.flush()
+    _write(row)
 
 
 def _print_counts(engine: Engine) -> None:
@@ -298,9 +308,15 @@ def _print_counts(engine: Engine) -> None:
     ]
     seen = kernel.stat(os.getpid())
     row = {"event": "counts", "t": round(time.time(), 3), "cpu_s": seen.cpu_s if seen is not None else 0.0, "findings": rows}
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
-        sys.stdout.flush()
+    _write(row)
+
+
+def _write(row: dict[str, Any]) -> None:
+    """One line. A disk that is full, or a reader that has gone, is no reason to look no more."""
+    data = msgspec.json.encode(row) + b"\n"
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(1, data) :]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Think of a ward round with one nurse per patient: who finds a patient that does 
 down as missing, and all others go on; nobody else is sent into that room until she is back.
 
 Contract: one daemon thread per probe. A check begins `period_s` after the one before began, a tenth earlier or later by chance so that
-neither a node's probes nor a fleet's nodes look all at once, and never before the last one has returned. One that takes longer than the
-probe's `timeout_s` is a finding "probe-hangs", or what the probe's `hangs(seconds)` says it means, and one that raises "probe-fails"; both
+neither a node's probes nor a fleet's nodes look all at once, and never before the last one has returned, nor before its thread has rested
+for `REST` times the CPU time that it took: a flood of lines costs nobody a core. One that takes longer than the probe's `timeout_s` is
+a finding "probe-hangs", or what the probe's `hangs(seconds)` says it means, and one that raises "probe-fails"; both
 are over with the next check that returns well. What a probe gives that is no list of findings is a failure of the same sort. A probe is
 imported and made on its thread, too, under the same rules. `fd` becomes readable when there is something for `news` or `started`.
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 FIRST_S: Final = 1.0  # within which all probes have begun
 JITTER: Final = 0.1
 AFTER_ERROR_S: Final = 5.0  # what fails in a loop is not to cost more than what works
+REST: Final = 3.0  # times what a check took of a core: one that has much to read takes a quarter of it at most
 GAP_S: Final = 0.05  # between two checks at least, whatever a probe's period says
 FINDINGS_MAX: Final = 1000  # of one check
 NEWS_MAX: Final = 1000  # not fetched
@@ -81,13 +83,13 @@ class _Post:
         pause = 0.0 if self._once else luck.uniform(0, min(FIRST_S, self.period_s))
         while True:
             time.sleep(pause)
-            begun = time.monotonic()
+            begun, cpu = time.monotonic(), time.thread_time()
             findings, error = self._call(lambda: _checked(self.probe.check(time.monotonic())))
             self._engine.told(self, findings or (), error)
             if self._once:
                 return
             period = max(self.period_s, AFTER_ERROR_S if error else 0.0) * luck.uniform(1 - JITTER, 1 + JITTER)
-            pause = max(GAP_S, begun + period - time.monotonic())
+            pause = max(GAP_S, begun + period - time.monotonic(), REST * (time.thread_time() - cpu))
 
     def _make(self) -> bool:
         """Import and make it; False where it is not for this prober, or there is nothing for it to do."""
@@ -244,7 +246,7 @@ def _guarded(work: Callable[[], Any]) -> tuple[Any, str]:
         return work(), ""
     except Absent as error:
         return None, f"{_ABSENT}{error}"
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the one place around a probe; by SystemExit its thread would end without a word
+    except BaseException as error:  # noqa: BLE001 - the one place around a probe: by SystemExit its thread would end without a word
         return None, f"{type(error).__name__}: {error}"[:500]
 
 

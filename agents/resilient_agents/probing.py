@@ -31,7 +31,7 @@ from msgspec.structs import replace
 from resilient.core.messages import Finding
 from resilient.errors import ProtocolError
 from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
-from resilient_agents import marks
+from resilient_agents import kernel, marks
 from resilient_agents.instruments import Choice, choice
 from resilient_agents.probe import GROUP, Roster, Watched
 from resilient_agents.sieve import LAYER
@@ -262,6 +262,8 @@ class Probing:
 
     async def _end(self) -> int | str:
         """Kill it and collect it, if the kernel lets it go; its exit code."""
+        if self._process is not None and self._process.poll() is None:
+            _kill_children(self._process)
         if self._writer is not None:
             self._writer.transport.abort()
             self._writer = None
@@ -306,6 +308,15 @@ def _ended(task: asyncio.Task[None]) -> None:
     """A fault of ours here is loud, and ends the looking, not the run."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("a fault of ours: this run is not watched any more", exc_info=error)
+
+
+def _kill_children(process: subprocess.Popen[bytes]) -> None:
+    """What its probes have started: a vendor's program that stands still would be left behind. While it is stopped it collects nobody."""
+    process.send_signal(signal.SIGSTOP)
+    for pid in kernel.children(process.pid):
+        kernel.kill_group(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _size(path: str) -> int | None:

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from resilient.core.messages import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 AGAIN_S: Final = 5.0  # the first silence after a finding; each is twice the one before
 REMIND_S: Final = 600.0  # the longest; a finding that recovers stays told for 10 min (gpud, sticky window)
@@ -157,6 +157,22 @@ class Sieve:
             del self._open[key]
         while len(self._open) >= OPEN_MAX:
             del self._open[next(iter(self._open))]  # the oldest
+
+
+def folded(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that are the same as one, with their number, so that thousands of one kind leave room for what stands behind them."""
+    out: list[Finding] = []
+    places: dict[tuple[Key, str], int] = {}
+    for finding in findings:
+        place = places.setdefault((_key(finding), finding.class_), len(out))
+        if finding.clears:
+            places.clear()  # what comes again after it is new
+            out.append(finding)
+        elif place < len(out):
+            out[place] = replace(out[place], count=out[place].count + finding.count)
+        else:
+            out.append(finding)
+    return out
 
 
 def _key(finding: Finding) -> Key:

@@ -158,6 +158,41 @@ def test_a_device_that_three_jobs_struck_is_told_of_and_not_forgotten(daemon):
     assert struck() == [] and "strikes.jsonl.damaged" in daemon.output.read_text()
 
 
+def test_it_takes_no_path_that_is_not_its_own_and_waits_for_nobody(daemon, tmp_path):
+    (tmp_path / "precious").write_text("gold")
+
+    def said(*more: str) -> str:
+        done = subprocess.run([*daemon.command, *more], env=daemon.env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "a file found" in said("--socket", str(tmp_path / "precious"))
+    assert (tmp_path / "precious").read_text() == "gold"
+    assert "invalid" in said("--mode", "rw")
+    daemon.process.send_signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as lines:
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until nobody more may wait
+                line = lines.enter_context(socket.socket(socket.AF_UNIX))
+                line.setblocking(False)
+                line.connect(daemon.socket)
+        assert "does not answer" in said()
+    daemon.process.send_signal(signal.SIGCONT)
+
+
+def test_a_full_disk_under_its_output_does_not_end_it(daemon, tmp_path):
+    other = str(tmp_path / "b.sock")
+    with open("/dev/full", "wb") as full, subprocess.Popen([*daemon.command, "--socket", other], stdout=full, env=daemon.env) as process:
+        wait_for("it listens", lambda: pathlib.Path(other).exists())
+        process.send_signal(signal.SIGUSR1)
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(20)
+            line.connect(other)
+            assert line.recv(1)
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 def test_once_tells_by_its_exit_code(daemon, tmp_path):
     port = tmp_path / "d/host/sys/class/net/eth0"
     (port / "device").mkdir(parents=True)

@@ -64,6 +64,23 @@ async def test_a_prober_that_dies_is_replaced_until_it_is_enough(tmp_path, monke
         assert watched.probing.pid == 0
 
 
+async def test_with_it_ends_what_its_probes_have_started(tmp_path, monkeypatch):
+    start = "import subprocess\nclass Probe:\n    period_s = 60.0\n    def __init__(self, _):\n        "
+    child = start + "subprocess.Popen(['sleep', '600'], start_new_session=True)\n    def check(self, now):\n        return []\n"
+    monkeypatch.setenv("PYTHONPATH", path_with(tmp_path / "site", starter=({"starter": "starter_probe:Probe"}, {"starter_probe": child})))
+
+    def sleeper() -> int:
+        seen = [(pid, kernel.stat(pid)) for pid in kernel.children(watched.probing.pid or -1)]
+        return next((pid for pid, stat in seen if stat is not None and stat.session == pid), 0)
+
+    async with Watched(tmp_path) as watched:
+        pid = await watched.until(sleeper)
+    until = time.monotonic() + DEADLINE_S
+    while (stat := kernel.stat(pid)) is not None and stat.state != "Z":
+        assert time.monotonic() < until
+        await asyncio.sleep(0.02)
+
+
 @pytest.mark.long
 async def test_a_prober_that_stands_still_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SILENCE_S", 7.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -58,6 +60,7 @@ def test_each_line_gets_its_answer_in_order():
     [
         b"xx\n",
         b'{"id": 1}\n',
+        b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b', "text": "x", "stream": "kmsg"}\n',
         b'{"id":1,"text":"x"}\n',
         b'{"id":1,"text":3,"stream":"kmsg"}\n',
         b'{"id":1,"text":"x","stream":"tape"}\n',
@@ -142,6 +145,67 @@ def test_streams_and_ranks_are_told_by_names_and_first_lines():
     assert readings.stream_of("attempt_0/3/stdout.log", []) == "stdout"
     assert readings.stream_of("x.log", ["step 1 loss 2"]) == "stderr"
     assert [readings.rank_of(it) for it in ("nccl_trace_rank_12", "attempt_0/3/stderr.log", "rank7.log", "train.log")] == [12, 3, 7, None]
+
+
+def diagnosed(*arguments, **more):
+    command = [sys.executable, "-c", "import sys; from resilient import cli; sys.exit(cli.main())", "diagnose", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False, **more)
+
+
+def test_a_pipe_is_a_log_too():
+    done = diagnosed("--stream", "kmsg", input=DMESG.encode())
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"culprit   pci:0000:1a:00" in done.stdout
+
+
+def test_in_a_directory_only_files_are_read(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "above").symlink_to("..")
+    (tmp_path / "dmesg.log").write_text(DMESG)
+    assert cli.main(["diagnose", str(tmp_path)]) == 1
+    assert "1 file(s)" in capsys.readouterr().out
+
+
+def test_what_gzip_packed_is_unpacked_and_what_cannot_be_is_said(tmp_path, capsys):
+    (tmp_path / "dmesg.log.gz").write_bytes(gzip.compress(DMESG.encode()))
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(os.urandom(4096))[:-100])
+    (tmp_path / "dmesg.xz").write_bytes(b"\xfd7zXZ\x00 and more")
+    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "culprit   pci:0000:1a:00" in said.out
+    assert "cut.gz: cannot be unpacked to its end" in said.err
+    assert "dmesg.xz: a log as it was written, or packed by gzip, expected, one packed by xz found" in said.err
+
+
+@pytest.mark.parametrize("date", ["9999-12-31T23:59:59Z", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00", "Feb 29 23:59:59"])
+def test_no_date_is_too_strange(date, tmp_path):
+    xid = "host kernel: NVRM: Xid (PCI:0000:1a:00): 79, x"
+    (tmp_path / "syslog").write_text(f"{date} {xid}\nJan  1 00:00:01 {xid}\n2100-03-01T00:00:00Z {xid}\n")
+    assert cli.main(["diagnose", str(tmp_path)]) == 1
+
+
+def test_a_log_does_not_move_the_readers_cursor(tmp_path, capsys):
+    (tmp_path / "dmesg").write_text("NVRM: Xid (PCI:0000:1a:00): 79, \x1bPhidden\x08\x07 word\n")
+    cli.main(["diagnose", str(tmp_path)])
+    assert "79, \\x1bPhidden\\x08\\x07 word" in capsys.readouterr().out
+
+
+def test_an_open_traceback_of_each_of_many_ranks_has_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(readings, "OPEN", 1000)
+    with (tmp_path / "all.log").open("w") as log:
+        for rank in range(100):
+            log.write(f"[rank{rank}]: Traceback (most recent call last):\n")
+            log.write(f'[rank{rank}]:   File "x"\n[rank{rank}]: KeyError: 1\n')
+    assert len(list(readings.sightings(str(tmp_path / "all.log")))) == 100
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_without_an_end_of_the_line_it_says_so(closed):
+    command = f'exec "$0" -c "import sys; from resilient import cli; sys.exit(cli.main())" diagnose --jsonl {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], input=line("x"), capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"resilient: --jsonl: standard input and output expected")
 
 
 def test_it_does_without_torch():

@@ -161,3 +161,27 @@ def test_once_does_not_wait_for_one_that_hangs(monkeypatch):
     kind = type("Kind", (Played,), {"acts": [], "check": lambda self, now: threading.Event().wait(DEADLINE_S)})
     monkeypatch.setattr(instruments, "find", lambda *_: {"played": lambda: kind})
     assert [f.kind for f in Engine().once(Begin(scopes=("node",)))] == ["probe-hangs"]
+
+
+def test_nothing_that_a_probe_raises_ends_its_thread(played):
+    engine, probe = played()
+    probe.gives = KeyboardInterrupt()
+    told: list = []
+    until(lambda: of(told, "probe-fails"), engine, told)
+    assert engine._posts["played"].thread.is_alive()
+
+
+def test_what_has_much_to_do_rests(played):
+    spent: list[tuple[float, float]] = []
+
+    def busy(_self, _now):
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        spent.append((time.monotonic(), time.thread_time()))
+        return []
+
+    engine, _ = played(check=busy)
+    until(lambda: len(spent) >= 6, engine)
+    (begun, cpu), (ended, more) = spent[0], spent[-1]
+    assert more - cpu < (ended - begun) / 3

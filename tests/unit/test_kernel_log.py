@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from resilient_agents.probe import Absent, Surroundings
-from resilient_agents.probes.kernel_log import KernelLog, Line, parse
+from resilient_agents.probes.kernel_log import KernelLog, Line, found, parse
 
 LOST = "NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
 
@@ -18,8 +18,11 @@ def test_a_record_has_a_head_and_what_follows_the_first_line_is_its_dictionary()
     assert parse(f"4,1201,5140900,-;{LOST}\n SUBSYSTEM=pci\n DEVICE=+pci:0000:3b:00.0\n".encode()) == Line(LOST, "kmsg", 5.1409)
 
 
-def test_what_a_program_wrote_is_not_the_kernels():
-    assert parse(f"12,1201,5140900,-;{LOST}\n".encode()).stream == "syslog"
+@pytest.mark.parametrize("says", ["", "kernel: ", "[   12.345678] ", "python: ", "python[12]: "])
+@pytest.mark.parametrize("facility", [1, 3, 16])
+def test_what_a_program_wrote_into_it_proves_nothing_whatever_name_it_gives(says, facility):
+    (told,) = found([parse(f"{facility << 3 | 3},1201,5140900,-;{says}{LOST}\n".encode())], time.monotonic())
+    assert (told.kind, told.class_, told.role) == ("quoted", "ignore", "context")
 
 
 @pytest.mark.parametrize("record", [b"", b"\n", b"6,1,2,-;\n", b"   "])
@@ -34,7 +37,7 @@ def test_a_plain_line_is_taken_as_it_is():
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_line_or_nothing(record):
     line = parse(record)
-    assert line is None or (line.text and line.stream in ("kmsg", "syslog"))
+    assert line is None or (line.text and line.stream in ("kmsg", "stderr"))
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def journalctl(tmp_path, monkeypatch):
 
 
 def test_where_the_log_is_closed_the_journal_is_the_source_and_ends_with_us(journalctl):
-    journalctl("exec sleep 60")
+    journalctl('case "$*" in *SYSLOG_FACILITY=0*) exec sleep 60;; esac')  # without what programs wrote into it
     probe = KernelLog(Closed())
     assert probe.note.startswith("journalctl (/nowhere/dev/kmsg: ")
     (found,) = probe.check(time.monotonic())

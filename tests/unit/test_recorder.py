@@ -106,3 +106,36 @@ def test_torchs_dumps_hold_containers_and_plain_values_only():
     data = (DATA / "nccl_trace_rank_0").read_bytes()
     names = {str(arg) for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL"}
     assert names <= {"torch.jit._pickle restore_type_tag", "torch.jit._pickle build_intlist"}
+
+
+def _of(**wrong):
+    entry = {"collective_seq_id": 1, "process_group": ["0", "x"], "profiling_name": "nccl:a", "input_sizes": [[4]], "state": "s"}
+    return {"version": "2.10", "entries": [entry | wrong]}
+
+
+def _laughs(times=40):
+    value = [1]
+    for _ in range(times):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(_of(collective_seq_id=float("inf"))).encode(),
+        json.dumps(_of() | {"pg_config": {"0": {"ranks": [float("inf")]}}}).encode(),
+        json.dumps(_of() | {"pg_config": {"0": {"ranks": "[" * 100_000}}}).encode(),
+        pickle.dumps(_of(profiling_name=_laughs()), 2),
+        pickle.dumps(_of(process_group=[_laughs()]), 2),
+        b"\x80\x02ctorch.jit._pickle\nbuild_intlist\nq\x00](" + b"K\x01" * 100_000 + b"eq\x01" + b"h\x00h\x01\x85R" * 1000 + b".",
+    ],
+)
+def test_no_dump_asks_for_more_than_its_size_in_time_or_memory(data):
+    with pytest.raises(recorder.DumpError):
+        recorder.read(data)
+
+
+def test_sizes_that_hold_each_other_are_not_followed():
+    dump = recorder.read(pickle.dumps(_of(input_sizes=_laughs()), 2))
+    assert dump.groups["0"][1].sizes == ()

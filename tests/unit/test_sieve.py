@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from resilient_agents.sieve import AGAIN_S, FORGET_S, KIND_BURST, OPEN_MAX, REMIND_S, Sieve
+from msgspec.structs import replace
+from resilient_agents.sieve import AGAIN_S, FORGET_S, KIND_BURST, OPEN_MAX, REMIND_S, Sieve, folded
 
 from resilient.core.messages import Finding
 
@@ -113,6 +114,22 @@ def test_what_was_held_back_is_told_later_if_it_is_still_there():
     assert {f.device for f in (*first, *later)} == {f.device for f in flood}
 
 
+def test_thousands_of_a_kind_are_one_and_what_stands_behind_them_is_there():
+    flood = [fact("xid", f"dev:{i % 2}") for i in range(5000)]
+    cause = fact("gpu-lost", "dev:1", "replace")
+    assert [(f.kind, f.device, f.count) for f in folded([*flood, cause])] == [
+        ("xid", "dev:0", 2500),
+        ("xid", "dev:1", 2500),
+        ("gpu-lost", "dev:1", 1),
+    ]
+
+
+def test_what_comes_again_after_it_was_over_is_not_folded_into_what_was_before():
+    down, up = fact("ib-link", "dev:a", "replace"), replace(fact("ib-link", "dev:a", "ignore"), clears=True)
+    assert [f.clears for f in folded([down, down, up, down])] == [False, True, False]
+
+
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3000), st.booleans(), st.floats(0, 1e4)), max_size=300))
 def test_it_never_holds_more_than_its_limit(rows):
     sieve, now = Sieve(), 0.0

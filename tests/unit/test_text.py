@@ -192,3 +192,11 @@ def test_what_logging_puts_around_a_text_does_not_change_what_it_means():
                 if classify(wrapped, as_stream).class_ != plain:
                     wrong.append((coat, plain, raw[:80]))
     assert not wrong
+
+
+@pytest.mark.parametrize("number", [23, 79, 507046, 507054, 207001, 107003])
+@pytest.mark.parametrize(
+    "text", ["step {} loss 2.31", "{}/1000000 [00:10<00:00]", "iter {}: tokens 1e9", "eval result {}", "loss error={}"]
+)
+def test_a_number_alone_is_no_vendors_code(text, number):
+    assert classify(text.format(number), "stdout").class_ == "ignore"

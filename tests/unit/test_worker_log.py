@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from resilient_agents.probe import Roster, Surroundings, Watched
 from resilient_agents.probes import worker_log
@@ -122,6 +124,35 @@ def test_what_is_too_fast_loses_its_middle_and_says_so(stage, monkeypatch):
     assert [found.kind for found in probe.check(1.0)][-1] == "log-skipped"
 
 
+def test_who_writes_without_end_keeps_nobody_else_from_being_heard(stage, monkeypatch):
+    monkeypatch.setattr(worker_log, "LOOK_CPU_S", 0.0)  # one stream a check
+    probe = stage.probe()
+    stage.worker("loud", 0)
+    stage.worker("w", 1)
+    found = []
+    for _ in range(4):
+        stage.write("loud", "NCCL INFO and so on\n" * 3000)
+        stage.write("w", NCCL + "\n")
+        found += probe.check(0.0)
+    assert [f.rank for f in found if f.kind == "nccl-error" or f.class_ != "ignore"] == [1]
+
+
+def test_a_log_that_cannot_be_read_keeps_nobody_else_from_being_heard(stage):
+    probe = stage.probe()
+    stage.worker("broken", 0)
+    path = pathlib.Path(stage.roster.workers[0].stderr)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    stage.worker("w", 1)
+    stage.write("w", NCCL + "\n")
+    found = [*probe.check(0.0), *probe.check(1.0)]
+    assert sorted((f.kind == "log-skipped", f.rank) for f in found if f.class_ != "ignore" or f.kind == "log-skipped") == [
+        (False, 1),
+        (True, 0),
+    ]
+
+
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=20))
 def test_any_bytes_may_come(tmp_path_factory, pieces):
     stage = Stage(tmp_path_factory.mktemp("any"))

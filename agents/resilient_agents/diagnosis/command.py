@@ -57,7 +57,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Diagnose; gives the exit code."""
     if args.jsonl:
-        return jsonl.run(sys.stdin.fileno(), sys.stdout.fileno())
+        return _answered()
     paths = list(_walked(args.files)) or ["/dev/stdin"]
     seen: list[Sighting] = []
     dumps: dict[int, recorder.Dump] = {}
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             _read(path, number, args.stream, seen, dumps)
         except (OSError, recorder.DumpError) as error:
             unread.append(path)
-            sys.stderr.write(f"resilient: {path}: {error.strerror if isinstance(error, OSError) else error}\n")
+            _complain(f"{path}: {getattr(error, 'strerror', None) or error}")
     for place, finding in enumerate(recorder.missing_and_mismatched(dumps)):
         seen.append(Sighting(finding=finding, place=place, source=f"{len(dumps)} flight-recorder dumps"))
     found = incidents(seen, args.window_s)
@@ -83,6 +83,21 @@ def run(args: argparse.Namespace) -> int:
     if unread:
         return 2
     return int(any(it.verdict not in NOT_FAULTS for it in found))
+
+
+def _answered() -> int:
+    """From standard input to standard output."""
+    try:
+        return jsonl.run(0, 1)
+    except BrokenPipeError:
+        raise  # `| head`
+    except OSError as error:
+        _complain(f"--jsonl: standard input and output expected, {error.strerror}")
+        return 2
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"resilient: {_shown(text)}\n")
 
 
 def _read(path: str, number: int, stream: str, seen: list[Sighting], dumps: dict[int, recorder.Dump]) -> None:
@@ -114,7 +129,8 @@ def _walked(paths: Sequence[str]) -> Iterator[str]:
             continue
         for directory, inner, names in os.walk(path):
             inner.sort()
-            yield from (os.path.join(directory, name) for name in sorted(names)[:FILES])
+            found = (os.path.join(directory, name) for name in sorted(names)[:FILES])
+            yield from (path for path in found if os.path.isfile(path))  # a FIFO or a device would never end
 
 
 def _plain(incident: Incident) -> Any:
@@ -158,4 +174,11 @@ def _line(text: str) -> str:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write("\n".join(map(_shown, text.split("\n"))) + "\n")
+
+
+def _shown(text: str) -> str:
+    """What is in a log, or is a file's name, is not to move a terminal's cursor, nor to be too much for its coding."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -243,7 +243,7 @@ def hccl(found: dict[str, str], _text: str) -> dict[str, Any]:
 
 def acl(found: dict[str, str], _text: str) -> dict[str, Any]:
     """An AscendCL return code."""
-    code = found.get("code", "").upper()
+    code = (found.get("code") or found.get("named") or "").upper()
     row = catalogue.table("ascend").get(code)
     if row is not None:
         return {"code": code, "class_": row["class"]}

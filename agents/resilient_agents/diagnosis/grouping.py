@@ -12,6 +12,7 @@ Rejected: a dependency graph of kinds (nobody could say where its edges come fro
 
 from __future__ import annotations
 
+import calendar
 import datetime as dt
 from collections import Counter
 from collections.abc import Iterable
@@ -85,7 +86,9 @@ def _dated(sightings: list[Sighting]) -> list[Sighting]:
             clock = dt.datetime.fromtimestamp(it.t, dt.UTC)
             year = dt.datetime.fromtimestamp(usual, dt.UTC).year
             when = [
-                clock.replace(year=y).timestamp() for y in (year - 1, year, year + 1) if (clock.month, clock.day) != (2, 29) or not y % 4
+                clock.replace(year=y).timestamp()
+                for y in (year - 1, year, year + 1)
+                if (clock.month, clock.day) != (2, 29) or calendar.isleap(y)
             ]
             it = msgspec.structs.replace(it, t=min(when, key=lambda t: abs(t - usual), default=it.t))  # noqa: PLW2901
         out.append(it)
@@ -102,18 +105,19 @@ def _clock(it: Sighting) -> str:
 
 def _uncleared(sightings: list[Sighting]) -> list[Sighting]:
     """Without what was said to be over later on, and without the saying."""
-    out: list[Sighting] = []
-    for it in sightings:
+    out: dict[int, Sighting] = {}
+    faults: dict[tuple[str, str], dict[str, list[int]]] = {}  # (kind, node) -> device -> places in `out`
+    for place, it in enumerate(sightings):
+        of_devices = faults.setdefault((it.finding.kind, it.node), {})
         if not it.finding.clears:
-            out.append(it)
+            out[place] = it
+            if is_fault(it.finding):
+                of_devices.setdefault(it.finding.device, []).append(place)
             continue
-        out = [old for old in out if not (_same(old, it) and is_fault(old.finding))]
-    return out
-
-
-def _same(old: Sighting, new: Sighting) -> bool:
-    a, b = old.finding, new.finding
-    return a.kind == b.kind and old.node == new.node and (a.device == b.device or not b.device)
+        for device in [it.finding.device] if it.finding.device else list(of_devices):
+            for old in of_devices.pop(device, ()):
+                del out[old]
+    return list(out.values())
 
 
 def _clusters(sightings: list[Sighting], window_s: float) -> list[list[Sighting]]:

@@ -81,10 +81,10 @@ def answered(raw: bytes, number: int) -> Answer | Refusal:
         return Refusal(None, number, f"at most {LONGEST} bytes expected in a line, found more")
     try:
         asked = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         try:
             asked = _decode(raw.decode("utf-8", "replace").encode())
-        except (msgspec.DecodeError, UnicodeError):
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
             return Refusal(None, number, f'an object {{"id", "text", "stream"}} expected: {error}')
     if asked.stream not in STREAMS:
         return Refusal(asked.id, number, f"stream: one of {', '.join(sorted(STREAMS))} expected, found {asked.stream!r}")

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 ANSI: Final = re.compile(r"\x1b(?:\[[0-9;?]{0,20}[A-Za-z]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[()][A-Z0-9])")
 LAYERS: Final = 12
+YEARS: Final = (1970, 9000)  # another year is no date of a log, and its neighbours may be none that a calendar has
 MONTHS: Final = {name: i for i, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)}
 
 _ISO: Final = r"(?P<iso>\d{4}[-/]\d\d[-/]\d\d[T -]\d\d:\d\d:\d\d(?:[.,:]\d{1,9}(?:\.\d{1,3})?)?)(?P<zone>Z|[+-]\d\d:?\d\d)?(?: UTC| GMT)?"
@@ -115,6 +116,8 @@ def _time(found: dict[str, str | None], t: float | None, *, wall: bool) -> tuple
             head, _, rest = iso.replace("/", "-").partition(".")
             head = head.replace(",", ".")
             stamp = dt.datetime.fromisoformat(f"{head[:10]}T{head[11:19]}")
+            if not YEARS[0] <= stamp.year <= YEARS[1]:
+                return t, wall
             digits = "".join(c for c in (rest or head[20:]) if c.isdigit())[:6]
             offset = dt.datetime.fromisoformat(f"2000-01-01T00:00:00{zone}").tzinfo
             return stamp.replace(tzinfo=offset).timestamp() + (float("0." + digits) if digits else 0.0), True

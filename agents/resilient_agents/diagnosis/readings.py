@@ -3,17 +3,22 @@
 Think of the clerk who opens the boxes: he notes for each sheet which box it lay in and when it was stamped, keeps what belongs together
 clipped together, and reads nothing into it.
 
-Contract: `sightings(path, ...)` reads one file of any size, line by line, with a bounded memory; a traceback is one block. What the stream
-is (kmsg, syslog, stdout, stderr) is told by the name or the first lines. `dump(path)` reads a Flight Recorder dump, or gives None where
-the file is none. Directories are walked by the caller.
+Contract: `sightings(path, ...)` reads one file of any size, or a pipe, line by line, with a bounded memory; a traceback is one block. What
+the stream is (kmsg, syslog, stdout, stderr) is told by the name or the first lines. What gzip has packed is unpacked on the way; a file
+that another program has packed is an OSError, as is one that is cut off. `dump(path)` reads a Flight Recorder dump, or gives None where the
+file is none. Directories are walked by the caller.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gzip
 import os
 import re
-from itertools import islice
-from typing import TYPE_CHECKING, Final
+import zlib
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
 
 LINE: Final = 65_536
 TRACE: Final = 300  # lines of a traceback that are kept
+OPEN: Final = 64 << 20  # letters of all tracebacks that have not ended yet
 SAMPLE: Final = 64
+_PACKED: Final = {b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 _KERNEL: Final = re.compile(r"(?:<\d{1,3}>)?\[ *[+]?\d+\.\d+\]|\d{1,3},\d+,\d+,[^;]*;|\[[A-Z][a-z]{2} [A-Z][a-z]{2} +\d+ [\d:]{8} \d{4}\]")
 _SYSLOG: Final = re.compile(r"(?:<\d{1,3}>)?(?:[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d|\d{4}-\d\d-\d\dT\S+) [\w.-]+ [\w./@-]+(?:\[\d+\])?: ")
 _NAMES: Final = (
@@ -60,12 +67,14 @@ def stream_of(path: str, lines: list[str]) -> str:
 
 def rank_of(path: str) -> int | None:
     """The rank that a file's name gives: nccl_trace_rank_3, rank3.log, attempt_0/3/stderr.log."""
-    found = _RANK.search(path)
+    found = _RANK.search(path.removesuffix(".gz"))
     return int(found[1]) if found else None
 
 
 def dump(path: str) -> recorder.Dump | None:
     """A Flight Recorder dump, None if the file is something else; DumpError if it is a broken one."""
+    if not os.path.isfile(path):
+        return None  # a pipe is read once
     with open(path, "rb") as file:
         head = file.read(4096)
         if not (head[:2] in {b"\x80\x02", b"\x80\x03", b"\x80\x04"} or (head.lstrip()[:1] == b"{" and b'"' in head)):
@@ -77,12 +86,12 @@ def dump(path: str) -> recorder.Dump | None:
 
 def sightings(path: str, node: str = "", stream: str = "", place: int = 0) -> Iterator[Sighting]:
     """What the lines of one file say."""
-    with open(path, "rb") as file:
-        first = [_text(raw) for raw in islice(_lines(file), SAMPLE)]
-        file.seek(0)
+    with _opened(path) as file:
+        lines = map(_text, _lines(file))
+        first = list(islice(lines, SAMPLE))
         stream = stream or stream_of(path, first)
         rank = rank_of(path)
-        numbered = ((number, _text(raw)) for number, raw in enumerate(_lines(file), 1))
+        numbered = enumerate(chain(first, lines), 1)
         for number, text, peeled in _blocks(numbered):
             finding = classify(text, stream)
             if not finding.kind or (finding.class_ == "ignore" and finding.role == "context" and not finding.clears):
@@ -101,6 +110,23 @@ def sightings(path: str, node: str = "", stream: str = "", place: int = 0) -> It
             )
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """As it was before somebody packed it."""
+    with open(path, "rb") as file:
+        head = file.peek(8)
+        for magic, name in _PACKED.items():
+            if head.startswith(magic):
+                raise OSError(errno.EINVAL, f"a log as it was written, or packed by gzip, expected, one packed by {name} found")
+        if not head.startswith(b"\x1f\x8b"):
+            yield file
+            return
+        try:
+            yield cast("BinaryIO", gzip.GzipFile(fileobj=file))
+        except (EOFError, zlib.error) as error:
+            raise OSError(errno.EIO, f"cannot be unpacked to its end: {error}") from error
+
+
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines, of each at most LINE bytes."""
     while raw := file.readline(LINE):
@@ -117,6 +143,7 @@ def _text(raw: bytes) -> str:
 def _blocks(numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, Peeled]]:
     """Single lines that may say something, and each rank's tracebacks as wholes."""
     open_: dict[str, tuple[int, list[str], Peeled]] = {}
+    letters = 0
     for number, line in numbered:
         starts = "Traceback (most recent call last)" in line
         if not (starts or open_ or relevant(line)):
@@ -124,14 +151,21 @@ def _blocks(numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, Pee
         peeled = peel(plain(line)[:LINE])
         block = open_.get(peeled.rank)
         if block is not None and (starts or _belongs(block[1], peeled.text)):
-            if len(block[1]) < TRACE:
+            if len(block[1]) < TRACE and letters < OPEN:
                 block[1].append(line)
+                letters += len(line)
             continue
         if block is not None:
             del open_[peeled.rank]
+            letters -= sum(map(len, block[1]))
             yield block[0], "\n".join(block[1]), block[2]
         if starts:
+            while open_ and letters >= OPEN:  # the one that has been open for longest will not come to its end any more
+                old = open_.pop(next(iter(open_)))
+                letters -= sum(map(len, old[1]))
+                yield old[0], "\n".join(old[1]), old[2]
             open_[peeled.rank] = (number, [line], peeled)
+            letters += len(line)
         elif relevant(line):
             yield number, line, peeled
     for number, lines, peeled in open_.values():

@@ -7,7 +7,8 @@ Contract: `read(data)` takes a dump as torch writes it, pickled or JSON (version
 torch's own list makers are known, as plain lists; anything else is an error. `missing_and_mismatched(dumps)` is pure and gives a finding
 per process group and fault: ranks that did not enter the oldest unfinished collective (role cause), a rank without a dump, collectives that
 differ in kind or size at the same number (class user), or, if all have entered, that it does not end (role symptom).
-Limits: LARGEST bytes a dump; the pure-Python unpickler, for the one in C lets a file of ten bytes ask for gigabytes of memo.
+Limits: LARGEST bytes a dump, COPIED values that lists are made of; the pure-Python unpickler, for the one in C lets a file of ten bytes ask
+for gigabytes of memo. Lists that hold each other a thousand times over are no dump.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import pickle
 import struct
 from collections import Counter
 from io import BytesIO
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from resilient.core.messages import Finding, Msg
 from resilient.errors import ResilientError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 LARGEST: Final = 256 << 20
+COPIED: Final = 10_000_000
+NUMBERS: Final = 64  # of the sizes of one collective
 EQUAL_SIZES: Final = (
     "all_reduce",
     "allreduce",
@@ -70,16 +74,23 @@ class Dump(Msg):
 class Unpickler(pickle._Unpickler):  # noqa: SLF001 - the one in Python, see the head of this file
     """Containers and plain values, nothing else."""
 
+    _copied = 0
     dispatch: ClassVar[dict[int, Any]] = {ord(code): pickle._Unpickler.dispatch[ord(code)] for code in OPCODES}  # noqa: SLF001
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """Torch's list makers, without torch."""
         if module == "torch.jit._pickle":
             if name in {"build_intlist", "build_doublelist", "build_boollist"}:
-                return list
+                return self._listed
             if name == "restore_type_tag":
                 return _untagged
         raise DumpError(f"plain values expected in a dump, found {module}.{name}")
+
+    def _listed(self, values: list[Any]) -> list[Any]:
+        self._copied += len(values)
+        if self._copied > COPIED:
+            raise DumpError(f"lists of at most {COPIED} values expected in a dump")
+        return list(values)
 
     def persistent_load(self, pid: object) -> Any:
         """No tensors."""
@@ -116,7 +127,7 @@ def read(data: bytes) -> Dump:
         raise DumpError(f"a dictionary with entries expected, found {type(raw).__name__}")
     try:
         return _dump(raw)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError, RecursionError) as error:
         raise DumpError(f"a Flight Recorder dump expected: {type(error).__name__}: {error}") from None
 
 
@@ -126,17 +137,17 @@ def _dump(raw: dict[str, Any]) -> Dump:
     for name, config in (raw.get("pg_config") or {}).items():
         ranks = config.get("ranks", "[]")
         ranks = json.loads(ranks) if isinstance(ranks, str) else ranks
-        members[str(name)] = tuple(sorted(int(rank) for rank in ranks))
-        described[str(name)] = str(config.get("desc", ""))
+        members[_word(name)] = tuple(sorted(int(rank) for rank in ranks))
+        described[_word(name)] = _word(config.get("desc", ""))
     groups: dict[str, dict[int, Entry]] = {}
     for it in raw["entries"]:
         if it.get("is_p2p"):
             continue
         group = it.get("process_group") or it.get("pg_id", "")
-        name = str(group[0] if isinstance(group, (list, tuple)) else group)
+        name = _word(group[0] if isinstance(group, (list, tuple)) else group)
         seq = int(it.get("collective_seq_id", it.get("seq_id", -1)))
-        sizes = tuple(_numbers(it.get("input_sizes"))[:64])
-        operation, state = str(it.get("profiling_name", "")), str(it.get("state", ""))
+        sizes = tuple(islice(_numbers(it.get("input_sizes")), NUMBERS))
+        operation, state = _word(it.get("profiling_name", "")), _word(it.get("state", ""))
         if it.get("retired") and operation.startswith("gloo:") and state != DONE:
             state = RETIRED
         entry = Entry(seq=seq, name=operation, state=state, sizes=sizes)
@@ -145,10 +156,19 @@ def _dump(raw: dict[str, Any]) -> Dump:
     return Dump(groups=groups, members=members, described=described)
 
 
-def _numbers(value: Any) -> list[int]:
-    if isinstance(value, (list, tuple)):
-        return [number for it in value for number in _numbers(it)]
-    return [value] if isinstance(value, int) else []
+def _word(value: Any) -> str:
+    if not isinstance(value, (str, int, type(None))):
+        raise TypeError(f"a word expected, found a {type(value).__name__}")
+    return str(value)
+
+
+def _numbers(sizes: Any) -> Iterator[int]:
+    """Of the sizes of tensors, which are a list of lists, or one list."""
+    for size in islice(sizes or (), NUMBERS):
+        if isinstance(size, (list, tuple)):
+            yield from (number for number in islice(size, NUMBERS) if isinstance(number, int))
+        elif isinstance(size, int):
+            yield size
 
 
 def missing_and_mismatched(dumps: Mapping[int, Dump]) -> list[Finding]:
@@ -172,9 +192,10 @@ def _members(dump: Dump, group: str) -> tuple[int, ...]:
 
 def _of_group(label: str, entries: dict[int, dict[int, Entry]], members: list[int]) -> list[Finding]:
     silent = [rank for rank in members if rank not in entries]
+    newest = {rank: max(of_rank, default=-1) for rank, of_rank in entries.items()}
     for seq in sorted({seq for of_rank in entries.values() for seq in of_rank}):
         at = {rank: of_rank[seq] for rank, of_rank in entries.items() if seq in of_rank}
-        absent = [rank for rank, of_rank in entries.items() if seq > max(of_rank, default=-1)]  # older ones fell out of its ring
+        absent = [rank for rank, last in newest.items() if seq > last]  # older ones fell out of its ring
         if differing := _differing(at):
             return [_finding("collective-mismatch", "user", "cause", differing[0], f"{label}, collective {seq}: {differing[1]}")]
         stuck = [rank for rank, entry in at.items() if entry.state not in {DONE, RETIRED}]

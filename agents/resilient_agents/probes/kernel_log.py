@@ -6,10 +6,10 @@ Contract: begins at now, or where its predecessor was lost: what was said before
 (`lookback_s`) is told at the first look what was said within that time, each thing once with its age, but not what a later line has called
 over. The newest line of a recorded log is its now. Blocks in `poll` for at most `WAIT_S`, so
 that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
-`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are judged as lines of the
-syslog are: by the name before them. What a line means is diagnosis/text.py's business. The time of a
-finding is that of its record. Where <root>/dev/kmsg is a growing file or a FIFO (tests, recorded machines) it is read in the same way,
-with or without records' heads.
+`journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg prove nothing that only the kernel
+can see: they are judged as any program's output is (the kernel marks them: none of them has its facility, 0), and journalctl leaves them
+out. What a line means is diagnosis/text.py's business. The time of a finding is that of its record. Where <root>/dev/kmsg is a growing
+file or a FIFO (tests, recorded machines) it is read in the same way, with or without records' heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient_agents.probe import Absent, Surroundings
-from resilient_agents.sieve import WORSE
+from resilient_agents.sieve import WORSE, folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +42,7 @@ RECORDS_MAX: Final = 2000  # of one check; the ring holds about ten thousand
 BACKLOG_MAX: Final = 100_000
 PIECE_BYTES: Final = 1 << 18
 LINE_BYTES_MAX: Final = 1 << 16
-JOURNAL: Final = ("journalctl", "--dmesg", "--follow", "--lines=0", "--output=cat", "--no-hostname")
+JOURNAL: Final = ("journalctl", "--dmesg", "--follow", "--lines=0", "--output=cat", "--no-hostname", "SYSLOG_FACILITY=0")
 _HEAD: Final = re.compile(rb"(\d{1,10}),(\d{1,20}),(\d{1,20}),[^;\n]{0,200};")
 _KERNEL_FACILITY: Final = 0
 _AGE_MAX_S: Final = 60.0  # an older stamp is of a machine that slept, or of a recorded one
@@ -52,7 +52,7 @@ class Line(NamedTuple):
     """One line of the log."""
 
     text: str
-    stream: str  # "kmsg", or "syslog" where a program wrote it
+    stream: str  # "kmsg", or "stderr" where a program wrote it: syslog's would believe one that calls itself the kernel
     t: float = 0.0  # CLOCK_MONOTONIC seconds, 0 = not said
 
 
@@ -65,7 +65,7 @@ def parse(record: bytes) -> Line | None:
         return None
     if head is None:
         return Line(text, "kmsg")
-    return Line(text, "kmsg" if int(head[1]) >> 3 == _KERNEL_FACILITY else "syslog", int(head[3]) / 1e6)
+    return Line(text, "kmsg" if int(head[1]) >> 3 == _KERNEL_FACILITY else "stderr", int(head[3]) / 1e6)
 
 
 def found(lines: Iterable[Line], now: float) -> list[Finding]:
@@ -77,7 +77,7 @@ def found(lines: Iterable[Line], now: float) -> list[Finding]:
         finding = classify(line.text, line.stream)
         if finding.kind:
             findings.append(replace(finding, probe=KernelLog.name, t=line.t if now - _AGE_MAX_S < line.t <= now else now))
-    return findings
+    return folded(findings)
 
 
 def standing(lines: Iterable[Line], now: float, at: float) -> list[Finding]:

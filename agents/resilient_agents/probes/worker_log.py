@@ -8,8 +8,8 @@ carries the worker, its rank and its pid. A traceback is judged as one block, wi
 its stack does not. A stream is read `LOOK_BYTES_MAX` at a time; one that gets further ahead than `BEHIND_BYTES_MAX` loses its middle,
 which is a finding "log-skipped". What is not UTF-8 is replaced, what has no end of line is cut.
 
-Numbers: a stream may write 16 MB/s for as long as it likes. Of lines without a word that means something 450,000 a second pass on one core,
-of lines that all have one 27,000 (tests/bench/test_probe_cost.py).
+Numbers: a stream may write 4 MB/s for as long as it likes; what all of them cost is bounded by the engine. Of lines without a word that
+means something 450,000 a second pass on one core, of lines that all have one 27,000 (tests/bench/test_probe_cost.py).
 Rejected: inotify (a watch per file, and it says no more than a read that gives nothing, which takes a microsecond).
 """
 
@@ -18,11 +18,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
 from resilient.core.messages import NONE, Finding
+from resilient_agents.sieve import folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     from resilient_agents.probe import Surroundings, Watched
 
 LOOK_S: Final = 0.25
-LOOK_BYTES_MAX: Final = 4 << 20
-BEHIND_BYTES_MAX: Final = 16 << 20
+LOOK_BYTES_MAX: Final = 1 << 20
+LOOK_CPU_S: Final = 0.2  # of one check; who was not looked at then is first at the next
+BEHIND_BYTES_MAX: Final = 4 << 20
 PIECE_BYTES: Final = 4000  # skimmed as one; the classifier looks at no more of a line
 LINE_BYTES_MAX: Final = 1 << 16
 BLOCK_LINES_MAX: Final = 300
@@ -148,6 +151,7 @@ class WorkerLog:
     def __init__(self, surroundings: Surroundings) -> None:
         """Begins with whoever comes from now on."""
         self._roster = surroundings.roster
+        self._first = 0  # whose turn it is
         self._tails: dict[tuple[str, str], Tail | None] = {}  # None: read to its end
         self._known: dict[str, Watched] = {}
         self._begin = dict(surroundings.read)
@@ -160,15 +164,21 @@ class WorkerLog:
         gone = {name: replace(worker, alive=False) for name, worker in self._known.items() if name not in present}
         self._known = {**gone, **present}  # who is forgotten was alive a moment ago, and its last words are to be read
         findings: list[Finding] = []
-        for worker in self._known.values():
-            for stream in STREAMS:
-                findings += self._look(worker, stream, now)
+        streams = [(worker, stream) for worker in self._known.values() for stream in STREAMS]
+        first, until = self._first % max(1, len(streams)), time.thread_time() + LOOK_CPU_S
+        looked: set[tuple[str, str]] = set()
+        for worker, stream in streams[first:] + streams[:first]:
+            findings += self._look(worker, stream, now)
+            looked.add((worker.worker, stream))
+            self._first += 1
+            if time.thread_time() >= until:
+                break
         for name in gone:
-            if all(self._tails.get((name, stream)) is None for stream in STREAMS):
+            if all((name, stream) in looked and self._tails.get((name, stream)) is None for stream in STREAMS):
                 del self._known[name]
                 for stream in STREAMS:
                     self._tails.pop((name, stream), None)
-        return findings
+        return folded(findings)
 
     def _look(self, worker: Watched, stream: str, now: float) -> list[Finding]:
         key, path = (worker.worker, stream), str(getattr(worker, stream))
@@ -177,12 +187,15 @@ class WorkerLog:
                 self._tails[key] = Tail(path, self._begin.get(path, 0))
         if (tail := self._tails.get(key)) is None:
             return []
-        blocks, ended = tail.look(ending=not worker.alive)
+        try:
+            blocks, ended = tail.look(ending=not worker.alive)
+        except OSError as error:  # a directory, a stale handle: the others are read on
+            tail.close()
+            self._tails[key] = None
+            return [_skipped(worker, f"{worker.worker}: its {stream} cannot be read any more ({error.strerror})", now)]
         findings = [found for block in blocks if (found := self._found(worker, block, stream, now)) is not None]
         if tail.skipped:
-            text = f"{worker.worker}: {tail.skipped} bytes of its {stream} came too fast to be read"
-            about = {"layer": "probe", "device": "probe:worker-log", "class_": "ignore", "role": "context"}
-            findings.append(Finding(seq=0, kind="log-skipped", rank=worker.rank, worker=worker.worker, text=text, t=now, **about))  # type: ignore[arg-type]
+            findings.append(_skipped(worker, f"{worker.worker}: {tail.skipped} bytes of its {stream} came too fast to be read", now))
             tail.skipped = 0
         if ended and not worker.alive:
             tail.close()
@@ -197,3 +210,8 @@ class WorkerLog:
             return None
         rank = worker.rank if worker.rank != NONE else found.rank
         return replace(found, probe=self.name, rank=rank, worker=worker.worker, pid=worker.pid, t=now)
+
+
+def _skipped(worker: Watched, text: str, now: float) -> Finding:
+    about = {"layer": "probe", "device": "probe:worker-log", "class_": "ignore", "role": "context"}
+    return Finding(seq=0, kind="log-skipped", rank=worker.rank, worker=worker.worker, text=text, t=now, **about)  # type: ignore[arg-type]
