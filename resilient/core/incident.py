@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from resilient.core.cause import BROKEN, Failure, Seen, pick
+from resilient.core.cause import BROKEN, GRAVITY, Failure, Seen, pick
 from resilient.core.lines import IncidentClosed, IncidentExplained
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
 from resilient.core.policy import Verdict
@@ -71,8 +71,9 @@ class Incident:
         before = self.culprit
         for it in seen:
             self.consequences += it.finding.count
-            if len(self._seen) < SEEN_MAX:
-                self._seen.append(it)
+            self._seen.append(it)
+            if len(self._seen) > SEEN_MAX:  # a storm: what is broken comes last as often as first
+                self._seen.remove(min(self._seen, key=lambda it: (it is before, it.proof, GRAVITY.get(it.class_, 0), -it.at)))
         self._explain()
         return self.culprit is not before
 

@@ -86,3 +86,15 @@ def test_evidence_is_bounded():
     incident.explain([seen(f"kind-{i}", "cordon", 49.0, ranks=None) for i in range(500)])
     line = incident.close([], 2, 60.0)
     assert (len(line.evidence), line.consequences) == (16, 500)
+
+
+def test_a_storm_does_not_hide_its_cause():
+    incident = Incident(1, 0.0)
+    incident.take(Finding(seq=1, kind="exit", rank=0), Verdict(verdict="replace", why=""), "n0")
+    echoes = [Finding(seq=1, kind=f"k{i}", class_="app-restart", ranks=(0,)) for i in range(200)]
+    incident.explain([Seen(0.1 * i, "n0", it, "app-restart", "watch", "", proof=False) for i, it in enumerate(echoes)])
+    assert incident.culprit is not None
+    assert incident.culprit.finding.kind == "k0"
+    lost = Finding(seq=1, kind="xid", code="79", class_="replace", ranks=(0,))
+    assert incident.explain([Seen(50.0, "n0", lost, "replace", "evict", "", proof=True)])
+    assert incident.culprit.finding.kind == "xid"
