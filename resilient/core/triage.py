@@ -15,6 +15,7 @@ comes to:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from resilient.core.rules import Book, Rule, Rules, Ruling
 
 MOVES: Final = ("evict", "cordon")
 TALLY_MAX: Final = 4096  # devices that are counted
+ADDRESSES_S: Final = 1.0  # in a storm thousands name a peer, and the fleet is not gone through for each
 PARTS_MAX: Final = 16  # of a device's name that are looked up among all nodes
 DIGITS_MAX: Final = 10
 
@@ -57,6 +59,8 @@ class Triage:
         """Nothing was seen yet."""
         self.book, self.casebook, self.cordons = Book(rules), Casebook(rules.limits), Cordons(rules.limits)
         self._run = run
+        self._addresses: dict[str, str] = {}
+        self._looked_up, self._known = -math.inf, 0
         self._tally: dict[tuple[str, str, str, str], deque[tuple[float, int]]] = {}  # (rule, node, kind, device) -> (when, how many)
         self._strikes: deque[Strike] = deque(maxlen=STRIKES_MAX)
         self._witnesses: deque[tuple[float, Failure]] = deque(maxlen=SEEN_MAX)  # failures that may bear out what a worker wrote
@@ -65,7 +69,9 @@ class Triage:
     def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place], alive: int) -> Taken:
         """What a probe of `node` saw. alive: how many nodes live."""
         seer = node
-        node, finding = about(finding, node, nodes, places)
+        if "peer:" in finding.device and (now - self._looked_up >= ADDRESSES_S or len(nodes) != self._known):
+            self._addresses, self._looked_up, self._known = addresses(nodes), now, len(nodes)
+        node, finding = about(finding, node, self._addresses, places)
         told = self.casebook.news(finding, node, now)
         ruling = self.book.ruling(finding)
         if finding.clears:
@@ -182,8 +188,17 @@ def _clears(finding: Finding, node: str, seen: Seen) -> bool:
     return (seen.node, seen.finding.kind, seen.finding.device) == (node, finding.kind, finding.device)
 
 
-def about(finding: Finding, node: str, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> tuple[str, Finding]:
-    """The node that a finding is about: a peer that it names, else the one whose probe saw it."""
+def addresses(nodes: Mapping[str, Node]) -> dict[str, str]:
+    """All that a node may be called -> its name; "" where several are called so."""
+    found: dict[str, str] = {}
+    for node in nodes.values():
+        for word in {node.name, node.report.host, node.report.data_host} - {""}:
+            found[word] = "" if found.get(word, node.name) != node.name else node.name
+    return found
+
+
+def about(finding: Finding, node: str, known: Mapping[str, str], places: Mapping[int, Place]) -> tuple[str, Finding]:
+    """The node that a finding is about: a peer that it names, else the one whose probe saw it. known: see `addresses`."""
     for device in finding.device.split(",", PARTS_MAX)[:PARTS_MAX] if finding.role == "cause" else ():
         form, _, name = device.partition(":")
         if form != "peer" or not name:
@@ -195,8 +210,6 @@ def about(finding: Finding, node: str, nodes: Mapping[str, Node], places: Mappin
                 return places[rank].node, msgspec.structs.replace(finding, ranks=(rank,), rank=rank, worker="", pid=0)
             continue
         host = name.rpartition(":")[0] if name.count(":") == 1 else name
-        found = [n.name for n in nodes.values() if {host, name} & {n.name, n.report.host, n.report.data_host}]
-        if len(found) == 1:
-            same = found[0] == node
-            return found[0], finding if same else msgspec.structs.replace(finding, ranks=None, rank=NONE, worker="", pid=0)
+        if found := known.get(host) or known.get(name):
+            return found, finding if found == node else msgspec.structs.replace(finding, ranks=None, rank=NONE, worker="", pid=0)
     return node, finding

@@ -13,7 +13,7 @@ from resilient.core.fleet import Node
 from resilient.core.messages import Finding, Report
 from resilient.core.placement import Place
 from resilient.core.policy import TABLE
-from resilient.core.triage import Triage, about
+from resilient.core.triage import Triage, about, addresses
 from resilient.rulebook import lay, shipped
 from resilient.wire.frames import FRAME_BYTES_MAX, encode
 
@@ -160,7 +160,7 @@ def test_a_users_fault_is_the_users_until_one_device_repeats_it(door):
     ],
 )
 def test_the_peer_that_is_named(device, node, ranks):
-    found, finding = about(Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0), "n0", fleet(), PLACES)
+    found, finding = about(Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0), "n0", addresses(fleet()), PLACES)
     assert (found, finding.ranks) == (node, ranks)
 
 
@@ -200,7 +200,7 @@ def test_a_recovery_that_a_worker_wrote_takes_back_its_words_alone(door):
 @pytest.mark.parametrize("device", ["peer:" + "9" * 5000, "peer:\u00b2", "peer:\u0669", ",".join(f"peer:{i}.x" for i in range(10_000))])
 def test_no_name_of_a_device_is_too_odd(device):
     finding = Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0)
-    assert about(finding, "n0", fleet(), PLACES) == ("n0", finding)
+    assert about(finding, "n0", addresses(fleet()), PLACES) == ("n0", finding)
     crew = Crew("n0.", 1.0)
     crew.places[0] = Seat(0, 0)
     for form in ("gpu", "pid", "rank"):
