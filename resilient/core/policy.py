@@ -52,6 +52,7 @@ TABLE: Final[dict[str, Verdict]] = {
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
 OPEN: Final = ("replicas_differ", "standbys_off", "warning", "straggler")  # of the runtime's own: a rule may say halt, watch or ignore
+HANDLED: Final = ("user-exc", "cuda-oom", "traceback")  # Python's: who does not handle one ends with an exit code, not by a signal
 OUTSIDE: Final = (-1, -2, -9, -15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM: no fault of a program's own ends it with one of these
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")
 FOREIGN: Final = Verdict(verdict="watch", why="the group does not use this library: only exits count")
@@ -105,7 +106,9 @@ def _users(finding: Finding, explained: Seen | None) -> bool:
     """Whether a fault of the program's, seen a moment ago, explains this failure. A program may write of errors that it has handled."""
     if explained is None or explained.class_ != "user" or finding.exit_code in OUTSIDE:
         return False
-    return explained.proof or not infrastructure(finding.text)
+    if explained.proof:
+        return True
+    return not infrastructure(finding.text) and not ((finding.exit_code or 0) < 0 and explained.finding.kind in HANDLED)
 
 
 def _words(seen: Seen) -> str:

@@ -168,6 +168,15 @@ def test_a_signal_from_outside_is_not_the_programs_whatever_it_wrote():
             assert policy.judge(killed, managed=managed, first=True, explained=seen).verdict == verdict
 
 
+def test_an_exception_that_was_handled_does_not_make_an_abort_the_programs():
+    killed = Finding(seq=1, kind="exit", exit_code=-6, step=5)
+    verdicts = {}
+    for kind in ("user-exc", "cuda-oom", "cuda-assert"):
+        policy, seen = Policy(0), explained("user", kind=kind, code="", proof=False)
+        verdicts[kind] = [policy.judge(killed, managed=True, first=True, explained=seen).verdict for _ in range(2)]
+    assert verdicts == {"user-exc": ["replace"] * 2, "cuda-oom": ["replace"] * 2, "cuda-assert": ["replace", "halt"]}
+
+
 def test_errors_that_a_program_has_handled_do_not_make_a_broken_link_its_own():
     seen = explained("user", kind="user-exc", code="ValueError", proof=False)
     error = Finding(
