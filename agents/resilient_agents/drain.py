@@ -13,6 +13,7 @@ a deadline; what hangs is left behind (lane.py).
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -25,7 +26,7 @@ from resilient.checkpoint.retention import KEEP, Keep
 from resilient.checkpoint.slot import Slot
 from resilient.checkpoint.source import Live, Source, Whole
 from resilient.checkpoint.tier import SnapshotKey
-from resilient.core.messages import NONE, Layout, Persisted
+from resilient.core.messages import NONE, Finding, Layout, Persisted
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotCorrupt, SnapshotMissing, TierUnavailable
 from resilient_agents.copies import staged
 from resilient_agents.lane import Errands, Lane
@@ -69,6 +70,7 @@ class Drain:
         self._copying = lane
         self._reading = Lane("checkpoint storage (reading)", threads=4, niceness=0)  # somebody waits for it
         self._changed, self._differ = changed, differ
+        self.trouble: Callable[[Finding], None] = lambda _: None  # told of each file that could not be written
         self._persisted: dict[SnapshotKey, Persisted] = {}
         self._distrusted: set[int] = set()
         self._heeded: frozenset[int] = frozenset()  # of these, those that the coordinator told of
@@ -131,6 +133,7 @@ class Drain:
             log.warning("rank %d left out of a checkpoint: %s", rank, error)
         except CheckpointError as error:
             log.warning("rank %d is missing in a checkpoint: %s", rank, error)
+            self.trouble(told(rank, self.tier.url, error))
         else:
             kept = sorted(key.step for key in self._persisted if key.rank == rank)[-STEPS_KEPT:]
             self._forget(key for key in self._persisted if key.rank == rank and key.step < kept[0])
@@ -252,6 +255,25 @@ class Drain:
         for step in sorted(set(steps) - self._heeded):
             self.distrust(step)
         self._heeded = frozenset(steps)
+
+
+def told(rank: int, url: str, error: CheckpointError) -> Finding:
+    """What the probes would say, who look at that storage now and then: we know it at once. The run goes on, without this checkpoint."""
+    cause = error.__cause__
+    code = errno.errorcode.get(cause.errno or 0, "") if isinstance(cause, OSError) else ""
+    kind = "disk-full" if code in {"ENOSPC", "EDQUOT"} else "io-error"
+    return Finding(
+        seq=0,
+        kind=kind,
+        rank=rank,
+        probe="checkpoint",
+        layer="storage",
+        code=code,
+        device=f"dev:{url}",
+        class_="app-restart",
+        role="context",
+        text=f"rank {rank} is missing in a checkpoint: {error}",
+    )
 
 
 def commit_s(manifest: Collection[Persisted]) -> float:

@@ -121,6 +121,7 @@ class Host:
             changed=self._vault_changed,
             note=lambda recorded: put(m.Said(worker="", message=recorded)),
             copied=self._copied,
+            trouble=lambda finding: put(m.Probed(findings=(finding,))),
         )
         put(self._vault.known())
         self._uplink.start(

@@ -29,7 +29,7 @@ from resilient.checkpoint.ring import own_slot_bytes
 from resilient.checkpoint.tier import SnapshotKey
 from resilient.checkpoint.transport import Transport
 from resilient.core.machine import Seals, VaultDo, Vaulted
-from resilient.core.messages import NONE, Fetch, Layout, Persisted, Recorded, Refused, Segments
+from resilient.core.messages import NONE, Fetch, Finding, Layout, Persisted, Recorded, Refused, Segments
 from resilient.errors import CheckpointError, ReplicasDiffer, SnapshotMissing, TierUnavailable
 from resilient_agents import inventory
 from resilient_agents.audits import Audits
@@ -150,13 +150,15 @@ class Vault:
         changed: Callable[[], None],
         note: Callable[[Recorded], None] | None = None,
         copied: Callable[[int], None] = lambda _rank: None,
+        trouble: Callable[[Finding], None] = lambda _finding: None,
     ) -> None:
-        """`changed`: `known()` has changed; `note`: a Recorded came with a fetched rank; `copied(rank)`: see `copied` and `audits.done`."""
+        """`changed`: `known()` has; `note`: a Recorded came with a fetched rank; `copied(rank)`: see there; `trouble`: see drain.told."""
         self.audits.watch(copied)
         self._copies.watch(copied)
         self._parities.watch(copied)
-        self._on_change = changed
-        self._on_note = note or self._on_note
+        self._on_change, self._on_note = changed, note or self._on_note
+        if self._drain is not None:
+            self._drain.trouble = trouble
 
     # ------------------------------------------------------------------ what the host asks
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from importlib import resources
 from pathlib import Path
 
 from resilient_agents.probes.rules import Rule, load
@@ -12,7 +10,7 @@ from resilient_agents.probes.rules import Rule, load
 TOLD = Path(__file__).parents[2] / "docs" / "probes" / "rules.md"
 HEAD = """# Rules of the device probes
 
-Written by `tests/golden/test_rule_tables.py` from the data beside the probes (`agents/resilient_agents/probes/*.toml`, `*.csv`); tests and
+Written by `tests/golden/test_rule_tables.py` from the data beside the probes (`agents/resilient_agents/probes/*.toml`); tests and
 their fields are told in `rules.py` there. Class "ignore" is counted, and asks for nothing.
 """
 
@@ -44,9 +42,6 @@ def written() -> str:
     for name in ("nvml.toml", "ascend.toml", "amd.toml"):
         rows = [[r.probe, r.read, condition(r), r.class_, f"{r.layer} / {r.kind} / {r.code}", r.source] for r in load(name)]
         parts.append(f"## {name}\n\n" + table(["probe", "reading", "when", "class", "layer / kind / code", "source"], rows))
-    text = resources.files("resilient_agents.probes").joinpath("ascend_codes.csv").read_text(encoding="utf-8")
-    columns, *rows = csv.reader(text.splitlines())
-    parts.append("## ascend_codes.csv\n\n" + table(columns, rows))
     return "\n".join(parts)
 
 

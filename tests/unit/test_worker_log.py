@@ -134,6 +134,17 @@ def test_any_bytes_may_come(tmp_path_factory, pieces):
     probe.check(1.0)
 
 
+def test_the_last_words_of_a_worker_that_is_forgotten_at_once_are_read(stage):
+    """A killed worker is dead, replaced and forgotten within less than one look."""
+    probe = stage.probe()
+    stage.worker("w", 1)
+    assert probe.check(0.0) == []
+    stage.write("w", NCCL)
+    stage.roster = Roster()
+    found = [*probe.check(1.0), *probe.check(2.0), *probe.check(3.0)]
+    assert [(f.worker, f.rank) for f in found] == [("w", 1)]
+
+
 def test_a_worker_that_is_forgotten_leaves_nothing_open(stage):
     import os
 
@@ -144,4 +155,5 @@ def test_a_worker_that_is_forgotten_leaves_nothing_open(stage):
     probe.check(0.0)
     stage.roster = Roster()
     probe.check(1.0)
+    probe.check(2.0)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -4,21 +4,20 @@ Think of a ward that is visited through its head nurse: she has a list with one 
 "OK", and for one other in turn, she is asked for the chart (`-t health`, `-t ecc`), which has the codes that say what it is.
 
 Contract: `parse_*` take any text whatever, give what they recognise of it and never raise; `Npus` and `Links` are probes. What a code
-means is data (ascend_codes.csv), as are limits (ascend.toml). An NPU that has left the list is lost; a list that cannot be had says
-nothing. npu:N is the physical id where the table has it, otherwise the number in the list's order.
-Unknown, for lack of hardware: docs/probes.md, "Vendors".
+means is data (diagnosis/facts/ascend.csv), as are limits (ascend.toml). An NPU that has left the list is lost; a list that cannot be had
+says nothing. npu:N is the physical id where the table has it, otherwise the number in the list's order.
+Unknown, for lack of hardware: docs/probes/vendors.md.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, ClassVar, Final, cast
 
 from resilient.core.messages import Class, Finding
 from resilient_agents.devices import pci
+from resilient_agents.diagnosis import catalogue
 from resilient_agents.probe import Surroundings
 from resilient_agents.probes.rules import Judge, load
 from resilient_agents.probes.tool import Fails, Hangs, Tool
@@ -108,8 +107,7 @@ def parse_link(text: str) -> bool | None:
 
 def codes() -> dict[str, tuple[str, Class]]:
     """Code -> meaning, class."""
-    text = resources.files("resilient_agents.probes").joinpath("ascend_codes.csv").read_text(encoding="utf-8")
-    return {row["code"]: (row["meaning"], cast("Class", row["class"])) for row in csv.DictReader(text.splitlines())}
+    return {code: (row["meaning"], cast("Class", row["class"])) for code, row in catalogue.table("ascend").items()}
 
 
 class Npus:

@@ -5,7 +5,7 @@ nobody does.
 
 Contract: `parse` takes the output of `mthreads-gmi -q -j` (or, where that option is unknown, of `mthreads-gmi -q`), gives one entry for
 each GPU and never raises. Counted against the first look are PCI functions of the vendor (1ed5) and the tool's list. No key for health,
-ECC or link errors is publicly documented: none is guessed (docs/probes.md, "Vendors").
+ECC or link errors is publicly documented: none is guessed (docs/probes/vendors.md).
 """
 
 from __future__ import annotations

@@ -149,20 +149,25 @@ class WorkerLog:
         """Begins with whoever comes from now on."""
         self._roster = surroundings.roster
         self._tails: dict[tuple[str, str], Tail | None] = {}  # None: read to its end
+        self._known: dict[str, Watched] = {}
         self._begin = dict(surroundings.read)
         for worker in surroundings.roster().workers if not surroundings.since else ():
             self._begin |= dict.fromkeys((worker.stdout, worker.stderr), END)
 
     def check(self, now: float) -> list[Finding]:
         """What the new lines tell."""
-        workers = {worker.worker: worker for worker in self._roster().workers}
+        present = {worker.worker: worker for worker in self._roster().workers}
+        gone = {name: replace(worker, alive=False) for name, worker in self._known.items() if name not in present}
+        self._known = {**gone, **present}  # who is forgotten was alive a moment ago, and its last words are to be read
         findings: list[Finding] = []
-        for worker in workers.values():
+        for worker in self._known.values():
             for stream in STREAMS:
                 findings += self._look(worker, stream, now)
-        for key in [key for key in self._tails if key[0] not in workers]:
-            if (tail := self._tails.pop(key)) is not None:
-                tail.close()
+        for name in gone:
+            if all(self._tails.get((name, stream)) is None for stream in STREAMS):
+                del self._known[name]
+                for stream in STREAMS:
+                    self._tails.pop((name, stream), None)
         return findings
 
     def _look(self, worker: Watched, stream: str, now: float) -> list[Finding]:
