@@ -50,7 +50,7 @@ from resilient.core.machine import (
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
 from resilient.core.moves import Closed, find
 from resilient.core.placement import Room, in_order, seat_all
-from resilient.core.policy import TABLE, UNKNOWN, Verdict, own_error
+from resilient.core.policy import TABLE, UNKNOWN, Verdict, unrelated
 from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
@@ -317,7 +317,7 @@ class Coordinator:
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
         if fails:
-            for seen, moved in self._triage.failed(failure, now, own_error=self._managed and own_error(finding)):
+            for seen, moved in self._triage.failed(failure, now, unrelated=self._managed and unrelated(finding)):
                 self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)

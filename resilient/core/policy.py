@@ -97,9 +97,9 @@ def infrastructure(text: str) -> str:
     return named or (found[0] if found and not _CUDA_BY_PROGRAM.search(message) else "")
 
 
-def own_error(finding: Finding) -> bool:
-    """Whether the program itself came to this end, and says nothing of a machine."""
-    return (finding.exit_code or 0) > 0 and not infrastructure(finding.text)
+def unrelated(finding: Finding) -> bool:
+    """Whether no machine need be broken for this end: an error of the program's own that says nothing of one, or a signal from outside."""
+    return finding.exit_code in OUTSIDE or ((finding.exit_code or 0) > 0 and not infrastructure(finding.text))
 
 
 def _users(finding: Finding, explained: Seen | None) -> bool:

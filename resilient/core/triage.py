@@ -8,7 +8,7 @@ comes to:
 - only role "cause" can move anybody; a symptom, a detail or a cascade is at most watched;
 - "user" and "ignore" never touch a node, whatever a rule says;
 - `evict` and `cordon` are wishes (cordon.py): at once where the probe's word is proof; where it only repeats what a worker wrote of its own
-  node, together with a failure of that worker that is no error of the program's own; never where so many nodes have the same at once
+  node, together with a failure of that worker that a machine may have caused; never where so many nodes have the same at once
   that it is shared;
 - a recovery lifts what the same kind and device had asked for.
 """
@@ -164,10 +164,11 @@ class Triage:
     def _witnesses_lately(self, now: float) -> list[Failure]:
         return [failure for at, failure in self._witnesses if now - at <= self.book.limits.after_s]
 
-    def failed(self, failure: Failure, now: float, *, own_error: bool = False) -> list[tuple[Seen, Verdict]]:
-        """A worker failed: what it had written before counts now. own_error: it was the program's own, which bears out nothing."""
+    def failed(self, failure: Failure, now: float, *, unrelated: bool = False) -> list[tuple[Seen, Verdict]]:
+        """A worker failed: what it had written before counts now. unrelated: not of what a machine does, and its words are void."""
         self.casebook.failed(failure, now)
-        if own_error:
+        if unrelated:
+            self._heard = deque((h for h in self._heard if not h[0].near((failure,))), maxlen=self._heard.maxlen)
             return []
         self._witnesses.append((now, failure))
         due: list[tuple[Seen, Verdict]] = []

@@ -9,7 +9,7 @@ import pytest
 
 from resilient.core.cause import Seen
 from resilient.core.messages import Finding
-from resilient.core.policy import TABLE, Policy, infrastructure, own_error
+from resilient.core.policy import TABLE, Policy, infrastructure, unrelated
 
 LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
 TRACEBACK = """Traceback (most recent call last):
@@ -194,8 +194,9 @@ def test_errors_that_a_program_has_handled_do_not_make_a_broken_link_its_own():
         (3, "exit code 3", True),
         (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered", False),
         (-6, "killed by signal 6", False),
+        (-9, "killed by signal 9", True),
         (None, "", False),
     ],
 )
-def test_what_is_an_error_of_the_programs_own(exit_code, text, own):
-    assert own_error(Finding(seq=1, kind="exit", exit_code=exit_code, text=text)) is own
+def test_what_no_machine_need_be_broken_for(exit_code, text, own):
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=exit_code, text=text)) is own

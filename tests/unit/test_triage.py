@@ -182,7 +182,9 @@ def test_a_workers_word_moves_nobody_elsewhere(door):
 
 def test_an_error_of_the_programs_own_bears_nothing_out(door):
     door("nccl-error", "replace", probe="worker-log")
-    assert door.triage.failed(("n1", 1), door.now, own_error=True) == []
+    assert door.triage.failed(("n1", 1), door.now, unrelated=True) == []
+    assert door.triage.failed(("n1", 1), door.now) == [], "its successor has not written that"
+    door.now += 31.0
     assert door("ecc", "replace", probe="worker-log").verdict.verdict == "watch"
     assert door.wishes == set()
 
