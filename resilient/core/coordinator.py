@@ -317,7 +317,7 @@ class Coordinator:
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
         if fails:
-            for seen, moved in self._triage.failed(failure, now, unrelated=self._managed and unrelated(finding)):
+            for seen, moved in self._triage.failed(failure, now, worker=finding.worker, unrelated=self._managed and unrelated(finding)):
                 self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)
@@ -626,7 +626,7 @@ class Coordinator:
             for finding, node in told:
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
-                for seen, moved in self._triage.failed((node, finding.rank), now) if blamed else ():
+                for seen, moved in self._triage.failed((node, finding.rank), now, worker=finding.worker) if blamed else ():
                     self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
             self._explain([], now)
             if verdict.verdict == "halt":

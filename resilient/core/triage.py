@@ -63,7 +63,7 @@ class Triage:
         self._looked_up, self._known = -math.inf, 0
         self._tally: dict[tuple[str, str, str, str], deque[tuple[float, int]]] = {}  # (rule, node, kind, device) -> (when, how many)
         self._strikes: deque[Strike] = deque(maxlen=STRIKES_MAX)
-        self._witnesses: deque[tuple[float, Failure]] = deque(maxlen=SEEN_MAX)  # failures that may bear out what a worker wrote
+        self._witnesses: deque[tuple[float, Failure, str]] = deque(maxlen=SEEN_MAX)  # failures that may bear out what a worker wrote
         self._heard: deque[tuple[Seen, frozenset[int] | None]] = deque(maxlen=64)  # hearsay that waits for a failure
 
     def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place], alive: int) -> Taken:
@@ -140,7 +140,9 @@ class Triage:
         local = None
         if finding.ranks is not None:
             local = frozenset(places[r].local_rank for r in finding.ranks if r in places and places[r].node == node)
-        if not ruling.proof and not any(seen.near((failure,)) for failure in self._witnesses_lately(now)):
+        if not ruling.proof and not any(
+            _bears_out(seen, failure, worker) for at, failure, worker in self._witnesses if now - at <= self.book.limits.after_s
+        ):
             self._heard.append((seen, local))
             why = f"{taken.verdict.why}; {finding.probe or 'it'} repeats what a worker wrote: that counts if the worker fails"
             seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
@@ -161,28 +163,30 @@ class Triage:
         """What explains that this worker fails now."""
         return self.casebook.explain(failure, worker, now)
 
-    def _witnesses_lately(self, now: float) -> list[Failure]:
-        return [failure for at, failure in self._witnesses if now - at <= self.book.limits.after_s]
-
-    def failed(self, failure: Failure, now: float, *, unrelated: bool = False) -> list[tuple[Seen, Verdict]]:
+    def failed(self, failure: Failure, now: float, *, worker: str = "", unrelated: bool = False) -> list[tuple[Seen, Verdict]]:
         """A worker failed: what it had written before counts now. unrelated: not of what a machine does, and its words are void."""
         self.casebook.failed(failure, now)
         if unrelated:
-            self._heard = deque((h for h in self._heard if not h[0].near((failure,))), maxlen=self._heard.maxlen)
+            self._heard = deque((h for h in self._heard if not _bears_out(h[0], failure, worker)), maxlen=self._heard.maxlen)
             return []
-        self._witnesses.append((now, failure))
+        self._witnesses.append((now, failure, worker))
         due: list[tuple[Seen, Verdict]] = []
         for item in list(self._heard):
             seen, local = item
             if now - seen.at > self.book.limits.before_s:
                 self._heard.remove(item)
-            elif seen.near((failure,)):
+            elif _bears_out(seen, failure, worker):
                 self._heard.remove(item)
                 wanted: VerdictName = self.book.ruling(seen.finding).verdict
                 seen.verdict = wanted
                 if self.cordons.wish(Wish(seen.node, wanted, seen, now, now, local)):
                     due.append((seen, Verdict(verdict=wanted, why=f"rank {failure[1]} wrote of it, and has failed")))
         return due
+
+
+def _bears_out(seen: Seen, failure: Failure, worker: str) -> bool:
+    """Whether who wrote this is the one that failed; its successor is another one."""
+    return seen.near((failure,)) > 0 and (not worker or seen.finding.worker in ("", worker))
 
 
 def _clears(finding: Finding, node: str, seen: Seen) -> bool:

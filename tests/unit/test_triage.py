@@ -189,6 +189,15 @@ def test_an_error_of_the_programs_own_bears_nothing_out(door):
     assert door.wishes == set()
 
 
+def test_a_successor_does_not_bear_out_what_its_predecessor_wrote(door):
+    assert door.triage.failed(("n1", 1), door.now, worker="w1", unrelated=True) == []
+    assert door("nccl-error", "replace", probe="worker-log", worker="w1").verdict.verdict == "watch", "read when it was gone"
+    assert door.triage.failed(("n1", 1), door.now, worker="w2") == []
+    assert door("ecc", "replace", probe="worker-log", worker="w1").verdict.verdict == "watch"
+    assert door.wishes == set()
+    assert door("ecc", "gpu-reset", probe="worker-log", worker="w2").verdict.verdict == "evict"
+
+
 def test_a_recovery_that_a_worker_wrote_takes_back_its_words_alone(door):
     about_port = {"probe": "worker-log", "device": "dev:mlx5_0"}
     door("ib-link", "replace", probe="infiniband", device="dev:mlx5_0")
