@@ -99,7 +99,7 @@ def infrastructure(text: str) -> str:
 
 def unrelated(finding: Finding) -> bool:
     """Whether no machine need be broken for this end: an error of the program's own that says nothing of one, or a signal from outside."""
-    return finding.exit_code in OUTSIDE or ((finding.exit_code or 0) > 0 and not infrastructure(finding.text))
+    return finding.kind == "stopped" or finding.exit_code in OUTSIDE or ((finding.exit_code or 0) > 0 and not infrastructure(finding.text))
 
 
 def _users(finding: Finding, explained: Seen | None) -> bool:

@@ -200,3 +200,4 @@ def test_errors_that_a_program_has_handled_do_not_make_a_broken_link_its_own():
 )
 def test_what_no_machine_need_be_broken_for(exit_code, text, own):
     assert unrelated(Finding(seq=1, kind="exit", exit_code=exit_code, text=text)) is own
+    assert unrelated(Finding(seq=1, kind="stopped"))
