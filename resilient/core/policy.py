@@ -102,7 +102,7 @@ def unrelated(finding: Finding) -> bool:
     return finding.kind == "stopped" or finding.exit_code in OUTSIDE or ((finding.exit_code or 0) > 0 and not infrastructure(finding.text))
 
 
-def _users(finding: Finding, explained: Seen | None) -> bool:
+def users_fault(finding: Finding, explained: Seen | None) -> bool:
     """Whether a fault of the program's, seen a moment ago, explains this failure. A program may write of errors that it has handled."""
     if explained is None or explained.class_ != "user" or finding.exit_code in OUTSIDE:
         return False
@@ -133,7 +133,7 @@ class Policy:
         if not managed:
             return self._judge_foreign(finding, first=first, explained=explained)
         failed = finding.kind == "exit" and (finding.exit_code or 0) > 0
-        users = _users(finding, explained)
+        users = users_fault(finding, explained)
         if finding.kind in ("exit", "exception") and not finding.consequence and explained is not None:
             if users:
                 return self._try_again(finding, finding.fingerprint or f"{explained.finding.kind} {explained.finding.code}")
@@ -167,7 +167,7 @@ class Policy:
         if finding.kind not in ("exit", "exception"):
             known = TABLE.get(finding.kind, FOREIGN)
             return known if known.verdict in ("halt", "restart") or finding.kind == "node_lost" else FOREIGN
-        users = _users(finding, explained)
+        users = users_fault(finding, explained)
         if explained is not None and explained.class_ != "user" and explained.proof:
             return Verdict(verdict="restart", why=f"{_words(explained)} explains it: the group starts again")
         if finding.exit_code is not None and finding.exit_code < 0 and not users:

@@ -98,3 +98,12 @@ def test_a_storm_does_not_hide_its_cause():
     lost = Finding(seq=1, kind="xid", code="79", class_="replace", ranks=(0,))
     assert incident.explain([Seen(50.0, "n0", lost, "replace", "evict", "", proof=True)])
     assert incident.culprit.finding.kind == "xid"
+
+
+def test_a_kill_from_outside_is_not_explained_by_an_exception_that_was_handled():
+    for exit_code, cause in ((-9, "exit"), (1, "user-exc")):
+        incident = Incident(1, 0.0)
+        incident.take(Finding(seq=1, kind="exit", rank=0, exit_code=exit_code, text="gone"), Verdict(verdict="replace", why=""), "n0")
+        wrote = Finding(seq=1, kind="user-exc", code="ValueError", class_="user", ranks=(0,))
+        incident.explain([Seen(0.0, "n0", wrote, "user", "watch", "", proof=False)])
+        assert incident.cause == cause
