@@ -317,7 +317,9 @@ class Coordinator:
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
         if fails:
-            for seen, moved in self._triage.failed(failure, now, worker=finding.worker, unrelated=self._managed and unrelated(finding)):
+            for seen, moved in self._triage.failed(
+                failure, now, worker=finding.worker, unrelated=unrelated(finding, managed=self._managed)
+            ):
                 self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)

@@ -97,9 +97,15 @@ def infrastructure(text: str) -> str:
     return named or (found[0] if found and not _CUDA_BY_PROGRAM.search(message) else "")
 
 
-def unrelated(finding: Finding) -> bool:
-    """Whether no machine need be broken for this end: an error of the program's own that says nothing of one, or a signal from outside."""
-    return finding.kind == "stopped" or finding.exit_code in OUTSIDE or ((finding.exit_code or 0) > 0 and not infrastructure(finding.text))
+def unrelated(finding: Finding, *, managed: bool) -> bool:
+    """Whether no machine need be broken for this end: an error of the program's own that says nothing of one, or a signal from outside.
+
+    managed: the worker says by which exception it ends; else a bare exit code may be of any.
+    """
+    if finding.kind == "stopped" or finding.exit_code in OUTSIDE:
+        return True
+    told = managed or finding.text != f"exit code {finding.exit_code}"
+    return told and (finding.exit_code or 0) > 0 and not infrastructure(finding.text)
 
 
 def users_fault(finding: Finding, explained: Seen | None) -> bool:

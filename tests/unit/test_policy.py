@@ -199,5 +199,8 @@ def test_errors_that_a_program_has_handled_do_not_make_a_broken_link_its_own():
     ],
 )
 def test_what_no_machine_need_be_broken_for(exit_code, text, own):
-    assert unrelated(Finding(seq=1, kind="exit", exit_code=exit_code, text=text)) is own
-    assert unrelated(Finding(seq=1, kind="stopped"))
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=exit_code, text=text), managed=True) is own
+    assert unrelated(Finding(seq=1, kind="stopped"), managed=True)
+    assert not unrelated(Finding(seq=1, kind="exit", exit_code=1, text="exit code 1"), managed=False), "of which exception nobody said"
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=1, text="ValueError: x"), managed=False)
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=-9), managed=False)
