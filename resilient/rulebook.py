@@ -25,7 +25,7 @@ from resilient.errors import ConfigError
 SHIPPED: Final = Path(__file__).with_name("policy.toml")
 CLASSES: Final = tuple(c for c in get_args(Class) if c)
 VERDICTS: Final = get_args(VerdictName)
-TOP: Final = ("classes", "limits", "rule", "kinds", "proof", "hearsay")
+TOP: Final = ("classes", "limits", "rule", "kinds", "proof", "hearsay", "probe")
 FIT: Final = ("kind", "layer", "codes", "probe", "given")
 KEYS: Final = tuple(f.encode_name for f in msgspec.structs.fields(Rule) if f.name != "name")
 
@@ -38,6 +38,11 @@ def shipped() -> Rules:
 def load(file: str) -> Rules:
     """Those, and a user's file over them ("" = none)."""
     return lay(shipped(), _read(Path(file)), file) if file else shipped()
+
+
+def probe_table(file: str) -> Mapping[str, Any]:
+    """What a user's file says of probes' own numbers; resilient_agents/marks.py knows what there is."""
+    return _table(_read(Path(file)), "probe", file) if file else {}
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -95,7 +100,7 @@ def _rule(before: Rule | None, name: str, given: Any, kinds: Iterable[str], file
     rule: Rule = _convert(fields, Rule, where)
     if not any(fields.get(key) for key in FIT):
         raise ConfigError(f"{where}: it fits every finding; one of {', '.join(FIT)} expected")
-    if rule.threshold < 1 or min(rule.window_s, rule.hold_s, rule.repeats, rule.repeats_s) < 0:
+    if rule.threshold < 1 or min(rule.window_s, rule.hold_s, rule.repeats, rule.repeats_s, rule.jobs, rule.jobs_s) < 0:
         raise ConfigError(f"{where}: threshold has to be 1 or more, and no number may be negative")
     _harmless(rule.class_ or rule.given, rule.verdict or "watch", f"rule {name!r}", file)
     if rule.kind in OPEN and rule.verdict not in (None, *HARMLESS):

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from resilient import rulebook
 from resilient.config import Options, nearest
 from resilient.errors import ConfigError
-from resilient_agents import check, probe
+from resilient_agents import check, marks, probe
 from resilient_agents.chart import Chart, chart, compared, read, table
 from resilient_agents.check import Patient
 from resilient_agents.examination import Subject, examine
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-dir", default=Options().memory_dir, metavar="DIR", help="of the shared-memory segments (default: %(default)s)"
     )
+    parser.add_argument("--root", default="/", metavar="DIR", help="where this node's /proc, /sys and /dev are (default: %(default)s)")
+    parser.add_argument("--policy", default="", metavar="FILE", help="TOML file with other limits for the probes, as of resilient-run")
     parser.add_argument("--devices", metavar="N,N", help="these CUDA devices only, and not the processor ('' = none)")
 
 
@@ -82,6 +85,8 @@ def command(args: argparse.Namespace) -> int:
             raise ConfigError(f"--compare {args.compare}: a chart of the same kind expected, one {kind} --quick found")
         subjects = chosen(registered(), _names(args.only), _names(args.skip))
         patient = _patient(args)
+        rulebook.load(args.policy)
+        marks.lay(marks.read(args.policy))
     except ConfigError as error:
         sys.stderr.write(f"resilient doctor: {error}\n")
         return 2
@@ -132,6 +137,7 @@ def _patient(args: argparse.Namespace) -> Patient:
     places = [("run", args.run_dir), ("checkpoint", args.checkpoint.removeprefix("file://")), ("tmp", os.environ.get("TMPDIR", "/tmp"))]  # noqa: S108
     return Patient(
         quick=args.quick,
+        root=args.root,
         places=tuple((name, path) for name, path in places if path),
         memory_dir=args.memory_dir,
         devices=_devices(args.devices),

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient.wire.frames import HEADER, Decoder, encode
-from resilient_agents import instruments
+from resilient_agents import instruments, marks
 from resilient_agents.instruments import Choice
 from resilient_agents.probe import TIMEOUT_S, Absent, Roster, Surroundings
 from resilient_agents.sieve import LAYER, Sieve
@@ -120,7 +120,8 @@ class Engine:
 
     def start(self, wanted: Begin, *, once: bool = False) -> list[_Post]:
         """Put those to work that are installed and wanted, and not at work yet. once: for one check each."""
-        surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read)
+        marks.lay(wanted.marks)
+        surroundings = Surroundings(wanted.root, lambda: self.roster, wanted.since, wanted.read, wanted.lookback_s)
         context = Wanted(tuple(wanted.scopes), surroundings)
         with self._lock:
             found = instruments.find(Choice(only=wanted.only, without=wanted.without))
@@ -179,6 +180,14 @@ class Engine:
         """What a newcomer should know."""
         with self._lock:
             return self._sieve.matters(time.monotonic())
+
+    def add(self, name: str, findings: Sequence[Finding]) -> None:
+        """What somebody else in this process knows to be the matter now, as if a probe `name` had given it."""
+        with self._lock:
+            told = self._sieve.take(name, findings, time.monotonic(), lasting=True)
+            self._news += told
+            if told:
+                os.eventfd_write(self.fd, 1)
 
     def counts(self) -> dict[tuple[str, str, str], int]:
         """(probe, kind, class) -> how many were seen."""

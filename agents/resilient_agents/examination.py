@@ -24,6 +24,7 @@ from resilient_agents.check import TIMEOUT_S, ExerciseFailed, Reading
 from resilient_agents.gym import Gym
 from resilient_agents.isolation import MESSAGE_BYTES, Isolated
 from resilient_agents.probe import Absent, Roster, Surroundings
+from resilient_agents.probes import limits
 
 if TYPE_CHECKING:
     import socket
@@ -269,4 +270,4 @@ class _Visit:
             return self._patient
         places = dict(self._patient.places)
         roster = Roster(run_dir=places.get("run", ""), checkpoint=places.get("checkpoint", ""), memory_dir=self._patient.memory_dir)
-        return Surroundings(root=self._patient.root, roster=lambda: roster)
+        return Surroundings(root=self._patient.root, roster=lambda: roster, lookback_s=limits.LOOKBACK_S.value)

@@ -32,14 +32,15 @@ from resilient.errors import ConfigError, ResilientError, TierUnavailable
 from resilient.host.journal import Journal
 from resilient.host.service import Service
 from resilient.wire.page import PAGE_BYTES
-from resilient_agents import kernel, logs, preflight
+from resilient_agents import kernel, logs, marks, preflight, readmission
+from resilient_agents.devices import NOBODY, seats
 from resilient_agents.devices import present as present_gpus
-from resilient_agents.devices import seats
 from resilient_agents.interface import address_on, present
 from resilient_agents.main import Host, names_us
 from resilient_agents.meeting import LOOPBACK, address, meeting_of
 from resilient_agents.orders import Launch, Misused
 from resilient_agents.probing import Probing, senses
+from resilient_agents.sightings import Hello
 from resilient_agents.tenancy import Tenancy
 from resilient_agents.uplink import Uplink
 from resilient_agents.vault import Vault
@@ -56,6 +57,7 @@ CONSOLE_S: Final = 5.0  # a console that does not take our last lines for this l
 FAREWELL_S: Final = 60.0  # the coordinator has a deadline of its own for telling the other nodes
 ALONE_S: Final = 0.2  # there is nobody to tell
 MEMORY_KEEP_S: Final = 3600.0  # a scheduler that brings a job back does it sooner; docs/decisions/0015-adoption.md
+PROGRAM_MAX, DEVICES_MAX = 200, 32  # of a Hello, which has to be short
 WARNING: Final = signal.SIGUSR1  # schedulers send it some time before the end (Slurm: --signal=B:USR1@300)
 log = logging.getLogger("resilient")
 
@@ -99,6 +101,7 @@ async def _run(nursery: Nursery) -> int:
         _check_memory(launch, options)
         _check_rate(options)
         rulebook.load(options.policy)  # what is wrong with it is said on every node, before anything is started
+        marks.read(options.policy)
         await preflight.admit(options)  # before there is a port, a run directory or a report of this node
         return await _Node(nursery, launch, options, meeting_of(launch, options)).run()
     finally:
@@ -164,7 +167,10 @@ class _Node:
         self._signals = 0
         self._keep_s = _keep_s(launch, options, meeting)
         places = (str(self._run_dir), options.checkpoint, options.memory_dir)
-        self._senses = senses(options.probes, options.probe_root, options.probe_socket, *places)
+        self._devices = seats(present_gpus(options.probe_root), {i: shown_devices(launch, i) for i in range(launch.slots)})
+        ours = tuple(name for name, rank in self._devices.items() if rank != NOBODY)
+        hello = Hello(program=launch.program.target[-PROGRAM_MAX:], devices=ours[:DEVICES_MAX])
+        self._senses = senses(options.probes, options.probe_root, options.probe_socket, *places, policy=options.policy, hello=hello)
 
     async def run(self) -> int:
         launch, options, meeting = self._launch, self._options, self._meeting
@@ -207,6 +213,7 @@ class _Node:
             token=meeting.token,
             nursery=self._nursery,
             probing=Probing(self._senses),
+            readmission=readmission.wanted(options, self._devices),
             vault=vault,
             uplink=Uplink(meeting.host, meeting.port, token=meeting.token, run=meeting.run_id, node=node),
             journal=journal,
@@ -345,7 +352,7 @@ class _Node:
             orphan_s=3 * options.lease_s,
             grace_s=options.grace_s if options.checkpoint else 0.0,
             hang=options.hang,
-            devices=seats(present_gpus(options.probe_root), {i: shown_devices(launch, i) for i in range(launch.slots)}),
+            devices=self._devices,
         )
 
     def _listen_to_signals(self) -> None:

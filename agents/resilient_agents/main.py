@@ -35,11 +35,12 @@ from resilient_agents.workers import Worker, environment
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
-    from resilient.core.messages import Layout
+    from resilient.core.messages import Finding, Layout
     from resilient.host.journal import Journal
     from resilient_agents.logs import Archive, Console
     from resilient_agents.nursery import Nursery
     from resilient_agents.probing import Probing
+    from resilient_agents.readmission import Readmission
     from resilient_agents.uplink import Uplink
     from resilient_agents.vault import Vault
 
@@ -63,6 +64,7 @@ class Host:
         token: str,
         nursery: Nursery,
         probing: Probing,
+        readmission: Readmission | None,
         vault: Vault,
         uplink: Uplink,
         journal: Journal,
@@ -73,13 +75,14 @@ class Host:
         snapshot_every: int | str,
         audit_every_s: float,
     ) -> None:
-        """`key` names what we leave in `memory_dir`; `store_bind`: "127.0.0.1", or "" = all interfaces."""
+        """`key` names what we leave in `memory_dir`; `readmission`: None = nobody is examined; `store_bind`: "127.0.0.1", "" = all."""
         self._launch = launch
         self._settings = settings
         self._key = key
         self._memory_dir = memory_dir
         self._nursery = nursery
         self._probing = probing
+        self._readmission = readmission
         self._vault = vault
         self._uplink = uplink
         self._journal = journal
@@ -135,7 +138,9 @@ class Host:
             on_down=self._zygote_down,
             on_gone=self._give_up,
         )
-        self._probing.start(lambda findings: put(m.Probed(findings=findings)))
+        if self._readmission is not None:
+            self._readmission.start(put)
+        self._probing.start(self._seen)
         looking = asyncio.create_task(self._look_for_ever())
         driving = asyncio.create_task(self._driver.run())
         await asyncio.wait({looking, driving}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,6 +189,8 @@ class Host:
             worker.reap()
         await self._evidence.close()
         await self._probing.close()
+        if self._readmission is not None:
+            await self._readmission.close()
         await self._stores.close()
         await self._nursery.close()
         await self._uplink.close()
@@ -261,7 +268,14 @@ class Host:
             self._nursery.pid,
             self._stores.pid,
             self._probing.pid,
+            *(self._readmission.pids if self._readmission is not None else ()),
         }
+
+    def _seen(self, findings: tuple[Finding, ...]) -> None:
+        """By probes. A device that is well again is examined before anybody hears of it."""
+        if self._readmission is not None:
+            self._readmission.heard(findings)
+        self._driver.put(m.Probed(findings=findings))
 
     def _show_workers(self) -> None:
         """Tell the probes whom to watch."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
+from resilient.core.messages import NONE
 from resilient.errors import ResilientError
 from resilient_agents.chart import Chart, table
 
@@ -56,7 +57,8 @@ async def admit(options: Options) -> None:
     """This node, before it is reported to anybody. Raises Unfit. `--preflight off` lets it through unseen."""
     if options.preflight == "off":
         return
-    arguments = ["--run-dir", options.run_dir or "runs", "--memory-dir", options.memory_dir]
+    arguments = ["--run-dir", options.run_dir or "runs", "--memory-dir", options.memory_dir, "--root", options.probe_root]
+    arguments += ["--policy", options.policy] if options.policy else []
     if options.checkpoint and "://" not in options.checkpoint:
         arguments += ["--checkpoint", options.checkpoint]
     if options.preflight == "quick":
@@ -66,25 +68,30 @@ async def admit(options: Options) -> None:
         raise Unfit(f"this node failed its preflight (--preflight {options.preflight}) and takes no part\n{verdict.text}")
 
 
-async def recheck(local_rank: int, timeout_s: float) -> Verdict:
-    """The device of one local rank, before it is used again."""
-    device = ["--devices", str(local_rank)] if _has_gpus() else []
-    return await _examined(["--quick", "--only", ",".join(RECHECK), *device], timeout_s)
+async def recheck(local_rank: int, timeout_s: float, pids: set[int] | None = None) -> Verdict:
+    """The device of one local rank (NONE: all there are), before it is used again. pids: where the doctor's is while it is at work."""
+    device = ["--devices", str(local_rank)] if local_rank != NONE and _has_gpus() else []
+    return await _examined(["--quick", "--only", ",".join(RECHECK), *device], timeout_s, pids)
 
 
 def _has_gpus() -> bool:
     return os.path.isdir("/proc/driver/nvidia/gpus")
 
 
-async def _examined(arguments: Sequence[str], timeout_s: float) -> Verdict:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-u", "-c", _BOOT, str(os.getpid()), "--json", "--timeout-s", str(timeout_s), *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=_OUTPUT_BYTES,
-        start_new_session=True,
-    )
+async def _examined(arguments: Sequence[str], timeout_s: float, pids: set[int] | None = None) -> Verdict:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-u", "-c", _BOOT, str(os.getpid()), "--json", "--timeout-s", str(timeout_s), *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_OUTPUT_BYTES,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Verdict(sound=False, text=f"resilient doctor: it could not be started ({error.strerror or error})")
+    pids = set() if pids is None else pids
+    pids.add(process.pid)
     try:
         async with asyncio.timeout(timeout_s + GRACE_S):
             told, said = await process.communicate()
@@ -92,6 +99,7 @@ async def _examined(arguments: Sequence[str], timeout_s: float) -> Verdict:
         return Verdict(sound=False, text=f"resilient doctor: an end within {timeout_s:g} s expected, none found {GRACE_S:g} s after that")
     finally:
         await _end(process)
+        pids.discard(process.pid)
     try:
         chart = msgspec.json.decode(told, type=Chart)
     except msgspec.MsgspecError:

@@ -60,6 +60,7 @@ class Surroundings:
     roster: Callable[[], Roster] = Roster  # the newest; scope "run" only
     since: float = 0.0  # CLOCK_MONOTONIC: what came later is news, a prober that died was looking until then; 0 = from now on
     read: Mapping[str, int] = field(default_factory=dict)  # files that were being read then: how long they were
+    lookback_s: float = 0.0  # what has happened within that time and is not over is told at the first look, where it is on record
 
     def path(self, absolute: str) -> str:
         """Where `absolute` ("/sys/class/net") lies below the root."""

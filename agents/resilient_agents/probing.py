@@ -31,14 +31,17 @@ from msgspec.structs import replace
 from resilient.core.messages import Finding
 from resilient.errors import ProtocolError
 from resilient.wire.frames import HEADER, Decoder, body_bytes, encode
+from resilient_agents import marks
 from resilient_agents.instruments import Choice, choice
 from resilient_agents.probe import GROUP, Roster, Watched
 from resilient_agents.sieve import LAYER
-from resilient_agents.sightings import Begin, Sighted, Started, Up
+from resilient_agents.sightings import Begin, Hello, Marks, Sighted, Started, Up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+NOBODY: Final = Hello()
+PRINTED: Final = Marks()
 DEATHS_MAX: Final = 5
 DEATHS_S: Final = 600.0
 CULPRIT_TIMES: Final = 2
@@ -61,13 +64,26 @@ class Senses:
     root: str = "/"
     daemon: str = ""  # its socket; "" = do not look for one
     places: Roster = field(default_factory=Roster)  # its directories; nobody is in it
+    marks: Marks = PRINTED  # by which our own prober judges
+    hello: Hello = NOBODY  # what the daemon is told
 
 
-def senses(probes: str, root: str, daemon: str, run_dir: str, checkpoint: str, memory_dir: str) -> Senses:
+def senses(
+    probes: str,
+    root: str,
+    daemon: str,
+    run_dir: str,
+    checkpoint: str,
+    memory_dir: str,
+    *,
+    policy: str = "",
+    hello: Hello = NOBODY,
+) -> Senses:
     """From the options of the same names. Raises ConfigError."""
     path = checkpoint.removeprefix("file://")
     directory = os.path.abspath(path) if path and "://" not in path else ""
-    return Senses(choice(probes), root, daemon, Roster(run_dir=run_dir, checkpoint=directory, memory_dir=memory_dir))
+    places = Roster(run_dir=run_dir, checkpoint=directory, memory_dir=memory_dir)
+    return Senses(choice(probes), root, daemon, places, marks.read(policy), hello)
 
 
 class Probing:
@@ -144,6 +160,7 @@ class Probing:
             log.warning("%s: a daemon of root or of user %d expected, one of user %d found; it is not used", path, os.geteuid(), uid)
             writer.transport.abort()
             return None
+        writer.write(encode(self._senses.hello))
         return reader, writer
 
     async def _follow_daemon(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -202,8 +219,15 @@ class Probing:
     def _begin(self) -> Begin:
         choice = self._senses.choice
         bad = tuple(name for name, times in self._blamed.items() if times >= CULPRIT_TIMES)
-        wanted = {"only": choice.only, "without": (*choice.without, *bad)}
-        return Begin(root=self._senses.root, scopes=self._scopes, since=self._since, read=self._read, **wanted)
+        return Begin(
+            root=self._senses.root,
+            scopes=self._scopes,
+            only=choice.only,
+            without=(*choice.without, *bad),
+            since=self._since,
+            read=self._read,
+            marks=self._senses.marks,
+        )
 
     def _mark(self) -> None:
         """From here on the next prober reads."""

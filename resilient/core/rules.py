@@ -41,6 +41,8 @@ class Rule(Msg):
     repeats: int = 0  # so many workers that met this on one device, and none on another, make it the device's; 0 = never
     repeats_s: float = 86400.0  # within
     repeated: Class = "cordon"  # what it is then
+    jobs: int = 0  # so many jobs of a node, one after the other, the same; 0 = never
+    jobs_s: float = 604800.0  # within
     source: str = ""
 
 

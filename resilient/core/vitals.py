@@ -5,7 +5,8 @@ or for two that this patient never had before.
 
 Contract: `take` is given what one rank logged at one step and answers with findings of layer "training", one for each episode:
 - nan-loss: a loss is not a number, or infinite. At once. (A gradient norm is infinite whenever a loss scale was too high: not counted.)
-- loss-spike: twice in a row above the median of the last `KEPT` values by more than eight standard deviations and a quarter of it;
+- loss-spike: twice in a row above the median of the last `KEPT` values by more than eight standard deviations and a quarter of it, and
+  not less than a hundredth of what it was at first: a loss that has come down to rounding errors jumps by powers of ten;
 - grad-spike: a gradient norm above ten times the median and ten standard deviations.
 An episode is over after `CALM` healthy values; values that are none are not learned, unless they go on: then they are the new usual.
 Robust: median and median absolute deviation, so that one outlier moves nothing. A rank whose step goes back (a rollback) forgets what
@@ -27,7 +28,7 @@ from resilient.core.straggler import median
 KEPT: Final = 128
 LEARN: Final = 32  # values, before any of them is called unusual
 CALM: Final = 16
-SPIKE_DEVIATIONS, SPIKE_SHARE = 8.0, 0.25
+SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_LEVEL = 8.0, 0.25, 0.01
 GRAD_DEVIATIONS, GRAD_TIMES = 10.0, 10.0
 DEVIATION: Final = 1.4826
 NEW_USUAL: Final = 64  # unusual values in a row
@@ -52,19 +53,21 @@ class _Series:
     odd: int = 0  # unusual values in a row
     calm: int = 0  # healthy values in a row
     told: set[str] = field(default_factory=set)  # of the episode under way
+    level: float = 0.0  # the median when enough values were known for the first time
 
     def back_to(self, step: int) -> None:
         """The run went back."""
         while self.values and self.values[-1][0] >= step:
             self.values.pop()
 
-    def limit(self, deviations: float, times: float) -> float:
-        """Above it a value is unusual; infinite before enough are known."""
+    def limit(self, deviations: float, times: float, level: float = 0.0) -> float:
+        """Above it a value is unusual; infinite before enough are known. level: and above this part of what was usual at first."""
         if len(self.values) < LEARN:
             return math.inf
         usual = median(value for _, value in self.values)
         spread = DEVIATION * median(abs(value - usual) for _, value in self.values)
-        return usual + max(deviations * spread, times * abs(usual))
+        self.level = self.level or abs(usual)
+        return max(usual + max(deviations * spread, times * abs(usual)), level * self.level)
 
     def healthy(self, step: int, value: float) -> None:
         """Learn it."""
@@ -124,7 +127,7 @@ def _look_at_loss(series: _Series, step: int, value: float) -> tuple[str, str] |
         series.unusual(step, 0.0)
         series.odd = min(series.odd, NEW_USUAL - 2)  # it never becomes the rule
         return ("nan-loss", f"is {value}") if series.first("nan-loss") else None
-    limit = series.limit(SPIKE_DEVIATIONS, SPIKE_SHARE)
+    limit = series.limit(SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_LEVEL)
     if value <= limit:
         series.healthy(step, value)
         return None

@@ -43,6 +43,16 @@ class Failing(Base):
         return [Reading(state="fail", value="3 legs", expected="4 legs", layer="furniture", class_="replace", device="dev:table")]
 
 
+class FailsIfTold(Base):
+    """While a file is there; slow, if that says so."""
+
+    def run(self):
+        told = Path(os.environ["ILL_FILE"])
+        words = told.read_text() if told.exists() else ""
+        time.sleep(3.0 if "slow" in words else 0.0)
+        return Failing.run(self) if "fail" in words else Sound.run(self)
+
+
 class Hangs(Base):
     """Takes no signal, and has a child of its own, whose pid it leaves behind."""
 

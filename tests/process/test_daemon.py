@@ -16,13 +16,14 @@ import pytest
 from installed import ROOT, path_with
 from launched import Launched
 from outside import environment, wait_for
-from resilient_agents.sightings import Sighted, Started, Up
+from resilient_agents.sightings import Hello, Sighted, Started, Up
 
 from resilient.core.messages import NONE
-from resilient.wire.frames import Decoder
+from resilient.wire.frames import Decoder, encode
 
 pytestmark = pytest.mark.process
 DEPLOY = ROOT / "agents" / "deploy"
+FAULT = "NVRM: Xid (PCI:0000:{bus}:00): {code}, pid=1234, name=python, Ch 00000010"
 LOST = "NVRM: Xid (PCI:0000:{bus}:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
 SCRIPT = """
 import pathlib, sys, time
@@ -40,19 +41,25 @@ class Daemon:
         (self.root / "dev/kmsg").touch()
         self.socket = str(where / "a.sock")
         self.output = where / "daemon.out"
-        self.command = [sys.executable, "-P", "-m", "resilient_agents.daemon", "--root", str(self.root), "--socket", self.socket]
+        self.state = where / "state" / "strikes.jsonl"
+        places = ["--root", str(self.root), "--socket", self.socket, "--state", str(self.state)]
+        self.command = [sys.executable, "-P", "-m", "resilient_agents.daemon", *places]
         self.env = environment(PYTHONPATH=site)
+        self.start()
+
+    def start(self) -> None:
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, env=self.env)
         wait_for("the probes are at work", lambda: "kernel-log" in self.rows("started")[-1]["notes"] if self.rows("started") else False)
 
     def rows(self, event: str) -> list[dict]:
-        rows = [json.loads(line) for line in self.output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = self.output.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n") and line.startswith("{")]
         return [row for row in rows if row["event"] == event]
 
-    def say(self, bus: str) -> None:
+    def say(self, bus: str, line: str = LOST, code: int = 79) -> None:
         with (self.root / "dev/kmsg").open("a") as log:
-            log.write(f"4,1,1,-;{LOST.format(bus=bus)}\n")
+            log.write(f"4,1,1,-;{line.format(bus=bus, code=code)}\n")
 
     def listener(self) -> socket.socket:
         line = socket.socket(socket.AF_UNIX)
@@ -123,6 +130,34 @@ def test_a_listener_that_does_not_read_costs_nobody_anything(daemon):
     assert daemon.process.poll() is None
 
 
+def test_a_device_that_three_jobs_struck_is_told_of_and_not_forgotten(daemon):
+    def struck() -> list[dict]:
+        return [row for row in daemon.rows("finding") if row["kind"] == "device-repeats"]
+
+    for program, code in (("a.py", 13), ("a.py", 69), ("b.py", 31), ("c.py", 43)):
+        assert struck() == []
+        with daemon.listener() as job, daemon.listener() as other:
+            job.sendall(encode(Hello(program=program, devices=("pci:0000:3b:00", "gpu:0"))))
+            other.sendall(encode(Hello(program="other.py", devices=("pci:0000:5e:00", "gpu:1"))))
+            daemon.say("3b", FAULT, code)
+            heard(job, "pci:0000:3b:00")
+    wait_for("the device's fault", struck)
+    (row,) = struck()
+    assert (row["device"], row["class"], row["role"]) == ("pci:0000:3b:00", "cordon", "cause")
+    assert all(name in row["text"] for name in ("a.py of user", "b.py", "c.py")) and "other.py" not in row["text"]
+    daemon.process.terminate()
+    assert daemon.process.wait(10) == 0
+    daemon.start()
+    wait_for("it is known at once", struck)
+    once = subprocess.run([*daemon.command, "--once", "--probes", "clock"], env=daemon.env, capture_output=True, text=True, check=False)
+    assert once.returncode == 1 and "device-repeats" in once.stdout
+    daemon.end()
+    daemon.state.write_bytes(b"\xff not a book")
+    daemon.start()
+    wait_for("it looks again", lambda: daemon.rows("started"))
+    assert struck() == [] and "strikes.jsonl.damaged" in daemon.output.read_text()
+
+
 def test_once_tells_by_its_exit_code(daemon, tmp_path):
     port = tmp_path / "d/host/sys/class/net/eth0"
     (port / "device").mkdir(parents=True)
@@ -131,6 +166,17 @@ def test_once_tells_by_its_exit_code(daemon, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout.splitlines()[0])["threads"]) == {"ethernet", "clock"}
+    (daemon.root / "dev/kmsg").write_text(f"4,1,1000000,-;{LOST.format(bus='3b')}\n6,2,3600000000,-;a line\n")
+    policy = tmp_path / "mine.toml"
+    policy.write_text("[probe]\nlookback_s = 60")
+    look = [*daemon.command, "--once", "--probes", "kernel-log"]
+    codes = [
+        subprocess.run([*look, *more], env=daemon.env, capture_output=True, check=False).returncode for more in ([], ["--policy", policy])
+    ]
+    assert codes == [1, 0], "it looks back two hours, or as far as it is told"
+    policy.write_text("[probe]\nflips = 60")
+    wrong = subprocess.run([*look, "--policy", policy], env=daemon.env, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "'flips'" in wrong.stderr
     wrong = subprocess.run([*daemon.command, "--probes", "a,no-b"], env=daemon.env, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "'a,no-b' found" in wrong.stderr
 

@@ -69,6 +69,25 @@ def test_a_sound_node_quick_from_end_to_end(tmp_path: Path) -> None:
     assert row["text"] == "a healthy node does better"
 
 
+def test_what_the_kernel_said_in_the_last_two_hours_counts(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    lost = "NVRM: Xid (PCI:0000:3b:00): 79, pid=1, name=python, GPU has fallen off the bus."
+    (tmp_path / "dev/kmsg").write_text(f"4,1,1000000,-;{lost}\n6,2,3600000000,-;something else\n")
+    done = doctor("--json", "--only", "kernel-log", "--root", tmp_path)
+    (row,) = by_name(done)["kernel-log"]
+    assert (done.returncode, row["state"], row["device"]) == (1, "fail", "pci:0000:3b:00")
+    assert row["text"].endswith("(60 min ago)") and row["seconds"] < 5
+    policy = tmp_path / "mine.toml"
+    policy.write_text("[probe]\nlookback_s = 600")
+    assert doctor("--json", "--only", "kernel-log", "--root", tmp_path, "--policy", policy).returncode == 0
+    policy.write_text("[probe]\nlookback = 600")
+    wrong = doctor("--only", "kernel-log", "--policy", policy)
+    assert wrong.returncode == 2 and "'lookback_s'" in wrong.stderr
+    with (tmp_path / "dev/kmsg").open("a") as log:
+        log.write("6,3,7300000000,-;two hours later\n")
+    assert doctor("--json", "--only", "kernel-log", "--root", tmp_path).returncode == 0
+
+
 def test_whoever_hangs_or_crashes_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     names = ("Sound", "Failing", "Hangs", "Crashes", "Raises", "Leaves", "NotHere", "Missing")
     path = installed(

@@ -89,7 +89,7 @@ def test_an_exception_is_the_users(start: Start, script: Callable[..., Path]) ->
     message = json.loads(error_file.read_text())["message"]
     assert message["message"] == "ValueError: my own fault"
     assert "my own fault" in run.output.split("resilient-run: rank 1")[1]
-    assert run.events("verdict")[0]["verdict"] == "halt"
+    assert [verdict["verdict"] for verdict in run.events("verdict") if verdict["kind"] == "exit"][0] == "halt"
     assert run.events("run_finished")[0]["exit_code"] == 1
     run.nothing_left()
 

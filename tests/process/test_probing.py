@@ -76,9 +76,11 @@ async def test_a_prober_that_stands_still_is_replaced(tmp_path, monkeypatch):
 
 
 async def nonsense(path: str, data: bytes) -> asyncio.Server:
-    async def answer(_, writer):
+    async def answer(reader, writer):
         writer.write(data)
         await writer.drain()
+        await reader.read()  # until it is hung up on
+        writer.close()
 
     return await asyncio.start_unix_server(answer, path)
 

@@ -58,6 +58,23 @@ def test_what_came_after_a_prober_was_lost_is_news(root):
     assert found.device == "pci:0000:5e:00"
 
 
+def test_who_looks_once_is_told_what_has_happened_and_is_not_over(root):
+    def at(seconds: float, text: str) -> str:
+        return f"4,1,{int(seconds * 1e6)},-;{text}\n"
+
+    down, up = "mlx5_core 0000:18:00.0 mlx5_2: Port: 1 Link DOWN", "mlx5_core 0000:18:00.0 mlx5_2: Port: 1 Link ACTIVE"
+    lines = [at(100, LOST), at(3000, LOST.replace("3b", "5e")), at(3001, LOST.replace("3b", "5e")), at(3002, "usb 1-1: new device")]
+    lines += [at(4000, down), at(4001, down.replace("mlx5_2", "mlx5_3")), at(4100, up)]
+    (root / "dev/kmsg").write_text("".join([*lines, at(10000, "the newest line")]))
+    probe = KernelLog(Surroundings(root=str(root), lookback_s=7200.0))
+    found = probe.check(time.monotonic())
+    assert [(it.kind, it.device, it.count) for it in found] == [("xid", "pci:0000:5e:00", 2), ("ib-link", "dev:mlx5_3", 1)]
+    assert [it.text.rpartition(" (")[2] for it in found] == ["117 min ago)", "100 min ago)"]
+    with (root / "dev/kmsg").open("a") as file:
+        file.write(at(10001, LOST))
+    assert [it.device for it in probe.check(time.monotonic())] == ["pci:0000:3b:00"], "and then it goes on as usual"
+
+
 def test_a_fifo_may_be_written_by_one_after_another(root):
     os.mkfifo(root / "dev/kmsg")
     probe = KernelLog(Surroundings(root=str(root)))
@@ -98,6 +115,15 @@ def test_where_the_log_is_closed_the_journal_is_the_source_and_ends_with_us(jour
     assert probe.note.startswith("journalctl (/nowhere/dev/kmsg: ")
     (found,) = probe.check(time.monotonic())
     assert (found.kind, found.device) == ("xid", "pci:0000:3b:00")
+    probe._child.kill()
+    probe._child.wait()
+    probe._child.stdout.close()
+
+
+def test_the_journal_is_asked_for_what_has_happened(journalctl):
+    journalctl('case "$*" in *--since=-7200s*) exit 0;; esac; exec sleep 60')
+    probe = KernelLog(Closed(lookback_s=7200.0))
+    assert [it.device for it in probe.check(time.monotonic())] == ["pci:0000:3b:00"]
     probe._child.kill()
     probe._child.wait()
     probe._child.stdout.close()

@@ -72,6 +72,12 @@ def test_a_spike_is_told_when_it_comes_twice():
     assert not patient.logs(loss=28.0), "the same episode"
 
 
+def test_a_loss_that_has_come_down_to_rounding_errors_may_jump():
+    vitals, dice = Vitals(), random.Random(1)
+    losses = [1.0 - step / 100 for step in range(64)] + [10 ** dice.uniform(-9, -6) for _ in range(2000)]
+    assert [found for step, loss in enumerate(losses) for found in vitals.take(0, step, {"loss": loss})] == []
+
+
 def test_a_level_that_lasts_is_the_new_usual():
     patient = Patient()
     patient.trains(200)

@@ -2,7 +2,9 @@
 
 Think of somebody who sits beside the ticker with a hand on the paper: sleeps while it is still, and reads every line that comes.
 
-Contract: begins at now, or where its predecessor was lost: what was said before is not news. Blocks in `poll` for at most `WAIT_S`, so
+Contract: begins at now, or where its predecessor was lost: what was said before is not news. Only who looks once before a node is used
+(`lookback_s`) is told at the first look what was said within that time, each thing once with its age, but not what a later line has called
+over. The newest line of a recorded log is its now. Blocks in `poll` for at most `WAIT_S`, so
 that an idle log costs two wake-ups in ten seconds and a line is known in a millisecond. Where /dev/kmsg is refused (dmesg_restrict)
 `journalctl -k -f` is the source, and `note` says which it is. Lines that programs wrote into /dev/kmsg are judged as lines of the
 syslog are: by the name before them. What a line means is diagnosis/text.py's business. The time of a
@@ -28,6 +30,7 @@ from msgspec.structs import replace
 
 from resilient.core.messages import Finding
 from resilient_agents.probe import Absent, Surroundings
+from resilient_agents.sieve import WORSE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,6 +80,21 @@ def found(lines: Iterable[Line], now: float) -> list[Finding]:
     return findings
 
 
+def standing(lines: Iterable[Line], now: float, at: float) -> list[Finding]:
+    """What these tell and no later one calls over, each once, the worst first; `at`: when the log was read, by its own clock."""
+    left: dict[tuple[str, str, str], Finding] = {}
+    for line in lines:
+        for finding in found([line], now):
+            if finding.clears:
+                left = {key: it for key, it in left.items() if (it.kind, it.device) != (finding.kind, finding.device)}
+            elif finding.class_ != "ignore":
+                key = (finding.kind, finding.code, finding.device)
+                times = finding.count + (left.pop(key).count if key in left else 0)
+                ago = f" ({(at - line.t) / 60:.0f} min ago)" if 0 < line.t <= at - _AGE_MAX_S else ""
+                left[key] = replace(finding, count=times, text=f"{finding.text}{ago}")
+    return sorted(left.values(), key=lambda it: -WORSE.index(it.class_))
+
+
 class KernelLog:
     """Follows one log."""
 
@@ -90,6 +108,8 @@ class KernelLog:
         self._child: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._backlog: list[Line] = []
+        self._past: list[Line] | None = None  # what there was before the first look, if that is wanted
+        back = surroundings.lookback_s
         try:
             kind = os.stat(path).st_mode
             fifo = os.O_RDWR if stat.S_ISFIFO(kind) else os.O_RDONLY  # else each writer's end would be the end of it
@@ -97,19 +117,26 @@ class KernelLog:
         except OSError as error:
             if surroundings.root != "/":
                 raise Absent(f"{path}: {error.strerror}") from error
-            self._fd = self._journal(path, error)
+            self._fd = self._journal(path, error, back)
             self._records = False
             return
         self.note = path
         self._is_file = stat.S_ISREG(kind)
         self._records = stat.S_ISCHR(kind)
         if not stat.S_ISFIFO(kind):
-            os.lseek(self._fd, 0, os.SEEK_SET if surroundings.since else os.SEEK_END)
-        if surroundings.since:
+            os.lseek(self._fd, 0, os.SEEK_SET if surroundings.since or back else os.SEEK_END)
+        if back:
+            lines = self._all()
+            self._at = time.monotonic() if self._records else max((line.t for line in lines), default=0.0)
+            self._past = [line for line in lines if not line.t or line.t > self._at - back]
+        elif surroundings.since:
             self._backlog = [line for line in self._all() if not line.t or line.t > surroundings.since]
 
     def check(self, now: float) -> list[Finding]:
         """What has been said since the last call; waits a while for it."""
+        if self._past is not None:
+            past, self._past = self._past, None
+            return standing(past, time.monotonic(), self._at)
         until = now + WAIT_S
         while True:
             lines, self._backlog = self._backlog, []
@@ -124,6 +151,7 @@ class KernelLog:
     # ------------------------------------------------------------------
 
     _is_file = False
+    _at = 0.0
 
     def _all(self) -> list[Line]:
         """What is there already. By their stamps the later ones are news; of those still to come all are, for the kernel's clock drifts."""
@@ -169,12 +197,14 @@ class KernelLog:
             return [line for row in whole if (line := parse(row)) is not None]
         return []
 
-    def _journal(self, path: str, refused: OSError) -> int:
+    def _journal(self, path: str, refused: OSError, back: float) -> int:
         program = shutil.which(JOURNAL[0])
         if program is None:
             raise Absent(f"{path}: {refused.strerror}, and there is no journalctl") from refused
         self.note = f"journalctl ({path}: {refused.strerror})"
         self._command = [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), program, *JOURNAL[1:]]
+        if back:
+            self._past = _journaled(program, back)
         return self._follow()
 
     def _follow(self) -> int:
@@ -189,6 +219,16 @@ class KernelLog:
         fd = self._child.stdout.fileno()
         os.set_blocking(fd, False)
         return fd
+
+
+def _journaled(program: str, back: float) -> list[Line]:
+    """What the journal has of the kernel's log of this start and that time."""
+    command = [program, "--dmesg", f"--since=-{back:.0f}s", "--output=cat", "--no-hostname", "--no-pager", f"--lines={BACKLOG_MAX}"]
+    try:
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT_S, check=False).stdout  # noqa: S603
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout or b""
+    return [line for row in told.splitlines() if (line := parse(row)) is not None]
 
 
 _DIES_WITH_US: Final = """

@@ -19,6 +19,7 @@ class Limit(NamedTuple):
     source: str
 
 
+LOOKBACK_S: Final = Limit(7200, "Azure's node health checks: at a job's start, the kernel's log of two hours")
 MEMORY_FREE_BYTES: Final = Limit(100 << 20, "gpud: less than 100 MiB available")
 DISK_LOW_SHARE: Final = Limit(0.10, "gpud: less than 10 % free")
 DISK_LOW_BYTES: Final = Limit(500 << 20, "gpud: or less than 500 MB")
@@ -27,14 +28,12 @@ INODES_FULL: Final = Limit(100, "ours: one evidence directory with its files")
 SHM_FULL_SHARE: Final = Limit(0.02, "ours: a data loader's batch; the writer gets SIGBUS, no error")
 FILES_SHARE: Final = Limit(0.90, "ours: file-nr against file-max")
 WORKER_FILES_SHARE: Final = Limit(0.95, "ours: of its own limit; the next open fails")
-PIDS_SHARE: Final = Limit(0.95, "ours: of pids.max")
 ZOMBIES: Final = Limit(1000, "gpud: degraded at 1000")
 D_STATE_TIMES: Final = Limit(5, "gpud: the same process in 5 checks of 60 s")
 D_STATE_PERIOD_S: Final = Limit(60, "gpud")
 CLOCK_JUMP_S: Final = Limit(2.0, "ours: above what NTP slews (0.5 ms/s) between two looks, below what tokens and leases forgive")
 STORAGE_SLOW_S: Final = Limit(30, "ours: an fsync behind a whole checkpoint's write-back")
 STORAGE_DEAD_S: Final = Limit(150, "gpud: five stats of an NFS mount in a row without an answer, 30 s each")
-LINK_DOWN_S: Final = Limit(25, "gpud: an interface that is down for less does not count; a job's own failure tells sooner")
 FLAPS: Final = Limit(3, "NVSentinel: 3 times link_downed")
 FLAP_WINDOW_S: Final = Limit(600, "NVSentinel: in 10 min")
 ETH_FLAPS: Final = Limit(5, "Azure: 5 lost carriers")

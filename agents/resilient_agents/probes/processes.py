@@ -36,6 +36,7 @@ class Processes:
 
     def __init__(self, surroundings: Surroundings) -> None:
         """Raises Absent without /proc."""
+        self.period_s = limits.D_STATE_PERIOD_S.value  # as it is by now: a policy file may have changed it
         self._tree = surroundings.path("/proc")
         if not reading.names(self._tree):
             raise Absent(f"{self._tree}: nothing to read")

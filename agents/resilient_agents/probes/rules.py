@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -58,6 +58,31 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     role: Role = "cause"
     text: str  # {value} and {limit} are filled in
     source: str  # whose number this is
+
+    @property
+    def name(self) -> str:
+        """By which a policy file changes it; of two readings of the same, both."""
+        return f"{self.probe}/{self.kind}/{self.code}"
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a policy file changes of one rule."""
+
+    limit: float | None = None
+    hold_s: float | None = None
+    window_s: float | None = None
+    times: float | None = None
+    class_: Class | None = msgspec.field(name="class", default=None)
+
+    def on(self, rule: Rule) -> Rule:
+        """The rule with these changes. What is to ask for something is not only told besides any more."""
+        changes: dict[str, Any] = {key: value for key in self.__struct_fields__ if (value := getattr(self, key)) is not None}
+        if self.class_ not in {None, "ignore"}:
+            changes["role"] = "cause"
+        return msgspec.structs.replace(rule, **changes)
+
+
+MARKS: Final[dict[str, Mark]] = {}  # by the name of the rule; laid once, by marks.py, before any probe of this process is made
 
 
 class _Trace:
@@ -104,7 +129,7 @@ class Judge:
     def __init__(self, probe: str, rules: Iterable[Rule]) -> None:
         """Takes those of the rules that are this probe's."""
         self.probe = probe
-        self.rules = tuple(rule for rule in rules if rule.probe == probe)
+        self.rules = tuple(MARKS[rule.name].on(rule) if rule.name in MARKS else rule for rule in rules if rule.probe == probe)
         self._traces: dict[tuple[int, str], _Trace] = {}
 
     def look(self, now: float, readings: Readings, notes: Mapping[tuple[str, str], str] = MappingProxyType({})) -> list[Finding]:

@@ -48,6 +48,7 @@ class Storage:
 
     def __init__(self, surroundings: Surroundings) -> None:
         """Which directory it is, the roster says."""
+        self.timeout_s = limits.STORAGE_SLOW_S.value  # as it is by now: a policy file may have changed it
         self._roster = surroundings.roster
         self._file = f"{NAME}{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
 
