@@ -108,10 +108,6 @@ class Casebook:
         """A worker failed, or a node."""
         self.failures.append((now, failure))
 
-    def failed_lately(self, now: float) -> list[Failure]:
-        """Those whose explanation may still come."""
-        return [failure for at, failure in self.failures if now - at <= self.limits.after_s]
-
     def explain(self, failure: Failure, worker: str, now: float) -> Seen | None:
         """What explains that this worker fails now."""
         before = max((at for at, other in self.failures if other == failure and at < now), default=-math.inf)
@@ -128,10 +124,10 @@ class Casebook:
             key = (*key, finding.code, finding.device, finding.class_, finding.probe, str(finding.clears))
         if now - self._told.get(key, -math.inf) <= self.limits.before_s:
             return False
-        if len(self._told) >= TOLD_MAX:
-            self._told = {k: at for k, at in self._told.items() if now - at <= self.limits.before_s}
-        if len(self._told) < TOLD_MAX:
-            self._told[key] = now
+        self._told.pop(key, None)  # those that were told last stand last
+        self._told[key] = now
+        if len(self._told) > TOLD_MAX:
+            del self._told[next(iter(self._told))]
         return True
 
     def shared(self, finding: Finding, node: str, now: float, alive: int) -> int:

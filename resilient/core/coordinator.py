@@ -50,7 +50,7 @@ from resilient.core.machine import (
 from resilient.core.messages import NONE, Assignment, Finding, Report, RunState
 from resilient.core.moves import Closed, find
 from resilient.core.placement import Room, in_order, seat_all
-from resilient.core.policy import TABLE, UNKNOWN, Verdict
+from resilient.core.policy import TABLE, UNKNOWN, Verdict, unrelated
 from resilient.core.rescue import Rescue
 from resilient.core.round import Round
 from resilient.core.seating import Hall, Seating, seat
@@ -317,7 +317,9 @@ class Coordinator:
         verdict = self._triage.heed(finding, verdict)
         self._tell_finding(finding, verdict, node.name)
         if fails:
-            for seen, moved in self._triage.failed(failure, now):
+            for seen, moved in self._triage.failed(
+                failure, now, worker=finding.worker, unrelated=unrelated(finding, managed=self._managed)
+            ):
                 self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
         if verdict.verdict == "halt":
             self._end("failed", 1, f"rank {finding.rank} on {node.name}: {verdict.why}\n{finding.text}".rstrip(), now)
@@ -626,7 +628,7 @@ class Coordinator:
             for finding, node in told:
                 self._tell_finding(finding, verdict, node)
                 self.incident.take(finding, verdict, node)
-                for seen, moved in self._triage.failed((node, finding.rank), now) if blamed else ():
+                for seen, moved in self._triage.failed((node, finding.rank), now, worker=finding.worker) if blamed else ():
                     self._tell(lines.judged(seen.finding, moved.verdict, moved.why, seen.node))
             self._explain([], now)
             if verdict.verdict == "halt":

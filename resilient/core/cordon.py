@@ -5,8 +5,9 @@ the tide, or his instruments, and he closes nothing more until he knows.
 
 Contract: a wish is what a verdict asks for (`cordon` or `evict`); `act` carries out those whose time has come, at the pace of Kubernetes'
 node controller: so many a second per failure domain; slowly (in a small fleet not at all) where most of a domain is unhealthy; not at all
-when all domains are. A node that is closed already is closed for another reason without waiting. `lift` takes back what one finding had
-asked for. An eviction is kept after it was carried out: `leaving` names whoever sits on the device, whenever that is asked.
+when all domains are. A node that is closed already is closed for another reason without waiting. An eviction outweighs a cordon for the
+same device, whichever is asked for first. `lift` takes back what one finding had asked for; words never take back what a device had said.
+An eviction is kept after it was carried out: `leaving` names whoever sits on the device, whenever that is asked.
 Pure bookkeeping: who has room is for seating.py.
 Rejected: one eviction at a time (a rack without power would take minutes a node); no limit (others' controllers emptied whole clusters
 on the word of one broken probe).
@@ -26,8 +27,9 @@ from resilient.core.rules import Limits
 
 NEVER: Final = float("inf")
 WISHES_MAX: Final = 4096
+NODE_MAX: Final = 64  # of one node: more than it has devices
 
-Key = tuple[str, str, str]  # node, kind, device
+Key = tuple[str, str, str, str]  # node, kind, device, local ranks
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Wish:
     @property
     def key(self) -> Key:
         """What it is about."""
-        return (self.node, self.finding.kind, self.finding.device)
+        return (self.node, self.finding.kind, self.finding.device, ",".join(map(str, sorted(self.local_ranks or ()))))
 
     def concerns(self, place: Place) -> bool:
         """Whether who sits there has to leave."""
@@ -79,9 +81,12 @@ class Cordons:
         self._due = NEVER
 
     def wish(self, wish: Wish) -> bool:
-        """Ask for it; False if that was asked for before."""
+        """Ask for it; False if that, or more, was asked for before."""
         key = wish.key
-        if key in self.done or (key in self.wishes and self.wishes[key].verdict == wish.verdict) or len(self.wishes) >= WISHES_MAX:
+        before = self.wishes.get(key) or self.done.get(key)
+        if before is not None and (before.verdict == "evict" or wish.verdict == "cordon"):
+            return False
+        if len(self.wishes) >= WISHES_MAX or sum(other[0] == wish.node for other in (*self.wishes, *self.done)) >= NODE_MAX:
             return False
         self.wishes[key] = wish
         self._due = min(self._due, wish.not_before)
@@ -134,12 +139,12 @@ class Cordons:
         """When to `act` next."""
         return self._due
 
-    def lift(self, node: str, kind: str, device: str) -> list[Closed]:
-        """That is over: nodes that are open again."""
+    def lift(self, node: str, kind: str, device: str, *, proof: bool = True) -> list[Closed]:
+        """That is over: nodes that are open again. proof: who says so is believed by its word alone."""
         mine = set(device.split(","))
-        return self._drop(
-            k for k in (*self.wishes, *self.done) if k[:2] == (node, kind) and (not device or not k[2] or mine & set(k[2].split(",")))
-        )
+        every = [*self.wishes.items(), *self.done.items()]
+        believed = [key for key, wish in every if key[:2] == (node, kind) and (proof or not wish.seen.proof)]
+        return self._drop(key for key in believed if not device or not key[2] or mine & set(key[2].split(",")))
 
     def pardon(self, kind: str, code: str) -> list[Closed]:
         """It is shared infrastructure, no node's fault."""

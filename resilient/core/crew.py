@@ -21,6 +21,8 @@ from resilient.core.messages import NONE, Chair, ChairState, Finding, Layout, Pa
 FINDINGS_MAX = 256
 GONE_MAX = 64  # processes that are gone and whose numbers are remembered: the kernel's word of them may come later
 TEXT_MAX = 16 << 10
+WORD_MAX = 1024  # a name that a probe gives: of a device, a kind ...
+DIGITS_MAX = 10  # of a rank, a process or a device in it
 
 
 @dataclass(slots=True)
@@ -142,13 +144,15 @@ class Crew:
     def on(self, device: str, devices: Mapping[str, int]) -> tuple[int, ...] | None:
         """Ranks that sit on this device; () = nobody of the run does; None = it is no one's in particular, or not known whose.
 
-        devices: those whose local rank is known.
+        devices: those whose local rank is known. Before anybody sits here nobody can say who will sit on it.
         """
+        if not self.places:
+            return None
         ranks: set[int] = set()
         known = False
         for part in filter(None, device.split(",")):
             form, _, name = part.partition(":")
-            number = int(name) if name.isascii() and name.isdigit() else NONE
+            number = int(name) if name.isdecimal() and len(name) < DIGITS_MAX else NONE
             local_rank = devices.get(part, number if form in ("gpu", "npu", "local_rank") else NONE)
             if form == "rank" and number != NONE:
                 found = {number} if number in self.places or any(r == number for _, r in self.gone.values()) else set()
@@ -198,13 +202,13 @@ class Findings:
     def take(self, findings: Iterable[Finding], now: float, round_: int) -> None:
         """Note what probes saw: what is the same counts as one. One that does not know when it was is of now."""
         alike: dict[tuple[object, ...], Finding] = {}
-        for finding in findings:
-            key = (finding.probe, finding.kind, finding.code, finding.device, finding.class_, finding.role, finding.clears)
+        for finding in map(_shortened, findings):
+            key = (finding.probe, finding.kind, finding.code, finding.device, finding.class_, finding.role, finding.clears, finding.worker)
             before = alike.get(key)
             alike[key] = finding if before is None else msgspec.structs.replace(before, count=before.count + finding.count)
         for finding in alike.values():
             self.last += 1
-            about = {"seq": self.last, "round": round_, "text": finding.text[:TEXT_MAX], "t": finding.t or now}
+            about = {"seq": self.last, "round": round_, "t": finding.t or now}
             self.unheard.append(msgspec.structs.replace(finding, **about))
         self._trim()
 
@@ -221,3 +225,11 @@ class Findings:
     def aged(self, now: float) -> tuple[Finding, ...]:
         """As they are reported: with their age, since clocks are never compared."""
         return tuple(msgspec.structs.replace(f, age_s=max(0.0, now - f.t)) for f in self.unheard)
+
+
+def _shortened(finding: Finding) -> Finding:
+    """As much as fits into a report, whatever a probe gives."""
+    words = {"probe", "kind", "layer", "code", "device", "worker", "fingerprint"}
+    cut = {name: value[:WORD_MAX] for name in words if len(value := getattr(finding, name)) > WORD_MAX}
+    cut |= {"text": finding.text[:TEXT_MAX]} if len(finding.text) > TEXT_MAX else {}
+    return msgspec.structs.replace(finding, **cut) if cut else finding

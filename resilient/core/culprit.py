@@ -143,7 +143,13 @@ def _alone_inside(rank: int, active: Mapping[int, Record]) -> bool:
 
 def _ring(edges: Edges, active: Mapping[int, Record], stalled: Collection[int]) -> Blame:
     """All chains end in ranks that wait for each other."""
-    reach = {rank: _reach(rank, edges) for rank in edges}
+    known: dict[frozenset[int], set[int]] = {}  # all who wait in one operation wait for the same ranks
+    reach: dict[int, set[int]] = {}
+    for rank, others in edges.items():
+        key = frozenset(others)
+        if key not in known:
+            known[key] = _reach(rank, edges)
+        reach[rank] = known[key]
     ring = sorted(rank for rank, seen in reach.items() if rank in seen and all(rank in reach[other] for other in seen))
     if any(rank not in stalled for rank in ring):
         return Blame(wait=True, why=f"ranks {listed(ring)} wait for each other, and have not done so for long")
@@ -161,16 +167,19 @@ def _reach(rank: int, edges: Edges) -> set[int]:
         other = todo.pop()
         if other not in seen:
             seen.add(other)
-            todo += edges.get(other, ())
+            todo += [further for further in edges.get(other, ()) if further not in seen]
     return seen
 
 
 def _odd(ring: Collection[int], active: Mapping[int, Record]) -> int | None:
     """The one rank of the ring that differs from most of those who wait in the same operation, all groups counted together."""
+    looked: set[tuple[int, int, int]] = set()
     for rank in ring:
         for mine in active[rank].groups:
-            if mine.entered <= mine.completed:
+            place = (mine.name, mine.entered, mine.completed)
+            if mine.entered <= mine.completed or place in looked:
                 continue
+            looked.add(place)
             here = {
                 other: sum(t.entered for t in record.groups)
                 for other, record in active.items()

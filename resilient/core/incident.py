@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from resilient.core.cause import BROKEN, Failure, Seen, pick
+from resilient.core.cause import BROKEN, GRAVITY, Failure, Seen, pick
 from resilient.core.lines import IncidentClosed, IncidentExplained
 from resilient.core.messages import NONE, Finding, Plan, Report, VerdictName
-from resilient.core.policy import Verdict
+from resilient.core.policy import Verdict, users_fault
 
 _WEIGHT = {"ignore": 0, "watch": 1, "cordon": 2, "restart": 3, "replace": 4, "evict": 5, "halt": 6}  # which of several is the cause
 COMPLAINTS = ("suspect", "stalled")  # of those that wait for somebody else, as like as not
@@ -51,6 +51,7 @@ class Incident:
     _weight: int = -1
     failures: list[Failure] = field(default_factory=list)
     _complaints: list[Failure] = field(default_factory=list)
+    _ends: dict[Failure, Finding] = field(default_factory=dict)  # what was seen of each of them
     _seen: list[Seen] = field(default_factory=list)
 
     def take(self, finding: Finding, verdict: Verdict, node: str) -> None:
@@ -58,7 +59,8 @@ class Incident:
         self.consequences += finding.count
         failures = self._complaints if finding.consequence or finding.kind in COMPLAINTS else self.failures
         if len(failures) < FAILURES_MAX:
-            failures.append((node, NONE if finding.kind == "node_lost" else finding.rank))
+            failures.append(failure := (node, NONE if finding.kind == "node_lost" else finding.rank))
+            self._ends[failure] = finding
         weight = 0 if finding.consequence else _WEIGHT[verdict.verdict]
         if weight > self._weight:
             self._weight = weight
@@ -71,13 +73,14 @@ class Incident:
         before = self.culprit
         for it in seen:
             self.consequences += it.finding.count
-            if len(self._seen) < SEEN_MAX:
-                self._seen.append(it)
+            self._seen.append(it)
+            if len(self._seen) > SEEN_MAX:  # a storm: what is broken comes last as often as first
+                self._seen.remove(min(self._seen, key=lambda it: (it is before, it.proof, GRAVITY.get(it.class_, 0), -it.at)))
         self._explain()
         return self.culprit is not before
 
     def _explain(self) -> None:
-        self.culprit = pick(self.failures or self._complaints, self._seen)
+        self.culprit = pick(self.failures or self._complaints, (it for it in self._seen if it.class_ != "user" or self._users(it)))
         if self.closed is not None:
             self._spend()
         if (it := self.culprit) is not None:
@@ -85,6 +88,10 @@ class Incident:
                 self.rank, self.pid = it.finding.rank, it.finding.pid
             self.cause, self.node = it.finding.kind, it.node
             self.verdict = max(self.verdict, it.verdict, key=_WEIGHT.__getitem__)
+
+    def _users(self, seen: Seen) -> bool:
+        """Whether somebody ended as one does of this fault of the program's."""
+        return any(seen.near((failure,)) == 2 and users_fault(end, seen) for failure, end in self._ends.items())
 
     def _spend(self) -> None:
         """What explains this explains nothing else."""

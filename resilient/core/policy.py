@@ -8,7 +8,8 @@ that says so wins over everything else, and costs no restart. An exception that 
 exception at the same step twice, or on two ranks before any step was done, is the program's: another try would not help.
 A group that does not use this library is judged as torchrun does, but a signal is not the user's failure.
 What explains a failure (cause.py) is asked first: broken hardware makes it nobody's fault, and a fault of the program's makes also a signal
-the program's. What a worker only wrote of the hardware does not save it twice: it may have written it for another reason.
+the program's, but for one that comes from outside (SIGKILL, SIGTERM). What a worker only wrote counts for less: of the hardware it does
+not save it twice, of the program it does not outweigh what the failure itself says, for it may have been written for another reason.
 What probes see is judged by triage.py, with rules that are data. Those here are not: they are halves of the protocol.
 The texts are those of torch, NCCL, gloo, CUDA and HCCL as their sources and users' logs show them; "out of memory", "invalid argument"
 and a failed device-side assert are deliberately absent: they are the program's.
@@ -51,6 +52,8 @@ TABLE: Final[dict[str, Verdict]] = {
     "no_room": Verdict(verdict="watch", why="a chair waits for a node with room"),
 }
 OPEN: Final = ("replicas_differ", "standbys_off", "warning", "straggler")  # of the runtime's own: a rule may say halt, watch or ignore
+HANDLED: Final = ("user-exc", "cuda-oom", "traceback")  # Python's: who does not handle one ends with an exit code, not by a signal
+OUTSIDE: Final = (-1, -2, -9, -15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM: no fault of a program's own ends it with one of these
 UNKNOWN: Final = Verdict(verdict="watch", why="no rule for this kind of finding")
 FOREIGN: Final = Verdict(verdict="watch", why="the group does not use this library: only exits count")
 
@@ -94,6 +97,26 @@ def infrastructure(text: str) -> str:
     return named or (found[0] if found and not _CUDA_BY_PROGRAM.search(message) else "")
 
 
+def unrelated(finding: Finding, *, managed: bool) -> bool:
+    """Whether no machine need be broken for this end: an error of the program's own that says nothing of one, or a signal from outside.
+
+    managed: the worker says by which exception it ends; else a bare exit code may be of any.
+    """
+    if finding.kind == "stopped" or finding.exit_code in OUTSIDE:
+        return True
+    told = managed or finding.text != f"exit code {finding.exit_code}"
+    return told and (finding.exit_code or 0) > 0 and not infrastructure(finding.text)
+
+
+def users_fault(finding: Finding, explained: Seen | None) -> bool:
+    """Whether a fault of the program's, seen a moment ago, explains this failure. A program may write of errors that it has handled."""
+    if explained is None or explained.class_ != "user" or finding.exit_code in OUTSIDE:
+        return False
+    if explained.proof:
+        return True
+    return not infrastructure(finding.text) and not ((finding.exit_code or 0) < 0 and explained.finding.kind in HANDLED)
+
+
 def _words(seen: Seen) -> str:
     return f"{seen.name} ({seen.class_})"
 
@@ -116,9 +139,12 @@ class Policy:
         if not managed:
             return self._judge_foreign(finding, first=first, explained=explained)
         failed = finding.kind == "exit" and (finding.exit_code or 0) > 0
+        users = users_fault(finding, explained)
         if finding.kind in ("exit", "exception") and not finding.consequence and explained is not None:
-            if explained.class_ == "user":
+            if users:
                 return self._try_again(finding, finding.fingerprint or f"{explained.finding.kind} {explained.finding.code}")
+            if explained.class_ == "user":
+                return self.judge(finding, managed=managed, first=first)
             if explained.proof or not (failed or finding.kind == "exception"):
                 return Verdict(verdict="replace", why=f"{_words(explained)} explains it")
             verdict = self._try_again(finding, finding.fingerprint or f"exit code {finding.exit_code}")
@@ -147,8 +173,8 @@ class Policy:
         if finding.kind not in ("exit", "exception"):
             known = TABLE.get(finding.kind, FOREIGN)
             return known if known.verdict in ("halt", "restart") or finding.kind == "node_lost" else FOREIGN
-        users = explained is not None and explained.class_ == "user"
-        if explained is not None and not users and explained.proof:
+        users = users_fault(finding, explained)
+        if explained is not None and explained.class_ != "user" and explained.proof:
             return Verdict(verdict="restart", why=f"{_words(explained)} explains it: the group starts again")
         if finding.exit_code is not None and finding.exit_code < 0 and not users:
             return Verdict(verdict="restart", why="killed by a signal: the group starts again")

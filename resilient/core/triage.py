@@ -7,13 +7,15 @@ Contract: `take` gives the verdict on a finding; `failed` is told of every worke
 comes to:
 - only role "cause" can move anybody; a symptom, a detail or a cascade is at most watched;
 - "user" and "ignore" never touch a node, whatever a rule says;
-- `evict` and `cordon` are wishes (cordon.py): at once where the probe's word is proof, together with a failure of that worker where a
-  probe only repeats what a worker wrote, never where so many nodes have the same at once that it is shared;
+- `evict` and `cordon` are wishes (cordon.py): at once where the probe's word is proof; where it only repeats what a worker wrote of its own
+  node, together with a failure of that worker that a machine may have caused; never where so many nodes have the same at once
+  that it is shared;
 - a recovery lifts what the same kind and device had asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from typing import Final
 
 import msgspec
 
-from resilient.core.cause import Casebook, Failure, Seen
+from resilient.core.cause import SEEN_MAX, Casebook, Failure, Seen
 from resilient.core.cordon import Closed, Cordons, Wish
 from resilient.core.fleet import Node
 from resilient.core.messages import NONE, Finding, VerdictName
@@ -32,6 +34,9 @@ from resilient.core.rules import Book, Rule, Rules, Ruling
 
 MOVES: Final = ("evict", "cordon")
 TALLY_MAX: Final = 4096  # devices that are counted
+ADDRESSES_S: Final = 1.0  # in a storm thousands name a peer, and the fleet is not gone through for each
+PARTS_MAX: Final = 16  # of a device's name that are looked up among all nodes
+DIGITS_MAX: Final = 10
 
 
 @dataclass(slots=True)
@@ -54,26 +59,33 @@ class Triage:
         """Nothing was seen yet."""
         self.book, self.casebook, self.cordons = Book(rules), Casebook(rules.limits), Cordons(rules.limits)
         self._run = run
+        self._addresses: dict[str, str] = {}
+        self._looked_up, self._known = -math.inf, 0
         self._tally: dict[tuple[str, str, str, str], deque[tuple[float, int]]] = {}  # (rule, node, kind, device) -> (when, how many)
         self._strikes: deque[Strike] = deque(maxlen=STRIKES_MAX)
+        self._witnesses: deque[tuple[float, Failure, str]] = deque(maxlen=SEEN_MAX)  # failures that may bear out what a worker wrote
         self._heard: deque[tuple[Seen, frozenset[int] | None]] = deque(maxlen=64)  # hearsay that waits for a failure
 
     def take(self, finding: Finding, node: str, now: float, nodes: Mapping[str, Node], places: Mapping[int, Place], alive: int) -> Taken:
         """What a probe of `node` saw. alive: how many nodes live."""
-        node, finding = about(finding, node, nodes, places)
+        seer = node
+        if "peer:" in finding.device and (now - self._looked_up >= ADDRESSES_S or len(nodes) != self._known):
+            self._addresses, self._looked_up, self._known = addresses(nodes), now, len(nodes)
+        node, finding = about(finding, node, self._addresses, places)
         told = self.casebook.news(finding, node, now)
+        ruling = self.book.ruling(finding)
         if finding.clears:
-            opened = self.cordons.lift(node, finding.kind, finding.device)
+            self._heard = deque((h for h in self._heard if not _clears(finding, node, h[0])), maxlen=self._heard.maxlen)
+            opened = self.cordons.lift(node, finding.kind, finding.device, proof=ruling.proof)
             why = f"it is over{': the node takes newcomers again' if opened else ''}"
             return Taken(finding, Verdict(verdict="ignore", why=why), node, told or bool(opened), opened=opened)
-        ruling = self.book.ruling(finding)
         verdict = self._judge(finding, ruling, node, now, len(places))
         taken = Taken(finding, verdict, node, told)
         if finding.role == "cause" and ruling.class_ != "ignore":
             at = now - max(0.0, finding.age_s)
             taken.seen = seen = Seen(at, node, finding, ruling.class_, verdict.verdict, verdict.why, ruling.proof)
             if verdict.verdict in MOVES:
-                self._wish(taken, ruling, now, alive, places)
+                self._wish(taken, ruling, now, alive, places, seer)
             taken.seen = seen if self.casebook.note(seen) else None
         return taken
 
@@ -106,8 +118,8 @@ class Triage:
             counts.popleft()
         return sum(n for _, n in counts)
 
-    def _wish(self, taken: Taken, ruling: Ruling, now: float, alive: int, places: Mapping[int, Place]) -> None:
-        """Ask for the node to be closed, unless that has to wait or it is not the node's fault."""
+    def _wish(self, taken: Taken, ruling: Ruling, now: float, alive: int, places: Mapping[int, Place], seer: str) -> None:
+        """Ask for the node to be closed, unless that has to wait or it is not the node's fault. seer: the node whose probe it was."""
         finding, node, seen = taken.finding, taken.node, taken.seen
         assert seen is not None
         if ruling.proof and (many := self.casebook.shared(finding, node, now, alive)):
@@ -121,10 +133,16 @@ class Triage:
             if self.casebook.news(msgspec.structs.replace(shared, device=finding.kind), "", now):
                 taken.shared = shared
             return
+        if not ruling.proof and node != seer:
+            why = f"{taken.verdict.why}; {seer} says so of {node}: a worker's word moves nobody else"
+            seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
+            return
         local = None
         if finding.ranks is not None:
             local = frozenset(places[r].local_rank for r in finding.ranks if r in places and places[r].node == node)
-        if not ruling.proof and not any(seen.near((failure,)) for failure in self.casebook.failed_lately(now)):
+        if not ruling.proof and not any(
+            _bears_out(seen, failure, worker) for at, failure, worker in self._witnesses if now - at <= self.book.limits.after_s
+        ):
             self._heard.append((seen, local))
             why = f"{taken.verdict.why}; {finding.probe or 'it'} repeats what a worker wrote: that counts if the worker fails"
             seen.verdict, taken.verdict = "watch", Verdict(verdict="watch", why=why)
@@ -145,15 +163,19 @@ class Triage:
         """What explains that this worker fails now."""
         return self.casebook.explain(failure, worker, now)
 
-    def failed(self, failure: Failure, now: float) -> list[tuple[Seen, Verdict]]:
-        """A worker failed: what it had written before counts now."""
+    def failed(self, failure: Failure, now: float, *, worker: str = "", unrelated: bool = False) -> list[tuple[Seen, Verdict]]:
+        """A worker failed: what it had written before counts now. unrelated: not of what a machine does, and its words are void."""
         self.casebook.failed(failure, now)
+        if unrelated:
+            self._heard = deque((h for h in self._heard if not _bears_out(h[0], failure, worker)), maxlen=self._heard.maxlen)
+            return []
+        self._witnesses.append((now, failure, worker))
         due: list[tuple[Seen, Verdict]] = []
         for item in list(self._heard):
             seen, local = item
             if now - seen.at > self.book.limits.before_s:
                 self._heard.remove(item)
-            elif seen.near((failure,)):
+            elif _bears_out(seen, failure, worker):
                 self._heard.remove(item)
                 wanted: VerdictName = self.book.ruling(seen.finding).verdict
                 seen.verdict = wanted
@@ -162,21 +184,37 @@ class Triage:
         return due
 
 
-def about(finding: Finding, node: str, nodes: Mapping[str, Node], places: Mapping[int, Place]) -> tuple[str, Finding]:
-    """The node that a finding is about: a peer that it names, else the one whose probe saw it."""
-    for device in finding.device.split(","):
+def _bears_out(seen: Seen, failure: Failure, worker: str) -> bool:
+    """Whether who wrote this is the one that failed; its successor is another one."""
+    return seen.near((failure,)) > 0 and (not worker or seen.finding.worker in ("", worker))
+
+
+def _clears(finding: Finding, node: str, seen: Seen) -> bool:
+    return (seen.node, seen.finding.kind, seen.finding.device) == (node, finding.kind, finding.device)
+
+
+def addresses(nodes: Mapping[str, Node]) -> dict[str, str]:
+    """All that a node may be called -> its name; "" where several are called so."""
+    found: dict[str, str] = {}
+    for node in nodes.values():
+        for word in {node.name, node.report.host, node.report.data_host} - {""}:
+            found[word] = "" if found.get(word, node.name) != node.name else node.name
+    return found
+
+
+def about(finding: Finding, node: str, known: Mapping[str, str], places: Mapping[int, Place]) -> tuple[str, Finding]:
+    """The node that a finding is about: a peer that it names, else the one whose probe saw it. known: see `addresses`."""
+    for device in finding.device.split(",", PARTS_MAX)[:PARTS_MAX] if finding.role == "cause" else ():
         form, _, name = device.partition(":")
         if form != "peer" or not name:
             continue
         name = name.split("<")[0].strip("[]")
-        if name.isdigit():
+        if name.isdecimal() and len(name) < DIGITS_MAX:
             rank = int(name)
             if rank in places:
                 return places[rank].node, msgspec.structs.replace(finding, ranks=(rank,), rank=rank, worker="", pid=0)
             continue
         host = name.rpartition(":")[0] if name.count(":") == 1 else name
-        found = [n.name for n in nodes.values() if {host, name} & {n.name, n.report.host, n.report.data_host}]
-        if len(found) == 1:
-            same = found[0] == node
-            return found[0], finding if same else msgspec.structs.replace(finding, ranks=None, rank=NONE, worker="", pid=0)
+        if found := known.get(host) or known.get(name):
+            return found, finding if found == node else msgspec.structs.replace(finding, ranks=None, rank=NONE, worker="", pid=0)
     return node, finding

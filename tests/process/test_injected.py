@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import time
+import tomllib
 from collections.abc import Iterator
 from typing import Self
 
@@ -18,6 +19,7 @@ import pytest
 from installed import path_with
 from launched import Launched, digests
 from puppets import Puppets, compiled
+from resilient_agents import diagnosis
 from test_faults import free_port
 from test_recovery import undisturbed
 
@@ -235,3 +237,16 @@ def test_words_of_a_program_move_nobody(tmp_path: pathlib.Path) -> None:
         assert (incident["rank"], incident["steps_lost"]) == (1, 0)
         assert not [r for r in run.events("verdict") if r["verdict"] in {"evict", "cordon"}], run.events("verdict")
         assert run.status()["cordoned"] == []
+
+
+@pytest.mark.long
+def test_whatever_a_program_prints_before_it_is_killed_closes_no_node(tmp_path: pathlib.Path) -> None:
+    """Every line of the catalogue on stderr, another node with room, and SIGKILL."""
+    facts = sorted((pathlib.Path(diagnosis.__file__).parent / "facts").glob("*.toml"))
+    words = [row["example"] for file in facts for row in tomllib.loads(file.read_text())["line"] if row.get("example")]
+    env = {name: {"JOB_WORDS": "\n".join(words)} for name in ("first", "second")}
+    with Pair(tmp_path, job(tmp_path, "--hold", "5", "--strike", "1:20:say:forward"), env=env) as pair:
+        assert pair.host.wait() == 0, pair.host.text()
+        assert len(pair.host.events("finding")) > 10, "they were read"
+        assert pair.host.events("node_cordoned") == []
+        assert tuple(digests(tmp_path, 2)) == undisturbed("ddp", FEATURES, world=2, steps=STEPS)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient.core.cause import Seen
-from resilient.core.cordon import NEVER, Cordons, Wish
+from resilient.core.cordon import NEVER, NODE_MAX, Cordons, Wish
 from resilient.core.messages import Finding
 from resilient.core.placement import Place
 from resilient.core.rules import Limits
@@ -138,3 +138,45 @@ def test_never_faster_than_the_pace_and_never_all(asked):
     assert all(b - a >= 1 / limits.cordons_per_s - 1e-6 for a, b in pairwise(at))
     assert len(cordons.nodes) < len(domains)
     assert cordons.nodes == {w.node for w in cordons.done.values()}
+
+
+def xid(code, verdict, *, hold=0.0, ranks=(0,), proof=True):
+    finding = Finding(seq=0, kind="xid", code=code, device="gpu:0", class_="cordon")
+    return Wish("n1", verdict, Seen(0.0, "n1", finding, "cordon", verdict, "", proof), 0.0, hold, frozenset(ranks))
+
+
+def test_an_eviction_outweighs_a_cordon_for_the_same_device():
+    cordons = Cordons(Limits())
+    cordons.wish(xid("63", "cordon"))
+    cordons.act(0.0, fleet(3))
+    assert cordons.broken() == frozenset()
+    assert cordons.wish(xid("79", "evict")), "a row was to be remapped, and now the device is lost"
+    assert cordons.act(1.0, fleet(3)) == []
+    assert cordons.broken() == {"n1"}
+    assert not cordons.wish(xid("63", "cordon"))
+    held = Cordons(Limits())
+    held.wish(xid("79", "evict", hold=3.0))
+    assert not held.wish(xid("63", "cordon"))
+    assert held.act(1.0, fleet(3)) == []
+    held.act(3.0, fleet(3))
+    assert held.broken() == {"n1"}
+
+
+def test_words_do_not_take_back_what_a_device_said():
+    cordons = Cordons(Limits())
+    cordons.wish(xid("79", "evict"))
+    cordons.wish(xid("79", "evict", ranks=(1,), proof=False))
+    cordons.act(0.0, fleet(3))
+    assert cordons.lift("n1", "xid", "", proof=False) == []
+    places = {rank: Place(node="n1", local_rank=rank, why="") for rank in range(2)}
+    assert set(cordons.leaving(places)) == {0}
+    assert names(cordons.lift("n1", "xid", "")) == ["n1"]
+
+
+def test_one_node_does_not_fill_the_book():
+    cordons = Cordons(Limits())
+    asked = [cordons.wish(wish("n1", device=f"dev:{i}")) for i in range(NODE_MAX)]
+    cordons.act(0.0, fleet(9))
+    asked += [cordons.wish(wish("n1", device=f"dev:{i}")) for i in range(NODE_MAX, 9000)]
+    assert sum(asked) == NODE_MAX
+    assert cordons.wish(wish("n2"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from resilient.core import culprit
 from resilient.core.culprit import Standstill, blame
 from resilient.core.messages import Chair, Finding, Record, Tally, pair_name
 
@@ -186,3 +187,12 @@ def test_who_left_one_out_is_told_by_those_who_did_not():
     ]
     found = blame(chairs, {0, 1, 2, 3})
     assert (found.ranks, found.crossed) == ((1,), True)
+
+
+def test_two_halves_of_a_large_world_that_wait_for_each_other_are_looked_through_once(monkeypatch):
+    halves = [counted(rank, (LEFT, 5 + rank % 2, 5), (RIGHT, 6 - rank % 2, 5)) for rank in range(1000)]
+    looks = []
+    monkeypatch.setattr(culprit, "_reach", lambda rank, edges, real=culprit._reach: looks.append(rank) or real(rank, edges))
+    found = blame(halves, set(range(1000)))
+    assert found.crossed
+    assert len(looks) == 2, "one for each half"

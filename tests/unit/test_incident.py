@@ -86,3 +86,24 @@ def test_evidence_is_bounded():
     incident.explain([seen(f"kind-{i}", "cordon", 49.0, ranks=None) for i in range(500)])
     line = incident.close([], 2, 60.0)
     assert (len(line.evidence), line.consequences) == (16, 500)
+
+
+def test_a_storm_does_not_hide_its_cause():
+    incident = Incident(1, 0.0)
+    incident.take(Finding(seq=1, kind="exit", rank=0), Verdict(verdict="replace", why=""), "n0")
+    echoes = [Finding(seq=1, kind=f"k{i}", class_="app-restart", ranks=(0,)) for i in range(200)]
+    incident.explain([Seen(0.1 * i, "n0", it, "app-restart", "watch", "", proof=False) for i, it in enumerate(echoes)])
+    assert incident.culprit is not None
+    assert incident.culprit.finding.kind == "k0"
+    lost = Finding(seq=1, kind="xid", code="79", class_="replace", ranks=(0,))
+    assert incident.explain([Seen(50.0, "n0", lost, "replace", "evict", "", proof=True)])
+    assert incident.culprit.finding.kind == "xid"
+
+
+def test_a_kill_from_outside_is_not_explained_by_an_exception_that_was_handled():
+    for exit_code, cause in ((-9, "exit"), (1, "user-exc")):
+        incident = Incident(1, 0.0)
+        incident.take(Finding(seq=1, kind="exit", rank=0, exit_code=exit_code, text="gone"), Verdict(verdict="replace", why=""), "n0")
+        wrote = Finding(seq=1, kind="user-exc", code="ValueError", class_="user", ranks=(0,))
+        incident.explain([Seen(0.0, "n0", wrote, "user", "watch", "", proof=False)])
+        assert incident.cause == cause

@@ -9,7 +9,7 @@ import pytest
 
 from resilient.core.cause import Seen
 from resilient.core.messages import Finding
-from resilient.core.policy import TABLE, Policy, infrastructure
+from resilient.core.policy import TABLE, Policy, infrastructure, unrelated
 
 LINES = pathlib.Path(__file__).parents[1] / "data" / "lines"
 TRACEBACK = """Traceback (most recent call last):
@@ -157,3 +157,50 @@ def test_of_a_foreign_group_too():
     assert Policy(0).judge(failed, managed=False, first=True, explained=explained("replace")).verdict == "restart"
     assert Policy(0).judge(killed, managed=False, first=True).verdict == "restart"
     assert Policy(0).judge(killed, managed=False, first=True, explained=explained("user")).verdict == "halt"
+
+
+def test_a_signal_from_outside_is_not_the_programs_whatever_it_wrote():
+    seen = explained("user", kind="user-exc", code="ValueError", proof=False)
+    for managed, verdict in ((True, "replace"), (False, "restart")):
+        policy = Policy(0)
+        for rank in (0, 1, 1):
+            killed = Finding(seq=1, kind="exit", exit_code=-9, step=0, rank=rank)
+            assert policy.judge(killed, managed=managed, first=True, explained=seen).verdict == verdict
+
+
+def test_an_exception_that_was_handled_does_not_make_an_abort_the_programs():
+    killed = Finding(seq=1, kind="exit", exit_code=-6, step=5)
+    verdicts = {}
+    for kind in ("user-exc", "cuda-oom", "cuda-assert"):
+        policy, seen = Policy(0), explained("user", kind=kind, code="", proof=False)
+        verdicts[kind] = [policy.judge(killed, managed=True, first=True, explained=seen).verdict for _ in range(2)]
+    assert verdicts == {"user-exc": ["replace"] * 2, "cuda-oom": ["replace"] * 2, "cuda-assert": ["replace", "halt"]}
+
+
+def test_errors_that_a_program_has_handled_do_not_make_a_broken_link_its_own():
+    seen = explained("user", kind="user-exc", code="ValueError", proof=False)
+    error = Finding(
+        seq=1, kind="exception", exit_code=1, step=3, fingerprint="x", text="RuntimeError: Connection closed by peer [10.0.0.2]:1"
+    )
+    assert [Policy(0).judge(error, managed=True, first=True, explained=seen).verdict for _ in range(3)] == ["replace"] * 3
+    policy = Policy(0)
+    assert {policy.judge(error, managed=True, first=True, explained=seen).verdict for _ in range(3)} == {"replace"}
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "text", "own"),
+    [
+        (1, "ValueError: Link 3: <inactive>", True),
+        (3, "exit code 3", True),
+        (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered", False),
+        (-6, "killed by signal 6", False),
+        (-9, "killed by signal 9", True),
+        (None, "", False),
+    ],
+)
+def test_what_no_machine_need_be_broken_for(exit_code, text, own):
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=exit_code, text=text), managed=True) is own
+    assert unrelated(Finding(seq=1, kind="stopped"), managed=True)
+    assert not unrelated(Finding(seq=1, kind="exit", exit_code=1, text="exit code 1"), managed=False), "of which exception nobody said"
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=1, text="ValueError: x"), managed=False)
+    assert unrelated(Finding(seq=1, kind="exit", exit_code=-9), managed=False)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+from msgspec.structs import replace
 
+from resilient.core.crew import Crew, Findings
+from resilient.core.crew import Place as Seat
 from resilient.core.fleet import Node
 from resilient.core.messages import Finding, Report
 from resilient.core.placement import Place
 from resilient.core.policy import TABLE
-from resilient.core.triage import Triage, about
+from resilient.core.triage import Triage, about, addresses
 from resilient.rulebook import lay, shipped
+from resilient.wire.frames import FRAME_BYTES_MAX, encode
 
 PLACES = {0: Place(node="n0", local_rank=0, why=""), 1: Place(node="n1", local_rank=0, why=""), 2: Place(node="n1", local_rank=1, why="")}
 
@@ -156,7 +160,7 @@ def test_a_users_fault_is_the_users_until_one_device_repeats_it(door):
     ],
 )
 def test_the_peer_that_is_named(device, node, ranks):
-    found, finding = about(Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0), "n0", fleet(), PLACES)
+    found, finding = about(Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0), "n0", addresses(fleet()), PLACES)
     assert (found, finding.ranks) == (node, ranks)
 
 
@@ -166,3 +170,72 @@ def test_a_rule_may_halt_what_the_runtime_finds():
     assert Triage(rules, "run").heed(differ, TABLE["replicas_differ"]).verdict == "halt"
     assert Triage(rules, "run").heed(gone, TABLE["exit"]) == TABLE["exit"]
     assert Triage(shipped(), "run").heed(differ, TABLE["replicas_differ"]) == TABLE["replicas_differ"]
+
+
+def test_a_workers_word_moves_nobody_elsewhere(door):
+    told = door("nccl-warn", "replace", node="n0", probe="worker-log", ranks=(0,), device="peer:n1")
+    assert (told.node, told.verdict.verdict) == ("n1", "watch")
+    assert door.triage.failed(("n1", 1), door.now) == []
+    assert door("nccl-warn", "replace", node="n0", probe="worker-log", ranks=(0,), device="peer:n1").verdict.verdict == "watch"
+    assert door.wishes == set()
+
+
+def test_an_error_of_the_programs_own_bears_nothing_out(door):
+    door("nccl-error", "replace", probe="worker-log")
+    assert door.triage.failed(("n1", 1), door.now, unrelated=True) == []
+    assert door.triage.failed(("n1", 1), door.now) == [], "its successor has not written that"
+    door.now += 31.0
+    assert door("ecc", "replace", probe="worker-log").verdict.verdict == "watch"
+    assert door.wishes == set()
+
+
+def test_a_successor_does_not_bear_out_what_its_predecessor_wrote(door):
+    assert door.triage.failed(("n1", 1), door.now, worker="w1", unrelated=True) == []
+    assert door("nccl-error", "replace", probe="worker-log", worker="w1").verdict.verdict == "watch", "read when it was gone"
+    assert door.triage.failed(("n1", 1), door.now, worker="w2") == []
+    assert door("ecc", "replace", probe="worker-log", worker="w1").verdict.verdict == "watch"
+    assert door.wishes == set()
+    assert door("ecc", "gpu-reset", probe="worker-log", worker="w2").verdict.verdict == "evict"
+
+
+def test_a_recovery_that_a_worker_wrote_takes_back_its_words_alone(door):
+    about_port = {"probe": "worker-log", "device": "dev:mlx5_0"}
+    door("ib-link", "replace", probe="infiniband", device="dev:mlx5_0")
+    door("ib-link", "ignore", clears=True, role="context", **about_port)
+    assert len(door.wishes) == 1
+    door("nccl-warn", "replace", **about_port)
+    door("nccl-warn", "ignore", clears=True, role="context", **about_port)
+    assert door.triage.failed(("n1", 1), door.now) == []
+
+
+@pytest.mark.parametrize("device", ["peer:" + "9" * 5000, "peer:\u00b2", "peer:\u0669", ",".join(f"peer:{i}.x" for i in range(10_000))])
+def test_no_name_of_a_device_is_too_odd(device):
+    finding = Finding(seq=1, kind="nccl-error", device=device, ranks=(0,), rank=0)
+    assert about(finding, "n0", addresses(fleet()), PLACES) == ("n0", finding)
+    crew = Crew("n0.", 1.0)
+    crew.places[0] = Seat(0, 0)
+    for form in ("gpu", "pid", "rank"):
+        assert not crew.on(device.replace("peer", form), {})
+
+
+def test_who_will_sit_on_a_device_is_not_known_before_anybody_does():
+    crew = Crew("n0.", 1.0)
+    assert crew.on("gpu:3", {"pci:0000:1a:00": 3}) is None
+    crew.places[0] = Seat(0, 0)
+    assert crew.on("gpu:3", {"pci:0000:1a:00": 3}) == ()
+
+
+def test_a_report_has_room_for_whatever_probes_give():
+    found = Findings()
+    word = "\U0001f525" * 100_000
+    for i in range(300):
+        wide = Finding(seq=0, kind=word, code=f"{i}{word}", device=word, worker=word, layer=word, text=word[:4096], probe=word)
+        found.take([wide], 1.0, 1)
+    assert len(encode(Report(run="r", node="n0", boot=1, seq=1, findings=found.aged(2.0)))) < FRAME_BYTES_MAX
+
+
+def test_what_two_workers_wrote_is_two_findings():
+    found = Findings()
+    line = Finding(seq=0, kind="cuda-error", code="214", probe="worker-log", class_="gpu-reset")
+    found.take([replace(line, rank=r, ranks=(r,), worker=f"w{r}") for r in (0, 1, 1)], 1.0, 1)
+    assert [(f.rank, f.count) for f in found.unheard] == [(0, 1), (1, 2)]
