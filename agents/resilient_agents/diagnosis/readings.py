@@ -177,4 +177,7 @@ def _belongs(block: list[str], text: str) -> bool:
     low = text.lower()
     if not text.strip() or text[:1] in " \t" or traces.CAUSE in low or traces.CONTEXT in low:
         return True
-    return bool(traces.NAMED.match(text)) and peel(plain(block[-1])).text[:1] in {" ", "\t"}
+    texts = (peel(plain(line)).text for line in reversed(block))
+    last = next((before for before in texts if before.strip()), "")
+    linked = traces.CAUSE in last.lower() or traces.CONTEXT in last.lower()  # some print no frames of the other one
+    return bool(traces.NAMED.match(text)) and (linked or last[:1] in {" ", "\t"})

@@ -49,6 +49,9 @@ def told(lines: list[str]) -> list[tuple[str, bool]]:
                 chain, state = [], "outside"
             elif line.strip():
                 chain[-1].append(line)
+        elif state == "between" and _MESSAGE.match(line):  # the other one without its frames
+            chain = [[line]] if link == CONTEXT else [*chain, [line]]
+            state, link = "message", ""
         elif state == "outside":
             out.append((line, False))
     return out + _flat(chain)
