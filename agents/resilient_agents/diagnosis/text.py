@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BOUND: Final = 65_536  # letters of a block; the ends say most
 LINE: Final = 4_096  # letters of a line
+SHORT: Final = 1_024  # letters of what is remembered
 LINES: Final = 400
 SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
@@ -59,6 +60,15 @@ _PIECE: Final = re.compile(r"\{(\w+)\}")
 
 def classify(text: str, stream: str) -> Finding:
     """The one finding that this text is worth."""
+    return _known(text, stream) if len(text) <= SHORT else _classified(text, stream)
+
+
+@functools.lru_cache(maxsize=4096)  # a machine in trouble repeats itself; at most 4 MB
+def _known(text: str, stream: str) -> Finding:
+    return _classified(text, stream)
+
+
+def _classified(text: str, stream: str) -> Finding:
     if len(text) > BOUND:
         text = text[: BOUND // 2] + "\n" + text[-BOUND // 2 :]
     text = plain(text)
