@@ -30,6 +30,7 @@ import torch.distributed as dist
 from resilient.checkpoint.movers import Movers, threads_for
 from resilient.core.messages import Join, Raised
 from resilient.errors import ConfigError, RoundAborted, UsageError
+from resilient.train import compiling
 from resilient.train.backend import OverlayStore, install
 from resilient.train.build import CONNECT_TIMEOUT
 from resilient.train.comm import Comm
@@ -111,6 +112,7 @@ class Run:
             raise UsageError(msg)
         for name, thing in things.items():
             self._tracked.add(name, thing)
+        compiling.announce(self)
 
     def steps(self, total: int | None = None) -> Iterator[Step]:
         """Yield the number of each step to do, 0-based, up to `total`; a broken step is yielded again.

@@ -112,6 +112,13 @@ def test_long_pauses_of_all_and_of_one_are_no_hangs(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.long
+def test_a_graph_that_is_compiled_anew_on_one_rank_is_no_hang(tmp_path: pathlib.Path) -> None:
+    run = struck(tmp_path, "1:12:compile")
+    assert not run.incidents()
+    assert blamed(run) == []
+
+
+@pytest.mark.long
 @pytest.mark.timeout(5400)
 def test_an_hour_of_training_with_pauses_gives_no_verdict(tmp_path: pathlib.Path) -> None:
     """SECONDS in the environment for a shorter or longer one."""

@@ -4,7 +4,7 @@
 
 Deeds, each once (a marker file in DIR keeps it from happening again in the replay):
     stop    SIGSTOP             spin    an endless loop in Python       regex   one in C, that holds the GIL
-    sleep   blocked for ever, between two collectives
+    sleep   blocked for ever, between two collectives                   compile  for nine seconds: no hang
     skip    leaves out its pair's all-reduce           cross   makes it after that of all ranks, the others before
 --pauses: an evaluation, a compile, a checkpoint on all ranks at once, announced and not, and data that comes late on one rank.
 Each rank writes DIR/digest-<rank>.
@@ -71,6 +71,14 @@ def hang(deed: str) -> None:
             re.match(r"(a+)+$", "a" * 60 + "b")
         case "sleep":
             threading.Event().wait()
+        case "compile":
+            torch.compile(lambda x: 2 * x, backend=slowly)(torch.ones(3))
+
+
+def slowly(graph, _):
+    """A compiler that takes its time."""
+    busy(9.0)
+    return graph.forward
 
 
 def busy(seconds: float) -> None:
