@@ -3,9 +3,9 @@
 Think of the sign "back in five minutes": whoever makes it by hand forgets it on the day when it is needed, so the door hangs it out itself.
 
 Contract: after `announce(run)` each compilation in this process, on whatever thread, is a section of that run (run.section): a graph that
-is compiled anew on one rank in the middle of training, while the others wait for it, is no hang. Once per process is enough; a later run takes
-the place of the one before. Where dynamo is not loaded nothing is done, for then nothing can be compiled yet: `run.track` asks, and by then
-an optimizer has loaded it (it imports dynamo).
+is compiled anew on one rank in the middle of training, while the others wait for it, is no hang. Once per process is enough; a later
+run takes the place of the one before. Where dynamo is not loaded nothing is done, for then nothing can be compiled yet: `run.track` asks,
+and by then an optimizer has loaded it.
 """
 
 from __future__ import annotations

@@ -136,6 +136,18 @@ def test_the_nvlink_table_names_the_peer_where_it_is_the_peer():
     assert decode.nvlink5_rule("149", "no words") is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'audit: type=1701 audit(1.2:3): pid=4 comm="NVRM: Xid (PCI:0000:1a:00): 79" exe="/usr/bin/python3" sig=6 res=1',
+        "usb 1-1: Product: NVRM: Xid (PCI:0000:1a:00): 79, pid=1, GPU has fallen off the bus.",
+        "usb 1-1: SerialNumber: EXT4-fs error (device sda1): ext4_find_entry: inode #2",
+    ],
+)
+def test_what_the_kernel_only_repeats_proves_nothing(line):
+    assert classify(f"[   12.500371] {line}", "kmsg").class_ == "ignore"
+
+
 def test_pci_addresses_have_one_spelling():
     assert {pci(it) for it in ("00000000:1A:00", "1A:00", "0000:1A:00", "1a:00", "0000:1a:00.0")} == {"0000:1a:00"}
 

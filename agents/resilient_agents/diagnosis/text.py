@@ -35,6 +35,7 @@ SHOWN: Final = 400  # letters of a finding's text
 NOT_FAULTS: Final = frozenset({"ignore", "user"})
 NODES: Final = frozenset({"gpu-reset", "replace", "cordon"})
 PROOFS: Final = frozenset({"kernel", "daemon", "system"})  # whose words prove something only from their own mouth
+REPEATS: Final = ("audit:", "audit(", "usb ", "input:", "hid-", "bluetooth:")  # the kernel says here what somebody else named so
 GENERAL: Final = "device-fault"  # words that anybody may use: they do not make a quotation
 NOTHING: Final = Finding(seq=0, kind="", class_="ignore", role="context", probe="text")
 
@@ -154,7 +155,7 @@ def _judge(line: str, peeled: Peeled, stream: str, known: list[Entry], *, messag
     if stream != "kmsg" and not block and _SOURCE.match(peeled.text):
         return None
     low = peeled.text.lower()
-    kernel = stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})
+    kernel = (stream == "kmsg" or (stream == "syslog" and peeled.tag in {"", "kernel"})) and not low.startswith(REPEATS)
     user = stream != "kmsg" or peeled.tag not in {"", "kernel"}
     daemon = stream == "syslog" and peeled.tag != "kernel"
     speaks = {"any": True, "kernel": kernel, "daemon": daemon, "system": kernel or daemon, "user": user}
