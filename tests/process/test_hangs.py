@@ -77,7 +77,8 @@ def test_who_hangs_between_two_groups_is_named_and_all_stacks_are_saved(tmp_path
         assert sum(re.search(r" in hang\b|\bhang \(hanging", text) is not None for text in found.values()) == 1, "the culprit's shows where"
 
 
-@pytest.mark.parametrize("deed", ["skip", pytest.param("cross", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("deed", ["skip", "cross"])
 def test_a_collective_that_is_left_out_or_made_in_another_order_is_the_programs_mistake(tmp_path: pathlib.Path, deed: str) -> None:
     """Once, it is repeated with the same people."""
     run = struck(tmp_path, f"1:8:{deed}")
@@ -108,7 +109,7 @@ def test_long_pauses_of_all_and_of_one_are_no_hangs(tmp_path: pathlib.Path) -> N
         assert run.wait() == 0, run.text()
     assert not run.incidents()
     assert len(run.events("round_started")) == 1
-    assert {v["verdict"] for v in run.events("verdict")} <= {"watch"}, run.events("verdict")
+    assert {v["verdict"] for v in run.events("verdict")} <= {"watch", "ignore"}, run.events("verdict")
 
 
 @pytest.mark.long
@@ -119,16 +120,16 @@ def test_a_graph_that_is_compiled_anew_on_one_rank_is_no_hang(tmp_path: pathlib.
 
 
 @pytest.mark.long
-@pytest.mark.timeout(5400)
+@pytest.mark.timeout(7500)
 def test_an_hour_of_training_with_pauses_gives_no_verdict(tmp_path: pathlib.Path) -> None:
-    """SECONDS in the environment for a shorter or longer one."""
+    """HANGS_SECONDS in the environment for a shorter or longer one. Watched and ignored is what comes and goes; nobody is touched."""
     seconds = int(os.environ.get("HANGS_SECONDS", "3600"))
-    arguments = job(tmp_path, "--pauses", "12", "--every", "200", steps=int(seconds / (0.06 + 12 / 200)))
+    arguments = job(tmp_path, "--pauses", "12", "--every", "200", steps=int(1.2 * seconds / (0.06 + 12 / 200)))
     with Launched(tmp_path, flags(standbys=0), "hanging.py", arguments) as run:
-        assert run.wait(1.5 * seconds + 60) == 0, run.text()
+        assert run.wait(2 * seconds + 60) == 0, run.text()
     assert not run.incidents()
     assert len(run.events("round_started")) == 1
-    assert {v["verdict"] for v in run.events("verdict")} <= {"watch"}, run.events("verdict")
+    assert {v["verdict"] for v in run.events("verdict")} <= {"watch", "ignore"}, run.events("verdict")
 
 
 # --------------------------------------------------------------------------- stragglers
